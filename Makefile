@@ -1,0 +1,47 @@
+# Everything a developer or a new user needs, on a machine with Python 3.11 or later.
+#   make demo    install into .venv if needed, then fine-tune the embedded model (minutes)
+#   make test    install the development tools if needed, then the whole test suite
+#   make check   lint, format, types and the fast tests about the house; what must pass before a commit
+#   make bench   the measurements of benchmarks/ (long)
+#   make clean   remove what was built, .venv included
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test check bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/lorica demo
+
+test: $(VENV)/.installed-dev
+	$(RUN) -m pytest -n 2
+
+check: $(VENV)/.installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+	$(RUN) -m pytest -q tests/house tests/config
+
+bench: $(VENV)/.installed-dev
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(RUN) "$$script"; done
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps say that an installation ended well with these inputs; a second call does not install again.
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lorica needs Python 3.11 or later; this is %d.%d. Try: make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(INPUTS) | $(RUN)
+	$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(INPUTS) | $(RUN)
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.installed $@

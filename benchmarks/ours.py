@@ -1,0 +1,87 @@
+"""Lorica's side of a comparison: one job through the public API, in a process of its own.
+
+python benchmarks/ours.py job.json         (see jobs.Job; e2e.py and glue.py write the job)
+"""
+
+import json
+
+import torch
+from jobs import Clock, examples_digest, memory_bytes, read_job, read_lines, write_lines
+
+import lorica
+from lorica.train.loop import default_task
+
+PREDICT_BATCH = 64
+
+
+def main() -> None:
+    job, folder = read_job()
+    torch.set_num_threads(job.num_threads)
+    torch.manual_seed(job.seed)  # a new head is started at random
+    clock = Clock()
+    with clock("load"):
+        model = lorica.load_model(
+            job.model, task=job.task, dtype=job.dtype, labels=tuple(job.labels), device="cpu"
+        )
+        method = lorica.LoRA(
+            r=job.r,
+            lora_alpha=job.lora_alpha,
+            lora_dropout=job.lora_dropout,
+            target_modules=job.target_modules,
+            modules_to_save=tuple(job.modules_to_save),
+        )
+        adapter = lorica.attach(model, method, name="tuned", seed=job.seed)
+    settings = lorica.TrainSettings(
+        learning_rate=job.learning_rate,
+        lr_scheduler_type=job.lr_scheduler_type,
+        warmup_ratio=job.warmup_ratio,
+        weight_decay=job.weight_decay,
+        max_grad_norm=job.max_grad_norm,
+        batch_size=job.batch_size,
+        max_steps=job.max_steps,
+        max_length=job.max_length,
+        seed=job.seed,
+        dtype=job.dtype,
+    )
+    generation = {"max_new_tokens": job.max_new_tokens} if job.max_new_tokens else {}
+    task = default_task(model, settings, **generation)
+    memory_before = memory_bytes("VmRSS")
+    with clock("train"):  # reading and encoding included
+        data = lorica.read(job.train)
+        lorica.train(model, {adapter: data}, settings, output_dir=folder / "run", task=task)
+    peak = memory_bytes()
+
+    test = read_lines(job.test)
+    with clock("predict"), lorica.activate(model, {adapter.name: 1.0}):
+        tuned = task.predict(model, test, batch_size=PREDICT_BATCH)
+    write_lines(folder / "tuned.jsonl", map(line, tuned))
+    if job.predict_base:
+        with clock("predict_base"), lorica.activate(model, None):
+            base = task.predict(model, test, batch_size=PREDICT_BATCH)
+        write_lines(folder / "base.jsonl", map(line, base))
+    examples = [task.encode(row) for row in data]
+    rows = read_lines(folder / "run/metrics.jsonl")
+    result = {
+        "side": "lorica",
+        "seconds": clock.seconds,
+        "peak_memory_bytes": peak,
+        "memory_before_bytes": memory_before,
+        "num_trainable": adapter.num_parameters,
+        "num_train_records": len(examples),
+        "examples_digest": examples_digest((one.input_ids, one.labels) for one in examples),
+        "mean_length": sum(len(one.input_ids) for one in examples) / len(examples),
+        "losses": [[row["step"], row["loss"]] for row in rows if row.get("loss") is not None],
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def line(prediction) -> dict:
+    return {
+        "nll": prediction.nll,
+        "num_tokens": prediction.num_tokens,
+        "output": prediction.output,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How adapters sit on a base: targets, sites, activation."""

@@ -1,0 +1,105 @@
+"""Say which adapters act: for all rows, for each row, for a while or for good."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from lorica.attach.attach import Adapter, adapters, attached_to
+from lorica.attach.site import Plates, Route, plates_of
+from lorica.errors import ActivationError, ConfigError, nearest
+
+Mixture = str | Adapter | Mapping[str, float] | None
+"""One adapter, several by weight, or none: the base."""
+
+
+class Activation:
+    """What `activate` returns. In force from the call on; as a context it ends with the block."""
+
+    def __init__(self, model: nn.Module, route: Route | None) -> None:
+        self._plates: list[Plates] = [p for m in model.modules() for p in plates_of(m)]
+        self._status = attached_to(model).status
+        self._before = [(p.route, p.last) for p in self._plates]
+        self._owner_before = self._status.owner
+        thread = threading.get_ident()
+        if self._status.owner not in (None, thread) and route is not None:
+            raise ActivationError(
+                "adapters of this model are active in another thread, whose answers would change",
+                mend="use a model from one thread, or give every row of a batch its own entry",
+            )
+        self.route = route
+        self._status.owner = None if route is None else thread
+        self._status.decided = True
+        for plates in self._plates:
+            plates.route = route
+
+    def __enter__(self) -> Activation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for plates, (route, last) in zip(self._plates, self._before, strict=True):
+            plates.route = route
+            if plates.last is self.route:
+                plates.last = last
+        self._status.owner = self._owner_before
+
+
+def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture]) -> Activation:
+    """Let adapters act on everything that `model` computes from now on.
+
+    Args:
+        mixture: a name or handle; `{"sql": 0.7, "style": 0.3}` for the weighted sum of their updates, which is
+            exact; None for the bare base. A list gives one such entry per row of the batch.
+
+    Returns:
+        an object that is also a context manager: `with activate(model, "sql"): ...` puts back what was
+        active before; without `with` it stays.
+
+    Raises:
+        ConfigError: an unknown name or a weight that is no finite number.
+        ActivationError: the model is in use by another thread.
+    """
+    if mixture is None:
+        return Activation(model, None)
+    rows = list(mixture) if isinstance(mixture, Sequence) and not isinstance(mixture, str) else None
+    entries = [_weights(entry) for entry in (rows if rows is not None else [mixture])]
+    names = tuple(dict.fromkeys(name for entry in entries for name in entry))
+    _check(model, names, entries)
+    if rows is None and len(names) == 1 and entries[0][names[0]] == 1.0:
+        return Activation(model, Route(names))
+    if not names:
+        return Activation(model, None)
+    table = torch.tensor([[float(entry.get(name, 0.0)) for name in names] for entry in entries])
+    device = next(iter(adapters(model)[names[0]].parameters())).device
+    table = table.to(device)
+    return Activation(model, Route(names, table if rows is not None else table[0]))
+
+
+def _weights(entry: Mixture) -> dict[str, float]:
+    if entry is None:
+        return {}
+    if isinstance(entry, Adapter):
+        return {entry.name: 1.0}
+    return {entry: 1.0} if isinstance(entry, str) else dict(entry)
+
+
+def _check(model: nn.Module, names: tuple[str, ...], entries: list[dict[str, float]]) -> None:
+    known = adapters(model)
+    problems = []
+    for name in names:
+        if name not in known:
+            near = nearest(name, known)
+            problems.append(f"no adapter {name!r} is attached" + (f"; did you mean {near!r}?" if near else ""))
+    for row, entry in enumerate(entries):
+        for name, weight in entry.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                problems.append(f"row {row}: the weight of {name!r} is {weight!r}; it must be a finite number")
+    if problems:
+        raise ConfigError("this activation is not possible", expected=f"adapters: {', '.join(known) or 'none'}", problems=problems)

@@ -1,0 +1,294 @@
+"""Put an adapter on a model and take it off again."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lorica.attach.layers import describe
+from lorica.attach.probe import weight_read
+from lorica.attach.site import Slot, Status, check_unchanged, enter, is_site, leave, plates_of
+from lorica.attach.targets import resolve
+from lorica.base.load import base_of
+from lorica.base.load import base_of
+from lorica.errors import ConfigError, TargetError, nearest
+from lorica.methods.copy import Copy
+from lorica.methods.method import Layer, Method, Tensors
+from lorica.methods.patterns import unmatched_patterns
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(eq=False)
+class Adapter:
+    """The handle of an adapter on a model: the door to what trains.
+
+    Attributes:
+        name: its name on this model.
+        method: the settings that made it.
+        slots: what it holds, by place: a module's path, or that of a parameter.
+        reason: why it sits where it sits.
+        base: what is known of the base it was made on (name, digest, task), for its files.
+        model: the model that it was put on, whose module names its files need.
+    """
+
+    name: str
+    method: Method
+    slots: dict[str, Slot]
+    model: nn.Module = field(repr=False)
+    reason: str = ""
+    base: dict[str, str] = field(default_factory=dict)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and tensor of everything that trains, in the order of the model."""
+        for path, slot in self.slots.items():
+            for key, tensor in slot.tensors.items():
+                yield f"{path}.{key}", tensor
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What an optimizer is given."""
+        return (tensor for _, tensor in self.named_parameters())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.parameters())
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.name!r}, {self.method.kind}, {len(self.slots)} places, {self.num_parameters:,} parameters)"
+
+
+@dataclass(eq=False)
+class Attached:
+    """Everything that attaching left on a model; kept in the root module's `__dict__`."""
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    status: Status = field(default_factory=Status)
+    unfrozen: list[str] = field(default_factory=list)
+    """Base parameters that required gradients before the first adapter came."""
+
+
+def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int = 0) -> Adapter:
+    """Put a fresh adapter on `model` and freeze the base.
+
+    The model answers as before until the adapter is activated, and at its start it is the identity even then.
+    Module paths, `state_dict()`, `parameters()` and `isinstance` are as they were: the tensors that train are
+    reached through the returned handle, and saving the model saves the bare base.
+
+    Args:
+        model: any module.
+        method: the settings, for example `LoRA(r=8, target_modules="all-linear")`.
+        name: a name that no adapter of this model has yet.
+        seed: the start of every tensor depends on the seed and on the name of its place only.
+
+    Raises:
+        TargetError: a target matched nothing, or a layer cannot carry the adapter. The model is unchanged.
+        ConfigError: the name is taken or unusable; a pattern of the settings matched nothing.
+    """
+    _check_name(name, attached_to(model))
+    places, reason = _places(model, method)
+    _check_places(places, method)
+
+    def start(path: str, own: Method, layer: Layer) -> Tensors:
+        return own.start(layer, _generator(seed, path))
+
+    return _put(model, method, places, start, name, reason)
+
+
+def attach_tensors(
+    model: nn.Module,
+    method: Method,
+    places: Places,
+    tensors: Mapping[str, Tensors],
+    *,
+    name: str = "default",
+    reason: str = "",
+) -> Adapter:
+    """Put an adapter on `model` whose tensors exist already, such as one read from a file.
+
+    Args:
+        method: the settings of the whole adapter.
+        places: where it goes; see `seat` for the path of a place.
+        tensors: what it holds, by the paths of `places`, in the shapes of the methods there; the
+            caller has checked them. They are taken over, not copied.
+
+    Raises:
+        ConfigError: the name is taken or unusable. The model is unchanged.
+    """
+    _check_name(name, attached_to(model))
+    return _put(model, method, places, lambda path, own, layer: tensors[path], name, reason)
+
+
+def _put(
+    model: nn.Module,
+    method: Method,
+    places: Places,
+    start: Callable[[str, Method, Layer], Tensors],
+    name: str,
+    reason: str,
+) -> Adapter:
+    """Make the sites; on any error the model is left as it was."""
+    attached = attached_to(model)
+    slots: dict[str, Slot] = {}
+    try:
+        for path, (module, parameter, own) in places.items():
+            plates = enter(module, path, attached.status, parameter)
+            tensors = start(path, own, plates.layer)
+            slots[path] = plates.slots[name] = Slot(own, _parameters(tensors, module))
+    except BaseException:
+        _withdraw(model, name)
+        raise
+    if not attached.adapters:
+        attached.unfrozen = [n for n, p in model.named_parameters() if p.requires_grad]
+        model.requires_grad_(False)
+    known = base_of(model)
+    base = known.facts() if known is not None else {}
+    adapter = attached.adapters[name] = Adapter(name, method, slots, model, reason, base)
+    model.__dict__["_lorica_attached"] = attached
+    return adapter
+
+
+def detach(model: nn.Module, adapter: str | Adapter) -> None:
+    """Take an adapter off. With the last one gone the model is what it was: the same objects, the same bits.
+
+    Raises:
+        ConfigError: no such adapter.
+        LoricaError: another library changed a site after it was made; nothing was changed.
+    """
+    attached = attached_to(model)
+    name = find(model, adapter).name
+    _withdraw(model, name)
+    del attached.adapters[name]
+    if not attached.adapters:
+        named = dict(model.named_parameters())
+        for parameter in attached.unfrozen:
+            named[parameter].requires_grad_(True)
+        del model.__dict__["_lorica_attached"]
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters on a model, by name, in the order in which they came."""
+    return dict(attached_to(model).adapters)
+
+
+def find(model: nn.Module, adapter: str | Adapter) -> Adapter:
+    """The handle of an adapter given by name or by handle. Raises ConfigError with the nearest name."""
+    name = adapter.name if isinstance(adapter, Adapter) else adapter
+    known = attached_to(model).adapters
+    if name not in known:
+        near = nearest(str(name), known)
+        there = ", ".join(known) or "none"
+        raise ConfigError(
+            f"no adapter {name!r} is attached to this model", expected=f"one of: {there}", mend=f"did you mean {near!r}?" if near else None
+        )
+    return known[name]
+
+
+def attached_to(model: nn.Module) -> Attached:
+    """The record of what sits on `model`; a fresh one where nothing does."""
+    return model.__dict__.get("_lorica_attached") or Attached()
+
+
+def _check_name(name: str, attached: Attached) -> None:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} cannot be the name of an adapter", expected="letters, digits, '.', '_' and '-', at most 64 of them"
+        )
+    if name in attached.adapters:
+        raise ConfigError(f"an adapter {name!r} is attached already", mend="choose another name, or detach it first")
+
+
+Places = dict[str, tuple[nn.Module, str | None, Method]]
+"""Path -> module, parameter where the weight is read and not the layer called, settings there."""
+
+
+def seat(modules: Mapping[str, nn.Module], path: str) -> tuple[str, str | None]:
+    """Path of the place that a layer offers, and its parameter where other code reads the weight."""
+    parent, _, last = path.rpartition(".")
+    if weight_read(modules.get(parent), last):
+        return f"{path}.weight", "weight"
+    return path, None
+
+
+def _places(model: nn.Module, method: Method) -> tuple[Places, str]:
+    """Where the adapter goes, in the order of the model."""
+    copied = _copied(model, getattr(method, "modules_to_save", ()))
+    targets = resolve(
+        model,
+        target_modules=method.target_modules,
+        exclude_modules=method.exclude_modules,
+        layers_to_transform=method.layers_to_transform,
+    )
+    names = dict(model.named_modules(remove_duplicate=False))
+    found: Places = {}
+    for path, module in targets.modules.items():
+        if path in copied:
+            continue
+        place, parameter = seat(names, path)
+        found[place] = module, parameter, method.at(path)
+    for path, (module, parameter) in targets.parameters.items():
+        found[path] = module, parameter, method.at(path)
+    found.update({path: (module, None, Copy()) for path, module in copied.items()})
+    for setting in ("rank_pattern", "alpha_pattern"):
+        if missed := unmatched_patterns(getattr(method, setting, {}), list(found)):
+            raise ConfigError(
+                f"{setting} has keys that match none of the adapted layers: {', '.join(map(repr, missed))}",
+                mend="give names as they end in the list of adapted layers, for example 'q_proj'",
+            )
+    return found, targets.reason
+
+
+def _copied(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The modules of `modules_to_save`, down to those that own parameters."""
+    every = dict(model.named_modules())
+    found: dict[str, nn.Module] = {}
+    problems = []
+    for name in names:
+        roots = [path for path in every if path == name or path.endswith(f".{name}")]
+        if not roots:
+            near = nearest(name, {path.rpartition(".")[2] for path in every})
+            problems.append(f"modules_to_save: {name!r} matches no module" + (f"; did you mean {near!r}?" if near else ""))
+        for root in roots:
+            inside = {p: m for p, m in every.items() if p == root or p.startswith(f"{root}.")}
+            found.update({p: m for p, m in inside.items() if any(q is not None for q in m._parameters.values())})
+    if problems:
+        raise TargetError("modules to train whole were not found", problems=problems)
+    return found
+
+
+def _check_places(places: Places, method: Method) -> None:
+    problems = []
+    for path, (module, parameter, own) in places.items():
+        found = own.problems(describe(module, parameter))
+        if not found and parameter is not None and not hasattr(own, "delta") and not own.replaces:
+            found = [f"{own.kind} cannot become a weight, and other code reads this one"]
+        problems += [f"{path} ({describe(module, parameter).shape}): {problem}" for problem in found]
+    if problems:
+        raise TargetError(f"{method.kind} does not fit {len(problems)} of the layers", problems=problems[:20])
+
+
+def _withdraw(model: nn.Module, name: str) -> None:
+    """Drop the slots of one adapter; sites without any become plain layers again."""
+    sites = [m for m in model.modules() if is_site(m)]
+    empty = [m for m in sites if all(set(p.slots) <= {name} for p in plates_of(m))]
+    for module in empty:
+        check_unchanged(module)
+    for module in empty:
+        leave(module)
+    for module in sites:
+        for plates in plates_of(module):
+            plates.slots.pop(name, None)
+
+
+def _parameters(tensors: Tensors, module: nn.Module) -> dict[str, nn.Parameter]:
+    device = next((p.device for p in module._parameters.values() if p is not None), torch.device("cpu"))
+    return {key: nn.Parameter(tensor.to(device)) for key, tensor in tensors.items()}
+
+
+def _generator(seed: int, path: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,409 @@
+"""A site: a layer of the base whose class was swapped for one that adds the adapters put there.
+
+The layer stays the same object under the same path: `state_dict`, `parameters()` and `isinstance` answer as
+before, and leaving is one assignment back. The adapters' tensors lie in `Plates`, one per site, in the module's
+`__dict__` and not in the module tree. Which adapters act is the `Route` that `activate` writes at every site; it
+is plain data on the plates, because context variables break compiled graphs and autograd's own threads do not
+carry them.
+
+Two kinds of site. A *forward site* is a layer that its parent calls: it adds to the output. A *weight site* is a
+layer, or a bare parameter, whose weight other code reads (attention modules of torch, expert weights in one 3-D
+parameter): reading the parameter gives W + s B A. Why this mechanism and none of four others was measured before
+anything was built; the figures are in docs/design.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorica.attach.layers import describe, to_stored
+from lorica.errors import ActivationError, LoricaError, LoricaWarning
+from lorica.methods.lora import LoRA
+from lorica.methods.method import Layer, Method
+from lorica.ops.lora import Segment, lora_linear
+
+
+@dataclass(eq=False)
+class Slot:
+    """What one adapter holds at one site."""
+
+    method: Method
+    tensors: dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Which adapters act on which rows. One object is shared by all sites of an activation.
+
+    Attributes:
+        names: the adapters that take part, in the order of the columns of `weights`.
+        weights: None where the one adapter of `names` acts on all rows with weight 1; (N,) for a mixture on
+            all rows; (rows, N) for one mixture per row of the batch.
+        segments: instead of weights, for training: (start, end, name) over the rows of the flattened batch.
+        dropout_seed: makes the adapters' dropout repeatable; None draws from torch's global state.
+    """
+
+    names: tuple[str, ...]
+    weights: Tensor | None = None
+    segments: tuple[tuple[int, int, str], ...] | None = None
+    dropout_seed: int | None = None
+
+
+@dataclass(eq=False)
+class Status:
+    """What all sites of one model share.
+
+    Attributes:
+        decided: whether anybody has said what is to act. Until then a forward pass warns: an adapter that
+            sits on a model without effect is the mistake that nobody sees.
+        owner: the thread that activated; another one would change its answers.
+    """
+
+    decided: bool = False
+    owner: int | None = None
+
+    def warn_undecided(self) -> None:
+        self.decided = True
+        warnings.warn(
+            "adapters are attached to this model but none was activated, so it answers as its base does; "
+            "call lorica.activate(model, NAME), or lorica.activate(model, None) if that is meant",
+            LoricaWarning,
+            stacklevel=4,
+        )
+
+
+@dataclass(eq=False)
+class Plates:
+    """The adapters of one site, and the route that is in force."""
+
+    path: str
+    layer: Layer
+    status: Status
+    slots: dict[str, Slot] = field(default_factory=dict)
+    route: Route | None = None
+    last: Route | None = None
+    """The route of the newest forward pass: what tells sites that were passed by."""
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy starts inactive
+        return {**self.__dict__, "route": None, "last": None}
+
+    def acting(self) -> list[str]:
+        """Names of the adapters that sit here and take part in the route."""
+        return [n for n in self.route.names if n in self.slots] if self.route is not None else []
+
+    def note_visit(self) -> None:
+        """Remember the route of this pass; refuse a recomputation that runs under another one."""
+        if torch.compiler.is_compiling():
+            return
+        if not self.status.decided:
+            self.status.warn_undecided()
+        if torch._C._current_graph_task_id() == -1:
+            self.last = self.route
+        elif self.last is not self.route:
+            raise ActivationError(
+                f"{self.path} was recomputed in the backward pass under another activation than its forward pass",
+                mend="run backward inside the same activate(...) as the forward pass",
+            )
+
+    def to(self, device: torch.device) -> None:
+        for slot in self.slots.values():
+            for name, tensor in slot.tensors.items():
+                if tensor.device == device:
+                    continue
+                if tensor.is_meta:  # nothing to keep: a meta tensor cannot be assigned to
+                    moved = nn.Parameter(torch.empty_like(tensor, device=device), tensor.requires_grad)
+                    slot.tensors[name] = moved
+                else:  # an optimizer keeps its objects
+                    tensor.data = tensor.data.to(device)
+
+
+class Site:
+    """Mixed in before the class of the original layer; see `site_class`."""
+
+    _lorica_base: type[nn.Module]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        plates: Plates = self.__dict__["_lorica"]
+        plates.note_visit()
+        names = plates.acting()
+        if names and plates.route.weights is None and plates.slots[names[0]].method.replaces and _covers_all(plates):
+            return _run_copy(self, plates.slots[names[0]], x, *args, **kwargs)
+        inner = self.__dict__.get("_lorica_inner")  # accelerate and others put a forward on the instance
+        y = inner(x, *args, **kwargs) if inner else super().forward(x, *args, **kwargs)
+        return add_adapters(self, plates, names, x, y) if names else y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # the plates follow the device, never the dtype
+        super()._apply(fn, recurse)
+        for plates in plates_of(self):
+            for slot in plates.slots.values():
+                for tensor in slot.tensors.values():
+                    plates.to(fn(tensor.detach().new_empty(0)).device)
+                    break
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:  # a class made here has no name to import
+        own = type(self)
+        return _rebuild, (own._lorica_base, _read_parameters(own)), self.__dict__.copy()
+
+
+def add_adapters(module: Any, plates: Plates, names: list[str], x: Tensor, y: Tensor) -> Tensor:
+    """The base output `y` plus what the acting adapters add for input `x`."""
+    route, training = plates.route, module.training
+    if route.segments is not None:
+        return _add_segments(plates, x, y)
+    slots = [plates.slots[n] for n in names]
+    stack = plates.layer.kind == "linear" and all(
+        isinstance(s.method, LoRA) and not (training and s.method.dropout) for s in slots
+    )
+    if route.weights is None and stack:
+        return lora_linear(x, y, [slots[0].method.segment(slots[0].tensors)])
+    if stack:
+        return _add_stack(plates, slots, x, y)
+    result = y
+    for name, slot in zip(names, slots, strict=True):
+        adapted = _apply_one(module, plates, name, slot, x, y)
+        if route.weights is None:
+            result = result + (adapted - y) if len(names) > 1 else adapted
+        else:
+            weight = _row_gate(plates, route.weights[..., [route.names.index(name)]], y)
+            result = result + (adapted - y) * weight.to(y.dtype)
+    return result
+
+
+def _add_segments(plates: Plates, x: Tensor, y: Tensor) -> Tensor:
+    """Training: every adapter has rows of its own; its products see those rows alone."""
+    rows, width = y.shape[:-1].numel(), plates.route.segments[-1][1]
+    if rows != width:
+        raise ActivationError(
+            f"{plates.path}: the segments cover {width} rows, but the layer was given {rows}",
+            mend="adapt this layer with one adapter at a time",
+        )
+    segments: list[Segment] = []
+    for start, end, name in plates.route.segments:
+        if slot := plates.slots.get(name):
+            segments.append(slot.method.segment(slot.tensors, start, end))
+    return lora_linear(x, y, segments) if segments else y
+
+
+def _add_stack(plates: Plates, slots: list[Slot], x: Tensor, y: Tensor) -> Tensor:
+    """A mixture of LoRA adapters as one product: stacked factors, and a gate of scale times weight."""
+    route = plates.route
+    columns = [i for i, n in enumerate(route.names) if n in plates.slots]
+    A = torch.cat([s.tensors["A"] for s in slots])
+    B = torch.cat([s.tensors["B"] for s in slots], dim=1)
+    parts = [
+        route.weights[..., i : i + 1].expand(*route.weights.shape[:-1], s.tensors["A"].shape[0]) * s.method.scale
+        for i, s in zip(columns, slots, strict=True)
+    ]
+    gate = torch.cat(parts, dim=-1)
+    if gate.dim() == 2:
+        gate = _row_gate(plates, gate, x).expand(*x.shape[:-1], gate.shape[1]).reshape(-1, gate.shape[1])
+    return lora_linear(x, y, [Segment(0, None, A, B, gate=gate)])
+
+
+def _row_gate(plates: Plates, gate: Tensor, like: Tensor) -> Tensor:
+    """(N,) or (rows, N) shaped so that it broadcasts against `like`, (batch, ..., features).
+
+    Beams and returned sequences repeat every row in place, so a batch of a multiple of the rows is served.
+    """
+    channels_first = plates.layer.kind in ("conv1d", "conv2d")
+    if gate.dim() == 1:
+        return gate
+    times, rest = divmod(like.shape[0], gate.shape[0])
+    if rest or (times != 1 and like.dim() == 2):
+        raise ActivationError(
+            f"{plates.path}: {gate.shape[0]} rows are active, but this layer was given {tuple(like.shape)}",
+            expected="a batch with one entry of the activation per row",
+        )
+    gate = gate if times == 1 else gate.repeat_interleave(times, 0)
+    ones = [1] * (like.dim() - 2)
+    return gate.view(-1, gate.shape[1], *ones) if channels_first else gate.view(-1, *ones, gate.shape[1])
+
+
+def _apply_one(module: Any, plates: Plates, name: str, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
+    if slot.method.replaces:
+        return _run_copy(module, slot, x)
+    if module.training and slot.method.dropout and x.is_floating_point():
+        x = _dropout(x, slot.method.dropout, plates, name)
+    return slot.method.apply(x, y, slot.tensors, plates.layer)
+
+
+def _dropout(x: Tensor, share: float, plates: Plates, name: str) -> Tensor:
+    """Dropout whose mask depends on the seed of the step, the place and the adapter only.
+
+    So a resumed run, a recomputed layer and an adapter that trains beside others draw the same mask.
+    """
+    seed = plates.route.dropout_seed
+    if seed is None:
+        return F.dropout(x, share)
+    digest = hashlib.sha256(f"{seed}/{plates.path}".encode()).digest()
+    generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:7], "big"))
+    kept = torch.rand(x.shape, generator=generator, device=x.device) >= share
+    return x * kept.to(x.dtype) / (1 - share)
+
+
+def _covers_all(plates: Plates) -> bool:
+    return plates.route.segments is None and len(plates.route.names) == 1
+
+
+def _run_copy(module: Any, slot: Slot, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The layer's own forward over the copied parameters.
+
+    The stand-in shares everything with the layer but its class, which is the original, and its parameters.
+    """
+    base = type(module)._lorica_base
+    stand_in = base.__new__(base)
+    parameters = {
+        name: slot.tensors[name].to(p.dtype) if name in slot.tensors else p for name, p in module._parameters.items()
+    }
+    stand_in.__dict__.update(module.__dict__, _parameters=parameters)
+    return base.forward(stand_in, x, *args, **kwargs)
+
+
+# --- weight sites -------------------------------------------------------------------------------------------
+
+
+def adapted_weight(module: Any, parameter: str) -> Tensor:
+    """What code that reads the parameter of a weight site is given."""
+    plates: Plates = module.__dict__["_lorica_weights"][parameter]
+    weight: Tensor = module._parameters[parameter]
+    plates.note_visit()
+    names = plates.acting()
+    if not names:
+        return weight
+    route = plates.route
+    if route.segments is not None or (route.weights is not None and route.weights.dim() > 1):
+        raise ActivationError(
+            f"{plates.path}: its weight is read as a whole, so all rows share one mixture here",
+            mend="activate one mixture for all rows, or leave this layer out of target_modules",
+        )
+    result = weight
+    for name in names:
+        slot = plates.slots[name]
+        if slot.method.replaces:
+            delta = slot.tensors[parameter].to(weight.dtype) - weight
+        else:
+            delta = to_stored(module, parameter, slot.method.delta(slot.tensors, plates.layer)).to(weight.dtype)
+        share = 1.0 if route.weights is None else route.weights[route.names.index(name)].to(weight.dtype)
+        result = result + delta * share
+    return result
+
+
+class WeightSite(Site):
+    """A site whose parameters are read, not called. The reading goes through a property of the class."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inner = self.__dict__.get("_lorica_inner")
+        return inner(*args, **kwargs) if inner else super(Site, self).forward(*args, **kwargs)
+
+
+# --- entering and leaving -----------------------------------------------------------------------------------
+
+_CLASSES: dict[tuple[type, tuple[str, ...]], type] = {}
+
+
+def site_class(base: type[nn.Module], parameters: tuple[str, ...] = ()) -> type:
+    """The cached subclass of `base` that is a forward site, or a weight site over `parameters`.
+
+    Name, qualified name and module are those of `base`: other libraries match on them.
+    """
+    key = base, parameters
+    if key not in _CLASSES:
+        reads = {
+            name: property(lambda self, name=name: adapted_weight(self, name)) for name in parameters
+        }
+        _CLASSES[key] = type(
+            base.__name__,
+            (WeightSite if parameters else Site, base),
+            {
+                "_lorica_base": base,
+                "_lorica_reads": parameters,
+                "__module__": base.__module__,
+                "__qualname__": base.__qualname__,
+                **reads,
+            },
+        )
+    return _CLASSES[key]
+
+
+def _read_parameters(own: type) -> tuple[str, ...]:
+    return own._lorica_reads
+
+
+def _rebuild(base: type[nn.Module], parameters: tuple[str, ...]) -> nn.Module:
+    module = base.__new__(base)
+    module.__class__ = site_class(base, parameters)
+    return module
+
+
+def is_site(module: nn.Module) -> bool:
+    """Whether adapters sit on this module."""
+    return isinstance(module, Site)
+
+
+def plates_of(module: nn.Module) -> list[Plates]:
+    """The plates of one module: one for a forward site, one per parameter for a weight site."""
+    own = module.__dict__
+    return [own["_lorica"]] if "_lorica" in own else list(own.get("_lorica_weights", {}).values())
+
+
+def enter(module: nn.Module, path: str, status: Status, parameter: str | None = None) -> Plates:
+    """Make `module` a site, if it is none yet, and return its plates.
+
+    Args:
+        path: the name of the place; for a weight site that of the parameter.
+        status: shared by all sites of the model.
+        parameter: the parameter that other code reads; None for a layer that is called.
+
+    Raises:
+        LoricaError: the module is a site of the other kind already.
+    """
+    if is_site(module):
+        if (parameter is None) != ("_lorica" in module.__dict__):
+            raise LoricaError(f"{path}: adapters sit here in another way already", mend="detach them first")
+        if parameter is None:
+            return module.__dict__["_lorica"]
+    base = getattr(type(module), "_lorica_base", type(module))
+    if base.__reduce_ex__ is not object.__reduce_ex__:
+        raise LoricaError(f"{path}: {base.__name__} has a way of its own to be copied, which a site would break")
+    if parameter is None:
+        plates = Plates(path, describe(module), status)
+        if "forward" in module.__dict__:
+            module.__dict__["_lorica_inner"] = module.__dict__.pop("forward")
+        module.__dict__["_lorica"] = plates
+        module.__class__ = site_class(base)
+        return plates
+    weights = module.__dict__.setdefault("_lorica_weights", {})
+    if parameter not in weights:
+        weights[parameter] = Plates(path, describe(module, parameter), status)
+        module.__class__ = site_class(base, tuple(sorted(weights)))
+    return weights[parameter]
+
+
+def check_unchanged(module: nn.Module) -> None:
+    """Raises LoricaError where somebody changed the class or the forward of a site after us."""
+    own = type(module)
+    base = getattr(own, "_lorica_base", None)
+    if base is None or _CLASSES.get((base, own._lorica_reads)) is not own:
+        raise LoricaError(f"{own.__name__}: its class was changed again after attaching", mend="undo that first")
+    forward = module.__dict__.get("forward")
+    if forward is not None and getattr(forward, "__func__", None) not in (Site.forward, WeightSite.forward):
+        raise LoricaError(f"{own.__name__}: its forward was replaced after attaching", mend="undo that first")
+
+
+def leave(module: nn.Module) -> None:
+    """Give the module its class back. Raises LoricaError as `check_unchanged` does."""
+    check_unchanged(module)
+    module.__dict__.pop("forward", None)  # one that a tool put back, bound to our class
+    module.__class__ = type(module)._lorica_base
+    for key in ("_lorica", "_lorica_weights"):
+        module.__dict__.pop(key, None)
+    if inner := module.__dict__.pop("_lorica_inner", None):
+        module.__dict__["forward"] = inner

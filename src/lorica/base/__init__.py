@@ -1,0 +1,1 @@
+"""The frozen base: load a model, know its weights."""

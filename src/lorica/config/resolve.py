@@ -1,0 +1,330 @@
+"""Several layers of settings -> one, checked, with the origin of every value.
+
+A later layer wins over an earlier one: usually the command line over the file. Defaults fill the
+rest, and `Resolved.decided` adds what a rule settles later, with its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from lorica.config.names import ALIASES, NO_TWIN, SECRET_KEY, SECRET_VALUE
+from lorica.config.settings import (
+    REQUIRED,
+    RunConfig,
+    Setting,
+    Settings,
+    TrainSettings,
+    known_settings,
+    method_settings,
+)
+from lorica.config.text import Layer, yaml_text
+from lorica.config.words import is_mapping, problem_of
+from lorica.errors import ConfigError, nearest
+
+VERSION = 1
+"""Of the settings file; a file may name it as `version: 1`."""
+
+_RULES = {"epochs": "rule: neither epochs nor max_steps is given"}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """All settings of a run.
+
+    Attributes:
+        run: what it works on.
+        train: how it trains.
+        method: the settings object of the method, which is the method; None without methods.
+        origins: name -> where its value came from: "default", "run.yaml:7", "--r", "rule: ...".
+        notes: what the user should read, such as aliases that were mapped.
+    """
+
+    run: RunConfig
+    train: TrainSettings
+    method: Any
+    origins: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Name -> value, of everything."""
+        found = {key: getattr(self.run, key) for key in RunConfig.model_fields}
+        found |= {key: getattr(self.train, key) for key in TrainSettings.model_fields}
+        return found | _method_values(self.method)
+
+    def decided(self, key: str, value: object, reason: str) -> Resolved:
+        """The same with one value settled by a rule, such as max_length from the data.
+
+        Raises:
+            ConfigError: the value is not a possible one.
+        """
+        kept = {name: v for name, v in self.values.items() if self.origins[name] != "default"}
+        layer = Layer("settings", kept, {name: self.origins[name] for name in kept})
+        methods = {self.run.method: type(self.method)} if self.method is not None else {}
+        made = resolve(layer, Layer(f"rule: {reason}", {key: value}), methods=methods)
+        return dataclasses.replace(made, notes=self.notes)
+
+    def to_yaml(self) -> str:
+        """YAML that resolves to the same settings, every line with the origin of its value."""
+        groups = {
+            "run": list(RunConfig.model_fields),
+            "training": list(TrainSettings.model_fields),
+            f"method: {self.run.method}": list(_method_values(self.method)),
+        }
+        values, lines = self.values, [f"version: {VERSION}"]
+        for title, keys in groups.items():
+            lines += ["", f"# {title}"] if keys else []
+            for key in keys:
+                setting = f"{key}: {yaml_text(_plain(values[key]))}"
+                lines.append(f"{setting:<44}  # {_printable(self.origins[key])}")
+        return "\n".join(lines) + "\n"
+
+
+def resolve(
+    *layers: Layer | tuple[str, Mapping[str, Any]],
+    methods: Mapping[str, type] | None = None,
+) -> Resolved:
+    """Put layers of settings together; later ones win.
+
+    Args:
+        layers: `load_yaml`, `flag_layer`, or (origin, mapping). Names are flat, and may be aliases.
+        methods: the methods there are, kind -> settings class; `method` chooses one of them.
+            Without any, no method's settings are known.
+
+    Raises:
+        ConfigError: names that are no setting, values of a wrong type or out of range,
+            contradictions, secrets; all that is wrong in all layers at once, with its origin.
+    """
+    stack = [layer if isinstance(layer, Layer) else Layer(*layer) for layer in layers]
+    problems: list[str] = []
+    notes: list[str] = []
+    found = _merge(stack, known_settings(methods), problems, notes)
+    kind = _choose(found, methods or {}, problems)
+    known = known_settings({kind.kind: kind} if kind else {})
+    for key in [key for key in found if key not in known]:
+        _, origin = found.pop(key)
+        if kind:  # without one, the method itself is the problem
+            problems.append(f"{origin}: {key} has no effect with the method {kind.kind}")
+    values = {key: value for key, (value, _) in found.items()}
+    origins = {key: origin for key, (_, origin) in found.items()}
+    run = _build(RunConfig, values, origins, problems)
+    train = _build(TrainSettings, values, origins, problems)
+    method = _build_method(kind, values, origins, problems) if kind else None
+    problems += _contradictions(run, train, origins)
+    if problems or run is None or train is None:
+        reasons = f", for {len(problems)} reasons" if len(problems) > 1 else ""
+        raise ConfigError(f"the settings cannot be used{reasons}", problems=problems)
+    resolved = Resolved(run, train, method, origins, tuple(notes))
+    for key, value in resolved.values.items():
+        if key not in origins or (values[key] is None and value is not None):
+            same = _plain(value) == _plain(known[key].default)
+            origins[key] = "default" if same else _RULES[key]
+    return resolved
+
+
+def json_schema(methods: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a settings file, by which editors complete and check.
+
+    Nothing is required in it: what a file leaves out may stand on the command line.
+    """
+    properties: dict[str, Any] = {"version": {"const": VERSION}}
+    by_model = {
+        key: schema
+        for model in (RunConfig, TrainSettings)
+        for key, schema in model.model_json_schema()["properties"].items()
+    }
+    for key, setting in known_settings(methods).items():
+        schema = by_model.get(key) or TypeAdapter(setting.annotation).json_schema()
+        schema = {k: v for k, v in schema.items() if k not in ("title", "description", "default")}
+        schema["description"] = setting.help
+        if setting.default is not REQUIRED:
+            schema["default"] = _plain(setting.default)
+        properties[key] = schema
+        for alias in setting.aliases:
+            properties[alias] = {"description": f"the same as {key}", "deprecated": True}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Lorica: settings of a run",
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+Found = dict[str, tuple[Any, str]]
+
+
+def _merge(
+    stack: Sequence[Layer], known: Mapping[str, Setting], problems: list[str], notes: list[str]
+) -> Found:
+    """Name -> (value, origin) over all layers, with aliases mapped."""
+    found: Found = {}
+    for layer in stack:
+        written: dict[str, str] = {}
+        for name, value in layer.values.items():
+            origin = layer.where(name)
+            key = _key(name, known)
+            if name == "version":
+                if value != VERSION or isinstance(value, bool):
+                    problems.append(f"{origin}: version is {value!r}; this program reads {VERSION}")
+            elif _hides_secret(name, value, key):
+                problems.append(
+                    f"{origin}: {name} looks like a secret, and settings are copied into the run "
+                    "folder; put it into the environment, such as HF_TOKEN"
+                )
+            elif key is None:
+                problems.append(f"{origin}: {_unknown(name, value, known)}")
+            elif key in written:
+                problems.append(
+                    f"{origin}: {name} and {written[key]} are the same setting; keep one"
+                )
+            else:
+                written[key] = name
+                found[key] = (value, origin)
+                if key != name:
+                    notes.append(f"{origin}: {name} is taken as {key}")
+    return found
+
+
+def _key(name: str, known: Mapping[str, Setting]) -> str | None:
+    """The setting that a name stands for."""
+    for spelling in (name, name.replace("-", "_")):
+        key = ALIASES.get(spelling, spelling)
+        if key in known:
+            return key
+    return None
+
+
+def _unknown(name: str, value: object, known: Mapping[str, Setting]) -> str:
+    if name in NO_TWIN:
+        return f"{name} is not a setting here: {NO_TWIN[name]}"
+    names = [n for key, setting in known.items() for n in (key, *setting.aliases) if len(n) > 1]
+    near = nearest(name, names)
+    key = ALIASES.get(near, near) if near else None
+    if isinstance(value, dict) and not (key and any(map(is_mapping, known[key].kinds))):
+        return f"{name} is not a setting; settings lie flat, without sections"
+    if key:
+        return f"{name} is not a setting; did you mean {key}?"
+    return f"{name} is not a setting; `lorica train --help` lists them"
+
+
+def _hides_secret(name: str, value: object, key: str | None) -> bool:
+    if key is None and SECRET_KEY.search(name):
+        return True
+    return bool(SECRET_VALUE.search(json.dumps(value, default=str, ensure_ascii=False)))
+
+
+def _choose(found: Found, methods: Mapping[str, type], problems: list[str]) -> Any:
+    if not methods:
+        return None
+    word, origin = found.get("method", (RunConfig.model_fields["method"].default, "default"))
+    if isinstance(word, str) and word in methods:
+        return methods[word]
+    near = nearest(str(word), methods)
+    hint = f"did you mean {near}?" if near else f"there are: {', '.join(methods)}"
+    problems.append(f"{origin}: method is {word!r}; {hint}")
+    return None
+
+
+def _build(
+    kind: type[Settings], values: Mapping[str, Any], origins: Mapping[str, str], problems: list[str]
+) -> Any:
+    try:
+        return kind(**{key: values[key] for key in kind.model_fields if key in values})
+    except ConfigError as error:
+        problems += [_placed(problem, origins) for problem in error.problems]
+        return None
+
+
+def _build_method(
+    kind: Any, values: Mapping[str, Any], origins: Mapping[str, str], problems: list[str]
+) -> Any:
+    """The method's settings object: types by its annotations here, ranges by the class itself."""
+    given, wrong = {}, []
+    for setting in method_settings(kind.kind, kind):
+        if setting.key not in values:
+            if setting.default is REQUIRED:
+                wrong.append(f"{setting.key} is missing; it is {setting.help}")
+            continue
+        value = values[setting.key]
+        try:
+            given[setting.key] = _typed(setting.annotation, value)
+        except ValidationError:
+            wrong.append(problem_of(setting.key, value, setting.annotation, setting.expected))
+    try:
+        made = kind(**given)
+    except ConfigError as error:
+        made, wrong = None, wrong + list(error.problems)
+    problems += [_placed(problem, origins) for problem in wrong]
+    return None if wrong else made
+
+
+def _typed(annotation: Any, value: Any) -> Any:
+    """A value as its annotation has it: strict, but lists become tuples, as in JSON."""
+    adapter = TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+    try:
+        text = json.dumps(_plain(value), ensure_ascii=False)
+    except (TypeError, ValueError):
+        return adapter.validate_python(value, strict=True)
+    return adapter.validate_json(text, strict=True)
+
+
+def _placed(problem: str, origins: Mapping[str, str]) -> str:
+    """A problem with the place where its setting was given; it begins with the setting's name."""
+    word = re.match(r"\w*", problem)
+    key = word.group() if word else ""
+    if problem.startswith(f"{key} is missing"):
+        return f"{problem}; give it as --{key.replace('_', '-')}"
+    return f"{origins[key]}: {problem}" if key in origins else problem
+
+
+def _contradictions(
+    run: RunConfig | None, train: TrainSettings | None, origins: Mapping[str, str]
+) -> list[str]:
+    """Between the groups; within one, its own class looks."""
+    if run is None or train is None:
+        return []
+    found = []
+    if run.eval_size == 0:
+        found += [
+            f"{key} has no effect with eval_size=0, which turns evaluation off"
+            for key in ("eval_steps", "early_stopping_patience", "eval_batch_size")
+            if getattr(train, key) is not None
+        ]
+    if run.task == "text-classification" and train.packing is True:
+        found.append(
+            "packing=true is not possible in text-classification; a row is one record there"
+        )
+    return [_placed(problem, origins) for problem in found]
+
+
+def _method_values(method: Any) -> dict[str, Any]:
+    if method is None:
+        return {}
+    return {
+        field.name: getattr(method, field.name)
+        for field in dataclasses.fields(method)
+        if field.init
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML and JSON have it: lists and dictionaries all the way down."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list | set | frozenset):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _printable(text: str) -> str:
+    """Text for a comment: a line break in a file's name must not become a setting."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

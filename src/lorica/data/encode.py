@@ -1,0 +1,450 @@
+"""Records -> token ids and labels for causal language models.
+
+The one encoding for training, evaluation, chat and serving: what is asked later is spelled as it
+was trained.
+
+Boundaries. A record is a row of pieces: prompt and completion, or the spans of a chat template.
+Where the trained part begins or ends the text is tokenized in two, because at inference the model
+is handed the tokens of the prompt alone: tokenizing both together would train on merges across the
+boundary that generation never meets.
+
+Special tokens. BOS and EOS are placed by id, here and once. Special tokens that the data spells
+stay text (a message cannot forge a turn); only a chat template writes control tokens.
+
+Labels are not shifted. The first is always -100, since nothing predicts the first token.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from lorica.data.template import FALLBACK_STATEMENT, ChatTemplate, Span, control_tokens
+from lorica.data.tokens import Key, Piece, PieceTokenizer, Tokenizer, pieces_of
+from lorica.errors import ConfigError, DataError
+
+IGNORED = -100
+MIN_LENGTH = 8
+TrainOn = Literal["completion", "last", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One encoded record, or one window of a long text.
+
+    Attributes:
+        input_ids: token ids.
+        labels: the same ids where the loss falls, -100 elsewhere; not shifted; labels[0] is -100.
+        row: index of the record.
+        num_cut: tokens cut off to fit.
+        num_trained_cut: trained tokens among them.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    row: int = 0
+    num_cut: int = 0
+    num_trained_cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens on which the loss falls."""
+        return len(self.labels) - self.labels.count(IGNORED)
+
+
+@dataclass(frozen=True)
+class Encoded(Sequence[Example]):
+    """Encoded records.
+
+    Attributes:
+        examples: in the order of the records; a text longer than max_length gives several.
+        notes: what the user should know, in words.
+    """
+
+    examples: list[Example]
+    notes: list[str]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.examples[index]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(len(example) for example in self.examples)
+
+    @cached_property
+    def num_trained_tokens(self) -> int:
+        return sum(example.num_trained for example in self.examples)
+
+    @cached_property
+    def num_truncated(self) -> int:
+        """Examples that were cut."""
+        return sum(example.num_cut > 0 for example in self.examples)
+
+    def statement(self) -> str:
+        """Tokens, the share that is trained, and what was cut, in one line."""
+        share = self.num_trained_tokens / max(1, self.num_tokens)
+        text = f"{len(self):,} examples, {self.num_tokens:,} tokens, {share:.1%} trained"
+        return "; ".join([text, *self.notes])
+
+
+@dataclass(frozen=True)
+class CausalEncoder:
+    """How records become token ids and labels.
+
+    Attributes:
+        tokenizer: a transformers tokenizer.
+        template: renders chat records, and prompt records where `prompt_as_chat`; None: the
+            tokenizer's own, or the plain fallback.
+        max_length: tokens per example; None: no limit. Prompt and chat records are cut to it: first
+            the prompt, from its left, down to a quarter of max_length, then the end. What is cut
+            at its end gets no EOS, so that the model does not learn to stop in the middle. Texts
+            are not cut but divided into windows.
+        train_on: "completion": completions, and all turns of the assistant; "last": the last turn
+            only; "all": every token.
+        add_bos: whether to begin with BOS. None: as the tokenizer does by itself; a chat template
+            decides for itself. There is never more than one.
+        add_eos: whether to end with EOS, trained, where a chat template does not end the turn with
+            a control token of its own.
+        separator: between prompt and completion; see `separator_of`.
+        parse_special_tokens: let text and prompt records spell control tokens. For texts that
+            another program rendered with a template.
+        prompt_as_chat: render prompt records as a conversation of two turns.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None = None
+    max_length: int | None = None
+    train_on: TrainOn = "completion"
+    add_bos: bool | None = None
+    add_eos: bool = True
+    separator: str = ""
+    parse_special_tokens: bool = False
+    prompt_as_chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < MIN_LENGTH:
+            raise ConfigError(f"max_length is {self.max_length}", expected=f"at least {MIN_LENGTH}")
+        if self.train_on not in ("completion", "last", "all"):
+            raise ConfigError(
+                f"train_on is {self.train_on!r}", expected='"completion", "last" or "all"'
+            )
+        if self.add_eos and self.tokenizer.eos_token_id is None:
+            raise DataError(
+                "the tokenizer has no EOS token, so that the model would never learn to stop",
+                mend="set tokenizer.eos_token, or add_eos=False",
+            )
+        if self.add_bos and self.tokenizer.bos_token_id is None:
+            raise DataError("add_bos is set, but the tokenizer has no BOS token")
+
+    def encode(self, records: Sequence[Mapping[str, Any]], *, origins: Any = None) -> Encoded:
+        """Encode records of the formats chat, prompt and text.
+
+        Args:
+            records: canonical rows, such as a `Dataset`.
+            origins: (file, line) per record for messages; None: those of the dataset, or indices.
+
+        Raises:
+            DataError: records without a trained token, all of them named; a template that fails.
+        """
+        origins = origins if origins is not None else getattr(records, "origins", None)
+        spans, dropped = self._rendered(records, origins)
+        rows = [pieces_of(row) for row in spans]
+        ids = self._pieces.ids(piece for row in rows for piece in row)
+        examples: list[Example] = []
+        problems = []
+        for index, (record, row) in enumerate(zip(records, rows, strict=True)):
+            made = self._examples(record, row, ids, index)
+            if not any(example.num_trained for example in made):
+                problems.append(f"{_place(origins, index)}: no trained token")
+            examples += made
+        if problems:
+            raise _refused(problems, len(records), "have nothing to learn")
+        return Encoded(examples, [*self._notes(records, examples), *_dropped_note(dropped)])
+
+    def _rendered(
+        self, records: Sequence[Mapping[str, Any]], origins: Any
+    ) -> tuple[list[list[Span]], list[str]]:
+        rendered, problems, dropped = [], [], []
+        for index, record in enumerate(records):
+            try:
+                spans, lost = self._spans(record)
+            except DataError as error:
+                problems.append(f"{_place(origins, index)}: {error}")
+                continue
+            rendered.append(spans)
+            if lost:
+                dropped.append(f"{_place(origins, index)}: {lost[0]}")
+        if problems:
+            raise _refused(problems, len(records), "cannot be rendered")
+        return rendered, dropped
+
+    def prompt_ids(self, record: Mapping[str, Any], *, most: int | None = None) -> list[int]:
+        """The ids after which the model answers: exactly how `encode` begins the same record.
+
+        Args:
+            record: a chat record: everything before its last message where that is the assistant's;
+                a prompt record: its prompt; a text record: its text.
+            most: keep BOS and the last ids only, so many in all.
+        """
+        chat = self._is_chat(record)
+        if chat:
+            messages = _messages(record)
+            if messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+            tools = record.get("tools")
+            spans = self._chat_template.render(messages, add_generation_prompt=True, tools=tools)
+        elif "prompt" in record:
+            spans = [Span(record["prompt"] + self.separator, False, self._literal)]
+        else:
+            spans = [Span(record["text"], False, self._literal)]
+        pieces = pieces_of(spans)
+        found = self._pieces.ids(pieces)
+        ids = self._with_bos([token for piece in pieces for token in found[piece.key]], chat=chat)
+        if most is None or len(ids) <= most:
+            return ids
+        num_bos = int(ids[:1] == [self.tokenizer.bos_token_id])
+        return ids[:num_bos] + ids[num_bos + len(ids) - most :]
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Where generation stops: EOS and the control token that ends a turn of the template."""
+        stops = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+        if not self._chat_template.is_fallback:
+            trained = "".join(s.text for s in self._chat_template.render(probe) if s.trained)
+            for token in control_tokens(self.tokenizer):
+                if trained.endswith(token):
+                    stops.append(self.tokenizer.convert_tokens_to_ids(token))
+        return tuple(dict.fromkeys(stops))
+
+    @cached_property
+    def _pieces(self) -> PieceTokenizer:
+        return PieceTokenizer(self.tokenizer)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return self.template if self.template is not None else ChatTemplate.of(self.tokenizer)
+
+    @property
+    def _literal(self) -> bool:
+        return not self.parse_special_tokens
+
+    def _is_chat(self, record: Mapping[str, Any]) -> bool:
+        return "messages" in record or (self.prompt_as_chat and "prompt" in record)
+
+    def _spans(self, record: Mapping[str, Any]) -> tuple[list[Span], list[str]]:
+        """What a record says, and what its template dropped."""
+        everything = self.train_on == "all"
+        if self._is_chat(record):
+            messages = _messages(record)
+            if self.train_on == "last":
+                messages = [*({**m, "train": False} for m in messages[:-1]), messages[-1]]
+            spans = self._chat_template.render(messages, tools=record.get("tools"))
+            lost = self._chat_template.dropped(messages, spans)
+            return [span._replace(trained=span.trained or everything) for span in spans], lost
+        if "prompt" in record and "completion" in record:
+            prompt = Span(record["prompt"] + self.separator, everything, self._literal)
+            return [prompt, Span(record["completion"], True, self._literal)], []
+        if "text" in record and "label" not in record:
+            return [Span(record["text"], True, self._literal)], []
+        raise DataError(
+            f"a record with the columns {', '.join(record)} is nothing to continue",
+            expected="messages, or prompt and completion, or text",
+        )
+
+    # examples
+
+    @cached_property
+    def _tokenizer_adds_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
+
+    def _with_bos(self, ids: list[int], *, chat: bool) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        wanted = self.add_bos
+        if wanted is None:
+            decided = chat and not self._chat_template.is_fallback
+            wanted = False if decided else self._tokenizer_adds_bos
+        return [bos, *ids] if wanted and ids[:1] != [bos] else ids
+
+    def _examples(
+        self, record: Mapping[str, Any], pieces: list[Piece], found: dict[Key, list[int]], row: int
+    ) -> list[Example]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for piece in pieces:
+            tokens = found[piece.key]
+            ids += tokens
+            labels += tokens if piece.trained else [IGNORED] * len(tokens)
+        chat = self._is_chat(record)
+        if not chat and "prompt" not in record:
+            return self._windows(ids, row)
+        begun = self._with_bos(ids, chat=chat)
+        num_bos = int(bool(begun) and begun[0] == self.tokenizer.bos_token_id)
+        labels = [IGNORED] * (len(begun) - len(ids)) + labels
+        ids, labels = self._ended(begun, labels, pieces)
+        labels[:1] = [IGNORED] * len(labels[:1])
+        return [_fitted(ids, labels, self.max_length, num_bos, row)]
+
+    def _ended(
+        self, ids: list[int], labels: list[int], pieces: list[Piece]
+    ) -> tuple[list[int], list[int]]:
+        """End with the control token of the last trained turn, or with EOS; nothing behind it."""
+        if self.train_on == "all":
+            tail = pieces[-1].text.rstrip() if pieces and not pieces[-1].literal else ""
+            closed = tail.endswith(control_tokens(self.tokenizer))
+        else:
+            last = len(labels)
+            while last and labels[last - 1] == IGNORED:
+                last -= 1
+            if not last:
+                return ids, labels  # nothing is trained: reported by the caller
+            ids, labels = ids[:last], labels[:last]
+            closed = ids[-1] in self._pieces.control_ids
+        if self.add_eos and not closed:
+            eos = self.tokenizer.eos_token_id
+            ids, labels = [*ids, eos], [*labels, eos]
+        return ids, labels
+
+    def _windows(self, ids: list[int], row: int) -> list[Example]:
+        """A text in consecutive windows; every token but the first is learned exactly once.
+
+        Each window begins with BOS, or, where there is none, with the last token of the one before.
+        """
+        if self.add_eos and ids[-1:] != [self.tokenizer.eos_token_id]:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        head = self._with_bos([], chat=False)
+        if head and ids[:1] == head:
+            ids = ids[1:]
+        most = self.max_length or len(ids) + len(head)
+        stride = most - 1
+        starts = range(0, len(ids) if head else max(1, len(ids) - 1), max(1, stride))
+        size = stride if head else most
+        parts = [[*head, *ids[start : start + size]] for start in starts]
+        return [Example(part, [IGNORED, *part[1:]], row) for part in parts]
+
+    def _notes(self, records: Sequence[Any], examples: list[Example]) -> list[str]:
+        notes = []
+        cut = [example for example in examples if example.num_cut]
+        if cut:
+            lost = sum(example.num_trained_cut for example in cut)
+            notes.append(
+                f"{len(cut):,} records ({len(cut) / len(records):.1%}) cut to {self.max_length} "
+                f"tokens, {lost:,} trained tokens lost"
+            )
+        if len(examples) > len(records):
+            notes.append(f"{len(records):,} texts in windows of up to {self.max_length} tokens")
+        if self._literal:
+            spelled = sum(self._spells_control(record) for record in records)
+            if spelled:
+                notes.append(
+                    f"{spelled:,} records spell special tokens, which stay text "
+                    "(parse_special_tokens reads them as tokens)"
+                )
+        if any(self._is_chat(record) for record in records) and self._chat_template.is_fallback:
+            notes.append(FALLBACK_STATEMENT)
+        return notes
+
+    def _spells_control(self, record: Mapping[str, Any]) -> bool:
+        texts = [record.get(key) for key in ("text", "prompt", "completion")]
+        return any(
+            isinstance(text, str) and self._pieces.control_text.search(text) for text in texts
+        )
+
+
+def encode_causal(
+    record: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    template: ChatTemplate | None = None,
+    max_length: int | None = None,
+    train_on: TrainOn = "completion",
+    add_bos: bool | None = None,
+    add_eos: bool = True,
+) -> Example:
+    """Encode one record; for many, `CausalEncoder(...).encode` is faster. Arguments as there.
+
+    Raises:
+        DataError: no trained token, or a text that needs several windows of max_length.
+    """
+    encoder = CausalEncoder(tokenizer, template, max_length, train_on, add_bos, add_eos)
+    examples = encoder.encode([record])
+    if len(examples) > 1:
+        raise DataError(
+            f"the text needs {len(examples)} windows of {max_length} tokens",
+            mend="CausalEncoder.encode gives all of them",
+        )
+    return examples[0]
+
+
+def separator_of(records: Iterable[Mapping[str, Any]]) -> str:
+    """What to put between prompts and completions, for all records of a set alike.
+
+    Nothing where the data parts them itself (all prompts end, or all completions begin, with white
+    space), else a line break: without either the model could not tell where the prompt ends.
+    """
+    ends = begins = True
+    for record in records:
+        prompt, completion = record["prompt"], record["completion"]
+        ends = ends and (not prompt or prompt[-1].isspace())
+        begins = begins and completion[:1].isspace()
+        if not (ends or begins):
+            return "\n"
+    return ""
+
+
+def suggested_max_length(lengths: Sequence[int], *, most: int) -> int:
+    """The 99th percentile of the lengths, rounded up to a multiple of 64, at most `most`."""
+    if not lengths:
+        return most
+    ordered = sorted(lengths)
+    percentile = ordered[min(len(ordered) - 1, (99 * len(ordered)) // 100)]
+    return min(most, -(-percentile // 64) * 64)
+
+
+def _messages(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if "messages" in record:
+        return list(record["messages"])
+    turns: list[Mapping[str, Any]] = [{"role": "user", "content": record["prompt"]}]
+    if "completion" in record:
+        turns.append({"role": "assistant", "content": record["completion"]})
+    return turns
+
+
+def _fitted(
+    ids: list[int], labels: list[int], max_length: int | None, num_bos: int, row: int
+) -> Example:
+    """Cut to max_length so that a trained token is always left (see `CausalEncoder.max_length`)."""
+    excess = 0 if max_length is None else len(ids) - max_length
+    if max_length is None or excess <= 0:
+        return Example(ids, labels, row)
+    trained = [label != IGNORED for label in labels]
+    first = trained.index(True) if True in trained else len(ids)
+    cut = min(excess, max(0, first - num_bos - max_length // 4))
+    kept_ids = (ids[:num_bos] + ids[num_bos + cut :])[:max_length]
+    kept_labels = (labels[:num_bos] + labels[num_bos + cut :])[:max_length]
+    lost = sum(trained) - (len(kept_labels) - kept_labels.count(IGNORED))
+    return Example(kept_ids, kept_labels, row, len(ids) - len(kept_ids), lost)
+
+
+def _place(origins: Any, index: int) -> str:
+    if origins is None:
+        return f"record {index + 1}"
+    file, line = origins[index]
+    return f"{file}:{line}"
+
+
+def _refused(problems: list[str], total: int, why: str) -> DataError:
+    shown = problems[:3] + ([f"and {len(problems) - 3:,} more"] if len(problems) > 3 else [])
+    return DataError(f"{len(problems):,} of {total:,} records {why}", problems=shown)
+
+
+def _dropped_note(dropped: list[str]) -> Iterator[str]:
+    if dropped:
+        yield f"the template left out text of {len(dropped):,} records, first {dropped[0]}"

@@ -1,0 +1,504 @@
+"""Which columns mean what: shapes of rows in the field -> the five canonical formats.
+
+    chat            {"messages": [{"role", "content", ["train"]}, ...]}
+    prompt          {"prompt": str, "completion": str}
+    classification  {"text": str, ["text_pair": str], "label": str | int}
+    seq2seq         {"source": str, "target": str}
+    text            {"text": str}
+
+A new shape is one line in `SHAPES`. Further columns of a row are kept.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorica.data.chat import to_messages, turns
+from lorica.data.problems import RowProblem, show
+from lorica.errors import DataError, nearest
+
+Row = dict[str, Any]
+
+CANONICAL = {  # format -> the columns it needs and those it may have
+    "chat": (("messages",), ("tools",)),
+    "prompt": (("prompt", "completion"), ()),
+    "classification": (("text", "label"), ("text_pair",)),
+    "seq2seq": (("source", "target"), ()),
+    "text": (("text",), ()),
+}
+_ANSWERS = ("references", "slots")  # optional in every format: lists of text
+_MAY_BE_EMPTY = ("prompt",)  # unconditional generation is trained on empty prompts
+_CHECKED = (*_ANSWERS, "label")  # canonical columns that are more than any text
+
+
+class NoTarget(DataError):
+    """The rows have inputs but nothing to learn, as in the public test files of GLUE."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A form of rows that is seen in the field.
+
+    Attributes:
+        name: as the statement to the user calls it.
+        format: the canonical format it becomes.
+        columns: source column -> canonical column ("" where `convert` reads it).
+        optional: the same for columns that may be missing.
+        target: the source column that holds what is to be learned.
+        convert: for shapes that are more than a renaming: (row, source names) -> canonical row.
+    """
+
+    name: str
+    format: str
+    columns: Mapping[str, str]
+    target: str
+    optional: Mapping[str, str] = field(default_factory=dict)
+    convert: Callable[[Row, Mapping[str, str]], Row] | None = None
+
+    def every(self) -> dict[str, str]:
+        return {**self.columns, **self.optional}
+
+
+def _chat(row: Row, names: Mapping[str, str]) -> Row:
+    key = "messages" if "messages" in names else "conversations"
+    value = row.get(names[key])
+    if isinstance(value, str):  # lists that went through a CSV file
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise RowProblem("messages that are text, not a list", show(value)) from None
+    system = row.get(names["system"]) if "system" in names else None
+    return {"messages": to_messages(value, system)}
+
+
+def _conversational(row: Row, names: Mapping[str, str]) -> Row:
+    prompt, completion = row.get(names["prompt"]), row.get(names["completion"])
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise RowProblem("prompt and completion are neither both text nor both messages")
+    messages = to_messages([*prompt, *completion])
+    for message in messages[: -len(completion)]:
+        message["train"] = False
+    return {"messages": messages}
+
+
+def _alpaca_prompt(row: Row, names: Mapping[str, str]) -> str:
+    parts = [_text(row, names["instruction"], empty=True)]
+    if "input" in names and row.get(names["input"]) is not None:
+        parts.append(_text(row, names["input"], empty=True))
+    prompt = "\n".join(part for part in parts if part.strip())
+    if not prompt:
+        raise _empty(names["instruction"])
+    return prompt
+
+
+def _alpaca(row: Row, names: Mapping[str, str]) -> Row:
+    return {"prompt": _alpaca_prompt(row, names), "completion": _text(row, names["output"])}
+
+
+def _alpaca_chat(row: Row, names: Mapping[str, str]) -> Row:
+    history = row.get(names["history"]) if "history" in names else None
+    system = row.get(names["system"]) if "system" in names else None
+    pairs = turns(history, _alpaca_prompt(row, names), _text(row, names["output"]))
+    return {"messages": to_messages(pairs, system)}
+
+
+def _pair(prompt: str, completion: str) -> Shape:
+    columns = {prompt: "prompt", completion: "completion"}
+    return Shape(f"{prompt}/{completion}", "prompt", columns, completion)
+
+
+def _labelled(text: str, label: str, pair: str | None = None) -> Shape:
+    pairs = {pair: "text_pair"} if pair else {}
+    columns = {text: "text", **pairs, label: "label"}
+    return Shape(
+        "+".join([text, *([pair] if pair else []), label]), "classification", columns, label
+    )
+
+
+def _translated(source: str, target: str) -> Shape:
+    columns = {source: "source", target: "target"}
+    return Shape(f"{source}/{target}", "seq2seq", columns, target)
+
+
+_ALPACA = {"instruction": "", "output": ""}
+_PAIRS = (  # (prompt, completion) as data sets call them
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("query", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("instruction", "response"),
+    ("instruction", "completion"),
+    ("problem", "solution"),
+    ("mr", "ref"),  # E2E
+    ("input", "output"),
+)
+_LABELS = ("label", "labels", "category", "intent", "sentiment", "class")
+_TEXT_PAIRS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("question", "sentence"),
+)
+
+SHAPES = (  # the first that fits is taken
+    Shape("messages", "chat", {"messages": ""}, "messages", {"system": ""}, _chat),
+    Shape("ShareGPT", "chat", {"conversations": ""}, "conversations", {"system": ""}, _chat),
+    Shape("alpaca", "prompt", _ALPACA, "output", {"input": ""}, _alpaca),
+    *(_pair(*names) for names in _PAIRS),
+    *(_labelled(a, label, b) for a, b in _TEXT_PAIRS for label in _LABELS),
+    _labelled("#1 string", "quality", "#2 string"),  # MRPC
+    *(_labelled(text, label) for text in ("text", "sentence", "content") for label in _LABELS),
+    *(_translated(*names) for names in (("source", "target"), ("document", "summary"))),
+    *(_translated(*names) for names in (("article", "highlights"), ("dialogue", "summary"))),
+    Shape("text", "text", {"text": "text"}, "text"),
+    Shape("content", "text", {"content": "text"}, "content"),
+)
+# what a shape becomes when the rows ask for more than its canonical format can hold
+_ALPACA_CHAT = Shape(
+    "alpaca", "chat", _ALPACA, "output", {"input": "", "system": "", "history": ""}, _alpaca_chat
+)
+_CONVERSATIONAL = Shape(
+    "prompt/completion of messages",
+    "chat",
+    {"prompt": "", "completion": ""},
+    "completion",
+    {},
+    _conversational,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the rows of one input become canonical: a shape and the names its columns have there.
+
+    Attributes:
+        shape: the shape found or asked for.
+        names: column of the shape -> column of the rows (equal but for case, or as mapped).
+        seen: all columns of the rows.
+        hidden: further columns whose name the canonical row needs for something else (left out).
+    """
+
+    shape: Shape
+    names: Mapping[str, str]
+    seen: tuple[str, ...]
+    hidden: tuple[str, ...]
+
+    def statement(self) -> str:
+        """Such as `3 columns seen: instruction, input, output -> alpaca -> prompt/completion`."""
+        used = set(self.names.values())
+        further = [name for name in self.seen if name not in used and name not in self.hidden]
+        plural = "s" if len(self.seen) != 1 else ""
+        made = [name for name in self.shape.columns.values() if name]
+        need, may = CANONICAL[self.shape.format]
+        columns = "/".join([*need[:-1], *(name for name in may if name in made), need[-1]])
+        text = f"{len(self.seen)} column{plural} seen: {_listed(self.seen)}"
+        chain = [self.shape.name] if self.shape.name != columns else []
+        text = " -> ".join([text, *chain, columns])
+        if further:
+            text += f"; kept as they are: {_listed(further)}"
+        if self.hidden:
+            text += f"; left out, the name is needed: {_listed(self.hidden)}"
+        return text
+
+
+def _listed(names: Iterable[str], most: int = 12) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def columns_of(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The columns of all rows, in order of appearance."""
+    seen: dict[str, None] = {}
+    for row in rows:
+        if not row.keys() <= seen.keys():
+            seen.update(dict.fromkeys(row))
+    return tuple(seen)
+
+
+def plan(
+    rows: list[Row], *, format: str | None = None, columns: Mapping[str, str] | None = None
+) -> Plan:
+    """Decide how `rows` are to be understood.
+
+    Args:
+        rows: at least one row.
+        format: a canonical format or the name of a shape; None finds out.
+        columns: canonical column -> source column; the format follows from the canonical names.
+
+    Raises:
+        NoTarget: there are inputs, but nothing to learn.
+        DataError: no shape fits, or a name is unknown; lists the columns found and the nearest.
+    """
+    seen = columns_of(rows)
+    if columns:
+        shape = _mapped(columns, seen, format)
+    else:
+        shape = _found(seen, format)
+        shape = _refined(shape, rows, seen, format)
+    names = _names(shape, seen)
+    used = set(names.values())
+    canonical = {*CANONICAL[shape.format][0], *CANONICAL[shape.format][1]}
+    hidden = tuple(name for name in seen if name in canonical and name not in used)
+    if shape.format == "chat":
+        hidden = tuple(name for name in hidden if name != "tools")
+    return Plan(shape, names, seen, hidden)
+
+
+def _names(shape: Shape, seen: tuple[str, ...]) -> dict[str, str]:
+    """Column of the shape -> its name in the rows: exact, or equal but for case and spaces."""
+    folded = {name.strip().lower(): name for name in reversed(seen)}
+    return {
+        column: column if column in seen else folded[column.lower()]
+        for column in shape.every()
+        if column in seen or column.lower() in folded
+    }
+
+
+def _fits(shape: Shape, seen: tuple[str, ...]) -> bool:
+    names = _names(shape, seen)
+    return all(column in names for column in shape.columns)
+
+
+def _found(seen: tuple[str, ...], format: str | None) -> Shape:
+    if format is not None and format not in {*CANONICAL, *(shape.name for shape in SHAPES)}:
+        known = [*CANONICAL, *dict.fromkeys(shape.name for shape in SHAPES)]
+        close = nearest(format, known)
+        raise DataError(
+            f"format {format!r} is not known" + (f"; did you mean {close!r}?" if close else ""),
+            expected=", ".join(known[:12]) + " ...",
+        )
+    fitting = [shape for shape in SHAPES if _fits(shape, seen)]
+    wanted = [shape for shape in fitting if format in (None, shape.format, shape.name)]
+    if wanted:
+        return wanted[0]
+    related = [shape for shape in fitting if (shape.format, format) in _CONVERSIONS]
+    if related:
+        return related[0]
+    raise _no_shape(seen, format)
+
+
+def _refined(shape: Shape, rows: list[Row], seen: tuple[str, ...], format: str | None) -> Shape:
+    """Alpaca rows with a system text or a history, and prompts that are messages, become chat."""
+    names = _names(_ALPACA_CHAT, seen)
+    if shape.name == "alpaca":
+        extra = [names[key] for key in ("system", "history") if key in names]
+        filled = any(row.get(name) for row in rows for name in extra)
+        if filled or (extra and format == "chat"):
+            return _ALPACA_CHAT
+    if shape.name == "prompt/completion":
+        name = _names(shape, seen)["prompt"]
+        if any(isinstance(row.get(name), list) for row in rows[:100]):
+            return _CONVERSATIONAL
+    return shape
+
+
+def _no_shape(seen: tuple[str, ...], format: str | None) -> DataError:
+    found = f"columns found: {_listed(seen, 20)}"
+    shapes = [shape for shape in SHAPES if format in (None, shape.format, shape.name)]
+    for shape in shapes:
+        names = _names(shape, seen)
+        inputs = [column for column in shape.columns if column != shape.target]
+        if inputs and all(column in names for column in inputs):
+            return NoTarget(
+                f"no column {shape.target!r} beside {_listed(names.values())}; {found}",
+                expected="a column with what is to be learned",
+                mend='name it, such as columns={"prompt": "...", "completion": "..."}',
+            )
+    known = dict.fromkeys(column for shape in shapes for column in shape.columns)
+    close = {name: nearest(name, known) for name in seen}
+    hints = [f"{name!r} is near {match!r}" for name, match in close.items() if match]
+    return DataError(
+        f"the columns do not say what to learn from what; {found}",
+        problems=hints[:5],
+        expected="messages | prompt, completion | text | text, label | source, target",
+        mend='map them, such as columns={"prompt": "...", "completion": "..."}; a CSV or TSV file '
+        'without a header is mapped by places counted from 0: columns={"text": "3", "label": "1"}',
+    )
+
+
+def _mapped(columns: Mapping[str, str], seen: tuple[str, ...], format: str | None) -> Shape:
+    known = [
+        *dict.fromkeys(n for need, may in CANONICAL.values() for n in (*need, *may)),
+        *_ANSWERS,
+    ]
+    unknown = [name for name in columns if name not in known]
+    if unknown:
+        close = {name: nearest(name, known) for name in unknown}
+        raise DataError(
+            "columns are mapped to names that are not known",
+            problems=[f"{a!r}" + (f"; did you mean {b!r}?" if b else "") for a, b in close.items()],
+            expected=f"names among {', '.join(known)}, each with the column that holds it",
+        )
+    given = set(columns) - set(_ANSWERS)
+    formats = [
+        name
+        for name, (need, may) in CANONICAL.items()
+        if set(need) <= given <= {*need, *may} and format in (None, name)
+    ]
+    if not formats:
+        raise DataError(
+            f"columns for {', '.join(sorted(given)) or 'nothing'} make no format",
+            expected="; ".join(
+                f"{name}: {', '.join(need)}" for name, (need, _) in CANONICAL.items()
+            ),
+        )
+    _check_mapped(columns, seen, CANONICAL[formats[0]][0][-1])
+    swapped = {source: canonical for canonical, source in columns.items()}
+    target = columns[CANONICAL[formats[0]][0][-1]]
+    if formats[0] == "chat":
+        shape = {columns["messages"]: ""}
+        return Shape("as mapped", "chat", shape, target, {}, _mapped_chat(columns["messages"]))
+    return Shape("as mapped", formats[0], swapped, target)
+
+
+def _mapped_chat(column: str) -> Callable[[Row, Mapping[str, str]], Row]:
+    return lambda row, _names: _chat(row, {"messages": column})
+
+
+def _check_mapped(columns: Mapping[str, str], seen: tuple[str, ...], target: str) -> None:
+    if len(set(columns.values())) != len(columns):
+        raise DataError("a column is mapped to two names", expected="one name for each column")
+    missing = [source for source in columns.values() if source not in seen]
+    if missing:
+        by_place = all(place.isdigit() for place in columns.values())
+        kind = NoTarget if columns[target] in missing or by_place else DataError
+        close = {name: nearest(name, seen) for name in missing}
+        raise kind(
+            f"mapped columns are not in the data: {', '.join(map(repr, missing))}",
+            problems=[f"{a!r}" + (f"; did you mean {b!r}?" if b else "") for a, b in close.items()],
+            expected=f"names among {_listed(seen, 20)}",
+        )
+
+
+def converter(plan: Plan) -> Callable[[Row], Row]:
+    """The function that makes a canonical row of a source row.
+
+    Raises (the function):
+        RowProblem: a missing, empty or wrongly typed value.
+    """
+    shape = plan.shape
+    dropped = {*plan.names.values(), *plan.hidden}
+    required = [plan.names[column] for column in shape.columns]
+    renamed = [(canonical, plan.names[source]) for source, canonical in shape.columns.items()]
+
+    def convert(row: Row) -> Row:
+        for name in required:
+            if name not in row:
+                raise _missing(name, row)
+        if shape.convert is not None:
+            result = shape.convert(row, plan.names)
+        else:
+            result = {}
+            for canonical, source in renamed:
+                value = row[source]
+                if canonical in _CHECKED or type(value) is not str or not value.strip():
+                    value = _value(row, source, canonical)  # the rare and the wrong
+                result[canonical] = value
+        if len(row) > len(required):
+            result.update((key, value) for key, value in row.items() if key not in dropped)
+            for key in _ANSWERS:
+                if key in row and key not in dropped:
+                    result[key] = _answers(row[key], key)
+        return result
+
+    return convert
+
+
+def _missing(name: str, row: Row) -> RowProblem:
+    close = nearest(name, row)
+    hint = f"; {close!r} is near" if close else ""
+    return RowProblem(
+        f"no column {name!r}",
+        f"found: {_listed(row)}{hint}",
+        mend="name the columns alike in all rows",
+    )
+
+
+def _value(row: Row, source: str, canonical: str) -> Any:
+    if canonical == "label":
+        return _label(row, source)
+    if canonical in _ANSWERS:
+        return _answers(row[source], source)
+    return _text(row, source, empty=canonical in _MAY_BE_EMPTY)
+
+
+def _text(row: Row, name: str, *, empty: bool = False) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        mend = (
+            "write it in quotes" if isinstance(value, int | float) else "write text, or remove it"
+        )
+        raise RowProblem(f"{name!r} is {kind} instead of text", mend=mend)
+    if not empty and not value.strip():
+        raise _empty(name)
+    return value
+
+
+def _empty(name: str) -> RowProblem:
+    return RowProblem(f"{name!r} is empty", mend="fill it, or remove the row")
+
+
+def _label(row: Row, name: str) -> str | int:
+    value = row[name]
+    if isinstance(value, str) and (label := value.strip()):
+        return label
+    if isinstance(value, float) and value.is_integer():  # Parquet writes columns with gaps so
+        value = int(value)
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, int):
+        return value
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise RowProblem(f"{name!r} is {kind} instead of a label", mend="a text or a whole number")
+    raise _empty(name)
+
+
+def _answers(value: Any, name: str) -> list[str]:
+    if value is None:  # a column with gaps
+        return []
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise RowProblem(f"{name!r} is no list of text", mend='["...", "..."]')
+    return value
+
+
+# between canonical formats
+
+
+def _prompt_to_chat(row: Row) -> Row:
+    further = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+    roles = (("user", row["prompt"]), ("assistant", row["completion"]))
+    return {"messages": [{"role": r, "content": c} for r, c in roles], **further}
+
+
+def _renaming(names: Mapping[str, str]) -> Callable[[Row], Row]:
+    return lambda row: {names.get(key, key): value for key, value in row.items()}
+
+
+_CONVERSIONS: dict[tuple[str, str | None], Callable[[Row], Row]] = {
+    ("prompt", "chat"): _prompt_to_chat,
+    ("prompt", "seq2seq"): _renaming({"prompt": "source", "completion": "target"}),
+    ("seq2seq", "prompt"): _renaming({"source": "prompt", "target": "completion"}),
+}
+
+
+def conversion(found: str, wanted: str) -> Callable[[Row], Row] | None:
+    """The function from one canonical format to another; None where they are the same.
+
+    Raises:
+        DataError: there is no such conversion.
+    """
+    if found == wanted:
+        return None
+    if (found, wanted) not in _CONVERSIONS:
+        ways = ", ".join(f"{a} -> {b}" for a, b in _CONVERSIONS)
+        raise DataError(f"rows of format {found} cannot become {wanted}", expected=ways)
+    return _CONVERSIONS[found, wanted]

@@ -1,0 +1,47 @@
+"""A whole model as a folder that plain transformers loads, written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_model
+from torch import nn
+
+from lorica.attach.attach import adapters
+from lorica.errors import BaseModelError
+from lorica.files.folder import new_folder
+
+WEIGHTS = "model.safetensors"
+
+
+def save_merged(
+    model: nn.Module, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False
+) -> Path:
+    """Write a model, after `merge`, in the format of its library; the base on the disk is not touched.
+
+    Args:
+        model: without adapters. A model of transformers is written by its `save_pretrained`; any other
+            module as one file of its parameters and buffers.
+        folder: appears whole or not at all; it may not be the folder of the base.
+        tokenizer: written into the same folder, with its chat template.
+        overwrite: replace a model that is there.
+
+    Raises:
+        BaseModelError: adapters are attached (they would be lost), or the folder exists.
+    """
+    if left := adapters(model):
+        raise BaseModelError(
+            f"adapters are attached ({', '.join(left)}); a saved model would be the bare base",
+            mend="merge them first, or detach them",
+        )
+    save = getattr(model, "save_pretrained", None)
+    marker = "config.json" if save is not None else WEIGHTS
+    with new_folder(folder, marker=marker, overwrite=overwrite, error=BaseModelError) as temporary:
+        if save is not None:
+            save(temporary)
+        else:
+            save_model(model, str(temporary / WEIGHTS), metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    return Path(folder)

@@ -1,0 +1,381 @@
+"""Merge adapters into their base: the only code that writes a base weight.
+
+    W' = round(W + sum_i w_i (W_i - W))        W_i: the weight under adapter i alone; for LoRA W_i - W = s B A
+
+The sum is taken in float32 (float64 for a float64 base) and rounded once, to the dtype of the base. The rounding is
+the damage: in bfloat16 a weight keeps 8 bits, and an update far below the weight's last bit is lost. What is lost is
+measured for every weight and compared with the update; all weights are computed and checked before the first is written.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.attach.attach import Adapter, adapters, detach, find
+from lorica.attach.layers import describe, to_stored
+from lorica.attach.site import Slot
+from lorica.attach.survey import clean
+from lorica.base.load import base_of
+from lorica.errors import ConfigError, LoricaWarning, MergeError
+from lorica.methods.method import Layer
+
+WARN_DAMAGE, REFUSE_DAMAGE = 0.05, 0.25
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """What merging did to one weight.
+
+    Attributes:
+        path: of the parameter.
+        shape, dtype: of the parameter.
+        update: root mean square of the exact update.
+        damage: root mean square of (rounded - exact) over `update`; 0 where there was no update.
+        changed: share of the elements whose stored value changed.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    update: float
+    damage: float
+    changed: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge` did.
+
+    Attributes:
+        weights: adapter -> its weight in the mixture.
+        merged: one entry per parameter, in the order of the model.
+        untied: parameters that were tied before and have values of their own now.
+    """
+
+    weights: Mapping[str, float]
+    merged: tuple[MergedWeight, ...]
+    untied: tuple[str, ...] = ()
+
+    @property
+    def damage(self) -> float:
+        """Root mean square of all rounding errors over that of all updates."""
+        sizes = [math.prod(weight.shape) for weight in self.merged]
+        update = sum(n * w.update**2 for n, w in zip(sizes, self.merged, strict=True))
+        error = sum(n * (w.update * w.damage) ** 2 for n, w in zip(sizes, self.merged, strict=True))
+        return math.sqrt(error / update) if update else 0.0
+
+    def __str__(self) -> str:
+        mixture = ", ".join(f"{name} x {weight:g}" for name, weight in self.weights.items())
+        lines = [
+            f"merged {mixture} into {len(self.merged)} weights; rounding damage {self.damage:.2%}"
+        ]
+        lines += [f"  untied: {path}" for path in self.untied]
+        width = max((len(w.path) for w in self.merged), default=0)
+        lines.append(f"  {'weight':<{width}}  {'dtype':<9} {'update':>9} {'damage':>8} {'changed':>8}")
+        lines += [
+            f"  {w.path:<{width}}  {w.dtype:<9} {w.update:>9.2e} {w.damage:>8.2%} {w.changed:>8.1%}"
+            for w in self.merged
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """One parameter that the merge will write."""
+
+    path: str
+    module: nn.Module
+    name: str
+    parts: tuple[tuple[float, Slot], ...]
+    layer: Layer
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        found = self.module._parameters[self.name]
+        assert found is not None
+        return found
+
+
+def merge(
+    model: nn.Module, mixture: str | Adapter | Mapping[str, float], *, force: bool = False
+) -> MergeReport:
+    """Write adapters into the base and take them off. Without them the model then answers as it did with them.
+
+    The weights in memory change; files on the disk do not (`files.whole.save_merged` writes new ones).
+    An input embedding tied to the output layer is untied where the model's config can say so.
+
+    Args:
+        mixture: one adapter, or the weights of several: their updates are summed before the one rounding.
+        force: merge even where rounding destroys more than a quarter of the update.
+
+    Returns:
+        the rounding damage of every weight. More than 5 % of it overall is a warning too.
+
+    Raises:
+        ConfigError: an unknown adapter or a weight that is no finite number.
+        MergeError: an update has no weight to go to, shares one with others, or drowns in rounding.
+            Nothing was written then.
+    """
+    shares = _shares(model, mixture)
+    targets = list(_targets(model, shares))
+    problems = [f"{t.path}: {why}" for t in targets if (why := _hindrance(t))]
+    untie, tied_problems = _ties(model, targets)  # path -> who shares it
+    problems += tied_problems
+    if problems:
+        raise MergeError("these adapters cannot become weights", problems=problems[:20])
+    results = [_merged(target) for target in targets]
+    report = MergeReport(shares, tuple(entry for _, entry in results), tuple(untie))
+    _judge(report, force)
+    if untie:
+        _untie(model, targets, untie)
+    for target, (weight, _) in zip(targets, results, strict=True):
+        target.parameter.data.copy_(weight)
+    for name in shares:
+        detach(model, name)
+    for path, other in untie.items():
+        trains = model.get_parameter(other).requires_grad
+        model.get_parameter(path).requires_grad_(trains)
+    _forget_digest(model, shares)
+    return report
+
+
+def _shares(model: nn.Module, mixture: str | Adapter | Mapping[str, float]) -> dict[str, float]:
+    given = dict(mixture) if isinstance(mixture, Mapping) else {find(model, mixture).name: 1.0}
+    problems = [
+        f"the weight of {name!r} is {weight!r}; it must be a finite number"
+        for name, weight in given.items()
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight)
+    ]
+    if problems or not given:
+        raise ConfigError(
+            "this mixture cannot be merged", problems=problems or ["it names no adapter"]
+        )
+    return {find(model, name).name: float(weight) for name, weight in given.items()}
+
+
+def _targets(model: nn.Module, shares: Mapping[str, float]) -> Iterator[_Target]:
+    """Every parameter that an adapter of the mixture changes."""
+    modules = {clean(path): m for path, m in model.named_modules(remove_duplicate=False)}
+    known = adapters(model)
+    paths = dict.fromkeys(path for name in shares for path in known[name].slots)
+    for path in paths:
+        parts = tuple(
+            (share, known[name].slots[path])
+            for name, share in shares.items()
+            if path in known[name].slots
+        )
+        if path in modules:
+            module, parameter = modules[path], None
+        else:
+            core, _, parameter = path.rpartition(".")
+            module = modules[core]
+        layer = describe(module, parameter)
+        own = [parameter or "weight"]
+        own += [key for _, slot in parts if slot.method.replaces for key in slot.tensors]
+        for name in dict.fromkeys(own):
+            if module._parameters.get(name) is None:
+                continue
+            acting = tuple(p for p in parts if name in p[1].tensors or not p[1].method.replaces)
+            if name != own[0]:  # a copy may hold a bias; what adds, adds to the weight alone
+                acting = tuple(p for p in acting if p[1].method.replaces)
+            full = path if parameter else f"{path}.{name}" if path else name
+            yield _Target(full, module, name, acting, layer)
+
+
+def _hindrance(target: _Target) -> str | None:
+    """Why an update cannot go into this weight."""
+    parameter, layer = target.parameter, target.layer
+    adds = [slot for _, slot in target.parts if not slot.method.replaces]
+    copies = [(share, slot) for share, slot in target.parts if slot.method.replaces]
+    if parameter.is_meta or parameter.dtype not in _FLOATS:
+        return f"a weight of type {parameter.dtype} on {parameter.device} cannot be written"
+    if "parametrizations" in target.module._modules:
+        return "the weight is computed by a parametrization; remove it first"
+    if adds and layer.geometry.get("groups", 1) > 1:
+        return "the update of a grouped convolution is no grouped convolution itself"
+    if adds and getattr(target.module, "max_norm", None) is not None:
+        return "the embedding changes its own weight when it is read (max_norm)"
+    if layer.kind == "other" and [share for share, _ in copies] not in ([1.0], []):
+        kind = type(target.module).__name__
+        return f"a mixture of {kind} modules is no {kind}; give one adapter the weight 1"
+    return None
+
+
+def _merged(target: _Target) -> tuple[Tensor, MergedWeight]:
+    """The new weight in the dtype of the base, and what rounding did to it."""
+    parameter = target.parameter.detach()
+    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    base = parameter.to(wide)
+    update = torch.zeros_like(base)
+    for share, slot in target.parts:
+        update += _update(target, slot, base) * share
+    exact = base + update
+    if len(target.parts) == 1 and target.parts[0][0] == 1.0 and target.parts[0][1].method.replaces:
+        exact = target.parts[0][1].tensors[target.name].detach().to(base)  # bit for bit
+    rounded = exact.to(parameter.dtype)
+    error = (rounded.to(torch.float64) - base.to(torch.float64)).sub_(update)
+    size = _rms(update)
+    entry = MergedWeight(
+        target.path,
+        tuple(parameter.shape),
+        str(parameter.dtype).removeprefix("torch."),
+        size,
+        _rms(error) / size if size else 0.0,
+        float((rounded != parameter).double().mean()),
+    )
+    return rounded, entry
+
+
+def _update(target: _Target, slot: Slot, base: Tensor) -> Tensor:
+    """What one adapter adds to the weight, laid out as the module stores it."""
+    if slot.method.replaces:
+        return slot.tensors[target.name].detach().to(base) - base
+    tensors = {key: tensor.detach().to(base) for key, tensor in slot.tensors.items()}
+    if hasattr(slot.method, "delta"):  # without the detour by W, whose last bits it would cost
+        delta: Any = slot.method.delta  # pyright: ignore[reportAttributeAccessIssue]
+        return to_stored(target.module, target.name, delta(tensors, target.layer))
+    plain = to_stored(target.module, target.name, base)
+    merged = slot.method.merged(plain, tensors, target.layer)
+    if merged is None:
+        raise MergeError(f"{target.path}: {slot.method.kind} cannot become a weight here")
+    return to_stored(target.module, target.name, merged) - base
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())
+
+
+def _judge(report: MergeReport, force: bool) -> None:
+    """Refuse what must not be written; warn of what was lost."""
+    bad = [w.path for w in report.merged if not math.isfinite(w.update) or not math.isfinite(w.damage)]
+    if bad:
+        raise MergeError(
+            "merged weights would not be finite",
+            problems=bad[:20],
+            mend="use smaller weights, or a base in bfloat16 or float32",
+        )
+    worst = sorted(report.merged, key=lambda w: -w.damage)[:5]
+    lines = [f"{w.path} ({w.dtype}): {w.damage:.1%}" for w in worst]
+    mend = "keep the adapter apart, or merge into the base in float32 and save that"
+    if report.damage > REFUSE_DAMAGE and not force:
+        raise MergeError(
+            f"rounding would destroy {report.damage:.0%} of the update",
+            expected=f"at most {REFUSE_DAMAGE:.0%}",
+            mend=f"{mend}; or pass force=True",
+            problems=lines,
+        )
+    if report.damage > WARN_DAMAGE:
+        warnings.warn(
+            f"rounding destroyed {report.damage:.1%} of the update; worst: {lines[0]}; {mend}",
+            LoricaWarning,
+            stacklevel=3,
+        )
+
+
+# --- shared weights -----------------------------------------------------------------------------------------
+
+
+def _ties(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, str], list[str]]:
+    """Parameters to untie, each with the one that keeps the tie's name; and why others cannot be untied."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():  # a module under two names computes the same in both
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                full = clean(f"{path}.{name}" if path else name)
+                owners.setdefault(id(parameter), []).append((full, module))
+    overlapping = _overlapping(model)
+    untie: dict[str, str] = {}
+    problems: list[str] = []
+    for target in targets:
+        sharers = owners[id(target.parameter)]
+        if len(sharers) > 1:
+            others = ", ".join(path for path, _ in sharers if path != target.path)
+            if _can_untie(model, [module for _, module in sharers]):
+                untie[target.path] = sharers[0][0]
+            else:
+                problems.append(
+                    f"{target.path}: its weight is also that of {others}, where the update does not belong, and "
+                    f"{type(model).__name__} has no setting that unties them; keep the adapter apart"
+                )
+        elif id(target.parameter) in overlapping:
+            problems.append(f"{target.path}: its memory is shared with another parameter")
+    return untie, problems
+
+
+def _can_untie(model: nn.Module, modules: list[nn.Module]) -> bool:
+    """Whether these are the input embedding and the output layer, tied by the config and by nothing else.
+
+    Encoder-decoder models tie four weights and some scale their output by the tie, so they stay as they are.
+    """
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or len(modules) != 2:
+        return False
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    ends = [_end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")]
+    return all(any(module is end for end in ends) for module in modules)
+
+
+def _end(model: nn.Module, getter: str) -> nn.Module | None:
+    get = getattr(model, getter, None)
+    try:
+        return get() if get is not None else None
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _overlapping(model: nn.Module) -> set[int]:
+    """Parameters that are different objects over the same memory."""
+    spans = sorted(
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), str(p.device), id(p))
+        for p in model.parameters()
+        if p.numel() and not p.is_meta
+    )
+    found: set[int] = set()
+    for (_, end, device, one), (start, _, other_device, two) in zip(spans, spans[1:], strict=False):
+        if start < end and device == other_device:
+            found |= {one, two}
+    return found
+
+
+def _untie(model: nn.Module, targets: list[_Target], untie: Mapping[str, str]) -> None:
+    """Give tied weights values of their own, and let the config say it, so that they stay untied on the disk.
+
+    The config has one switch for all ties, so parameters that it tied besides (a head's bias) are copied too.
+    """
+    keys = getattr(model, "all_tied_weights_keys", None)
+    places = [(target.module, target.name) for target in targets if target.path in untie]
+    for path in keys or ():
+        core, _, name = path.rpartition(".")
+        places.append((model.get_submodule(core), name))
+    for module, name in dict.fromkeys(places):
+        parameter = module._parameters[name]
+        if parameter is not None and _uses(model, parameter) > 1:
+            own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            module._parameters[name] = own
+    config: Any = model.config
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.tie_word_embeddings = False
+    if isinstance(keys, dict):
+        keys.clear()
+
+
+def _uses(model: nn.Module, parameter: nn.Parameter) -> int:
+    """How many modules hold this very Parameter."""
+    return sum(p is parameter for m in model.modules() for p in m._parameters.values())
+
+
+def _forget_digest(model: nn.Module, shares: Mapping[str, float]) -> None:
+    """The base is another one now; adapters made on it must not pass for adapters of the old one."""
+    base = base_of(model)
+    if base is not None:
+        name = " + ".join([base.name, *shares])
+        model.__dict__["_lorica_base"] = replace(base, name=name, digest="")

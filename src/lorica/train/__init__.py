@@ -1,0 +1,1 @@
+"""Training: one step for many adapters, the loop around it, checkpoints."""

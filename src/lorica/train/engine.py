@@ -1,0 +1,220 @@
+"""One optimizer step for N adapters on one base. One adapter is N = 1, through the same code.
+
+A step takes the micro-batches of every adapter. Where the task lets adapters share a forward pass, the k-th
+micro-batches of all of them lie side by side in one flat row, each adapter's rows in a block of their own;
+otherwise they go one after the other. Either way
+
+    loss of adapter a = sum over its labels in the whole step of -log p / number of these labels
+
+so accumulating over micro-batches of unequal length gives exactly the gradient of one large batch. The losses
+of all adapters are added and differentiated once: the base is frozen and no tensor belongs to two adapters, so
+each gets the gradient of its own loss. Clipping, schedule, optimizer and random numbers are each adapter's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lorica.attach.activate import Activation, activate
+from lorica.attach.attach import Adapter
+from lorica.attach.probe import unvisited
+from lorica.attach.site import Route, is_site, plates_of
+from lorica.config import TrainSettings
+from lorica.data.encode import Example
+from lorica.errors import NonFiniteError, TrainingError
+from lorica.methods.lora import LoRA
+from lorica.tasks.task import Task
+from lorica.train.optim import learning_rate, make_optimizer
+
+
+class Trainee:
+    """An adapter in training, with everything that is its own.
+
+    Attributes:
+        adapter: what trains.
+        settings: its settings.
+        total: optimizer steps of the whole run.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, adapter: Adapter, settings: TrainSettings, total: int) -> None:
+        self.adapter, self.settings, self.total, self.step = adapter, settings, total, 0
+        self.optimizer = make_optimizer(adapter.parameters(), settings)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the step to come."""
+        return learning_rate(self.step, self.total, self.settings)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step of one adapter did.
+
+    Attributes:
+        loss: mean negative log-likelihood (nats) of the trained tokens of the step.
+        grad_norm: norm of all its gradients before clipping.
+        learning_rate: the rate used.
+        tokens: real tokens seen, trained or not.
+        trained_tokens: tokens with a label.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    trained_tokens: int
+
+
+class Engine:
+    """Runs optimizer steps on a model; knows nothing of files, epochs or displays.
+
+    Args:
+        model: a base with the adapters of the trainees attached.
+        task: what a loss is.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory.
+
+    Raises:
+        TrainingError: checkpointing was asked of a model that has none.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, *, gradient_checkpointing: bool = False) -> None:
+        self.model, self.task = model, task
+        self._checked: set[str] = set()
+        with activate(model, None):
+            self._shares = task.shares(model)
+        if gradient_checkpointing:
+            _turn_on_checkpointing(model)
+
+    def step(self, trainees: Sequence[Trainee], work: Sequence[Sequence[Sequence[Example]]]) -> list[StepResult]:
+        """One optimizer step of each trainee.
+
+        Args:
+            work: for each trainee its micro-batches, each a list of examples.
+
+        Raises:
+            NonFiniteError: a loss or a gradient is NaN or infinite. No tensor of any adapter was changed.
+            TrainingError: an adapter sits on layers that the model passed by.
+        """
+        self.model.train()
+        together = len(trainees) == 1 or self._can_share(trainees)
+        groups = [list(range(len(trainees)))] if together else [[i] for i in range(len(trainees))]
+        totals = [_Totals(sum(_num_labels(b) for b in batches)) for batches in work]
+        for group in groups:
+            for micro in range(max(len(work[i]) for i in group)):
+                present = [i for i in group if micro < len(work[i])]
+                self._micro_step([trainees[i] for i in present], [work[i][micro] for i in present], [totals[i] for i in present], micro)
+        norms = [_clip(t, total) for t, total in zip(trainees, totals, strict=True)]
+        return [_update(t, total, norm) for t, total, norm in zip(trainees, totals, norms, strict=True)]
+
+    def _can_share(self, trainees: Sequence[Trainee]) -> bool:
+        """Whether all adapters can go through one pass and still train to the same bits as alone.
+
+        Not where a base layer or an adapter draws random numbers for the whole row, where the output head
+        is adapted (it sees labelled rows only), or where a method is not LoRA on linear layers.
+        """
+        if not self._shares:
+            return False
+        slots = [s for t in trainees for s in t.adapter.slots.values()]
+        plain = all(isinstance(s.method, LoRA) and not s.method.dropout for s in slots)
+        linear = all(p.layer.kind == "linear" for m in self.model.modules() if is_site(m) for p in plates_of(m))
+        head = self.model.get_output_embeddings()
+        return plain and linear and not is_site(head) and not _draws(self.model)
+
+    def _micro_step(
+        self, trainees: list[Trainee], blocks: list[Sequence[Example]], totals: list[_Totals], micro: int
+    ) -> None:
+        batch = self.task.collate(blocks, self.model)
+        first = trainees[0]
+        seed = derive_seed(first.settings.seed, first.step, micro)
+        torch.manual_seed(seed)  # dropout of the base; several adapters share a pass only where there is none
+        names = tuple(t.adapter.name for t in trainees)
+        segments = None
+        if len(trainees) > 1:
+            segments = tuple((a, b, name) for (a, b), name in zip(batch.rows or (), names, strict=True))
+        with Activation(self.model, Route(names, segments=segments, dropout_seed=seed)):
+            losses = self.task.losses(self.model, batch)
+            if new := set(names) - self._checked:
+                self._refuse_unvisited(new)
+            total = sum(loss / t.labels for loss, t in zip(losses, totals, strict=True))
+            assert isinstance(total, torch.Tensor)
+            total.backward()
+        for loss, t, block in zip(losses, totals, blocks, strict=True):
+            t.loss += loss.item() / t.labels
+            t.tokens += sum(len(e.input_ids) for e in block)
+
+    def _refuse_unvisited(self, names: set[str]) -> None:
+        self._checked |= names
+        if passed := unvisited(self.model):
+            raise TrainingError(
+                f"{len(passed)} adapted layers were never called, so the adapter would have no effect there",
+                problems=passed[:10],
+                mend="leave them out with exclude_modules",
+            )
+
+
+@dataclass
+class _Totals:
+    labels: int
+    loss: float = 0.0
+    tokens: int = 0
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed that depends on all parts, for one draw and no other."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _num_labels(block: Sequence[Example]) -> int:
+    return sum(e.num_trained for e in block)
+
+
+def _clip(trainee: Trainee, total: _Totals) -> float:
+    """Clip the gradients of one adapter together; returns their norm before."""
+    parameters = list(trainee.adapter.parameters())
+    limit = trainee.settings.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+    if not math.isfinite(norm) or not math.isfinite(total.loss):
+        for parameter in parameters:
+            parameter.grad = None
+        what = f"the loss is {total.loss}" if not math.isfinite(total.loss) else f"the gradient norm is {norm}"
+        raise NonFiniteError(
+            f"adapter {trainee.adapter.name!r}, step {trainee.step + 1}: {what}",
+            expected="finite numbers; the adapter is as it was before this step",
+            mend="lower learning_rate, set max_grad_norm, or use dtype: float32",
+        )
+    return norm
+
+
+def _update(trainee: Trainee, total: _Totals, norm: float) -> StepResult:
+    rate = trainee.learning_rate
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = rate
+    trainee.optimizer.step()
+    trainee.optimizer.zero_grad(set_to_none=True)
+    trainee.step += 1
+    return StepResult(total.loss, norm, rate, total.tokens, total.labels)
+
+
+def _draws(model: nn.Module) -> bool:
+    """Whether the base itself uses dropout in training."""
+    own = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    configured = getattr(model, "config", None)
+    names = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout", "activation_dropout")
+    return own or any(isinstance(v := getattr(configured, n, None), float) and v > 0 for n in names)
+
+
+def _turn_on_checkpointing(model: nn.Module) -> None:
+    turn_on = getattr(model, "activation_checkpointing_enable", None)
+    if turn_on is None or not getattr(model, "supports_gradient_checkpointing", False):
+        raise TrainingError(
+            f"{type(model).__name__} has no gradient checkpointing", mend="set gradient_checkpointing: false"
+        )
+    turn_on({"use_reentrant": False})

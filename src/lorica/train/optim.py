@@ -1,0 +1,53 @@
+"""Learning-rate schedules and the optimizer of one adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from lorica.config import TrainSettings
+
+
+def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
+    """The rate of optimizer step `step` (0 is the first) of `total`. A function of the step and nothing else.
+
+    A warm-up rises linearly to the peak, reached at its last step. Then: constant; linear to 0; half a cosine
+    to 0; or wsd, the peak kept and a linear fall to 0 over the last `decay_ratio` of all steps.
+    """
+    peak, warmup = settings.learning_rate, num_warmup_steps(total, settings)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    kind = settings.lr_scheduler_type
+    if kind == "constant":
+        return peak
+    if kind == "wsd":
+        decay = max(1, round((settings.decay_ratio or 0.2) * total))
+        return peak * min(1.0, (total - step) / decay)
+    left = (total - step) / max(1, total - warmup)
+    return peak * left if kind == "linear" else peak * 0.5 * (1 - math.cos(math.pi * left))
+
+
+def num_warmup_steps(total: int, settings: TrainSettings) -> int:
+    """Steps of the warm-up in a run of `total` steps: `warmup_steps`, or else `warmup_ratio` of all."""
+    if settings.warmup_steps is not None:
+        return min(settings.warmup_steps, total)
+    return min(total, round(settings.warmup_ratio * total))
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over one adapter's tensors.
+
+    One tensor per parameter and one optimizer per adapter: then an adapter trains to the same bits beside
+    others as alone.
+    """
+    return torch.optim.AdamW(
+        list(parameters),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
