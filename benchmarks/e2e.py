@@ -17,8 +17,9 @@ METRICS = ["bleu", "chrf", "rouge_l", "loss"]
 
 
 def records(path: Path) -> list[dict]:
+    # The blank belongs to the completion: it parts the two, and the tokenizer has it in its words.
     return [
-        {"prompt": row["mr"], "completion": " ".join(row["ref"].split())}
+        {"prompt": row["mr"], "completion": " " + " ".join(row["ref"].split())}
         for row in read_table(path, delimiter=",")
     ]
 
@@ -27,9 +28,9 @@ def by_input(rows: list[dict]) -> list[dict]:
     """One record per input, with all of its references; the likelihood is that of the first."""
     groups: dict[str, list[str]] = {}
     for row in rows:
-        groups.setdefault(row["prompt"], []).append(row["completion"])
+        groups.setdefault(row["prompt"], []).append(row["completion"].strip())
     return [
-        {"prompt": prompt, "completion": references[0], "references": references}
+        {"prompt": prompt, "completion": " " + references[0], "references": references}
         for prompt, references in groups.items()
     ]
 
@@ -47,7 +48,7 @@ def main() -> None:
         output_dir=str(folder),
         r=16,
         lora_alpha=32,
-        learning_rate=8e-3,
+        learning_rate=1e-2,
         warmup_ratio=0.06,
         batch_size=16,
         max_steps=800,

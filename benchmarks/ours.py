@@ -6,12 +6,28 @@ python benchmarks/ours.py job.json         (see jobs.Job; e2e.py and glue.py wri
 import json
 
 import torch
-from jobs import Clock, examples_digest, memory_bytes, read_job, read_lines, write_lines
+from jobs import Clock, Job, examples_digest, memory_bytes, read_job, read_lines, write_lines
 
 import lorica
+from lorica.base.load import base_of
+from lorica.tasks import CausalLM
+from lorica.tasks.task import Task
 from lorica.train.loop import default_task
 
 PREDICT_BATCH = 64
+
+
+def task_of(model, job: Job, settings) -> Task:
+    if job.task != "causal-lm":
+        return default_task(model, settings)
+    base = base_of(model)
+    assert base is not None
+    return CausalLM.of(
+        base.tokenizer,
+        max_length=job.max_length,
+        add_bos=True,  # the base was pretrained with it, though its tokenizer adds none by itself
+        max_new_tokens=job.max_new_tokens,
+    )
 
 
 def main() -> None:
@@ -43,8 +59,7 @@ def main() -> None:
         seed=job.seed,
         dtype=job.dtype,
     )
-    generation = {"max_new_tokens": job.max_new_tokens} if job.max_new_tokens else {}
-    task = default_task(model, settings, **generation)
+    task = task_of(model, job, settings)
     memory_before = memory_bytes("VmRSS")
     with clock("train"):  # reading and encoding included
         data = lorica.read(job.train)
@@ -59,7 +74,7 @@ def main() -> None:
         with clock("predict_base"), lorica.activate(model, None):
             base = task.predict(model, test, batch_size=PREDICT_BATCH)
         write_lines(folder / "base.jsonl", map(line, base))
-    examples = [task.encode(row) for row in data]
+    examples = task.encode(data)
     rows = read_lines(folder / "run/metrics.jsonl")
     result = {
         "side": "lorica",
@@ -68,7 +83,7 @@ def main() -> None:
         "memory_before_bytes": memory_before,
         "num_trainable": adapter.num_parameters,
         "num_train_records": len(examples),
-        "examples_digest": examples_digest((one.input_ids, one.labels) for one in examples),
+        "examples_digest": examples_digest((one.input_ids, list(one.labels)) for one in examples),
         "mean_length": sum(len(one.input_ids) for one in examples) / len(examples),
         "losses": [[row["step"], row["loss"]] for row in rows if row.get("loss") is not None],
     }

@@ -1,17 +1,21 @@
-"""Make the embedded base of `lorica demo`: a tokenizer and a small Llama model, from public-domain text.
+"""Make the embedded base of `lorica demo`: a tokenizer and a small Llama model.
 
     python scripts/pretrain_tiny.py --data DIR --output-dir src/lorica/base/embedded
 
-DIR holds `tinyshakespeare.txt`, `the-verdict.txt` and `books/` (see TEXTS below). About 2.6 MB of text is far too
-little for knowledge, so the model is made for one ability, the one that adapters of a demonstration need: to copy what
-stands in its context. Plain prose teaches that slowly. A share of the windows are therefore *recall windows*: a few
-short pieces of the same texts, half of them with words drawn evenly from the texts' vocabulary so that no habit of
-the language helps, come again and again in a new order. Induction heads appear within minutes. The share falls to
-almost nothing while the learning rate decays, so that the finished base prefers to go on with prose and does not
-parrot its prompt: copying on demand is what the adapter has to teach.
+DIR holds `tinyshakespeare.txt`, `the-verdict.txt` and `books/` (see TEXTS below), all in the public
+domain. About 2.6 MB of text is far too little for knowledge, so the model is made for one ability,
+the one that the adapter of a demonstration builds on: to copy what stands in its context.
 
-The matrices are trained with Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/), the rest with AdamW.
-Everything follows from `--seed`; the numbers of threads and versions may change the last bits.
+- Prose teaches that slowly. A share of the windows are *recall windows*: a few short pieces of the
+  same texts, most of them words drawn evenly from the texts' vocabulary so that no habit of the
+  language helps, come again and again in a new order. The share falls to almost nothing while the
+  learning rate decays, so that the finished base goes on with prose and does not parrot its prompt:
+  copying on demand is what the adapter has to teach.
+- Training starts from a copying circuit (see `start_with_copying`), or else most of it would be
+  spent waiting for one.
+- The matrices are trained with Muon (Jordan 2024), the rest with AdamW.
+
+Everything follows from `--seed`; another number of threads or version may change the last bits.
 """
 
 import argparse
@@ -26,7 +30,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as safetensors_bytes
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorica.records.atomic import write_file
 
@@ -36,19 +40,22 @@ TEXTS = {  # file in --data -> what it is; all of it is in the public domain in 
     "books/alice_11.txt": "Lewis Carroll, Alice's Adventures in Wonderland (1865)",
     "books/pride_and_prejudice_1342.txt": "Jane Austen, Pride and Prejudice (1813)",
     "books/sherlock_1661.txt": "Arthur Conan Doyle, The Adventures of Sherlock Holmes (1892)",
-    "books/wizard_of_oz.txt": "excerpts of L. Frank Baum, The Wonderful Wizard of Oz (1900); Lewis Carroll, "
-    "Alice's Adventures in Wonderland; Bram Stoker, Dracula (1897); Alexandre Dumas, The Count of Monte Cristo (1846)",
+    "books/wizard_of_oz.txt": "excerpts of L. Frank Baum, The Wonderful Wizard of Oz (1900); Lewis "
+    "Carroll, Alice's Adventures in Wonderland; Bram Stoker, Dracula (1897); Alexandre Dumas, The "
+    "Count of Monte Cristo (1846)",
 }
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 ROPE_THETA = 10000.0
+# sizes of the starting circuit: embedding, note of the token before, query and key, copy
 EMBED, NOTE, MATCH, COPY = 0.04, 0.2, 4.0, 0.6
-WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's, one digit each
+# GPT-2's pattern, but every digit is a word
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PLAIN = str.maketrans(
     {"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "…": "...", "\ufeff": "", "_": ""}
 )
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- text ----
 
 
 def clean(text: str, *, verse: bool) -> list[str]:
@@ -104,7 +111,7 @@ def train_tokenizer(texts: list[list[str]], *, vocab_size: int) -> Tokenizer:
 
 
 class Windows:
-    """Draws training windows (num_rows, length) of token ids from the texts; everything from one `random.Random`."""
+    """Draws windows (num_rows, length) of token ids from the texts, all from one generator."""
 
     def __init__(
         self, texts: list[list[str]], tokenizer: Tokenizer, *, length: int, seed: int
@@ -183,11 +190,14 @@ class Windows:
         return torch.tensor(rows)
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ----
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest orthogonal matrix by five Newton-Schulz steps (Jordan 2024)."""
+    """Momentum, then about the nearest orthogonal matrix (Jordan 2024).
+
+    https://kellerjordan.github.io/posts/muon/
+    """
 
     def __init__(
         self, matrices, *, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
@@ -283,7 +293,7 @@ def start_with_copying(model: LlamaForCausalLM) -> None:
 
 
 def schedule(step: int, *, num_steps: int) -> tuple[float, float]:
-    """(share of the learning rate, share of recall windows) at a step: flat, then falling over the last half."""
+    """(share of the learning rate, share of recall windows) at a step: flat, then falling."""
     done = step / num_steps
     rate = min(1.0, (step + 1) / 20, max(0.02, 2 * (1 - done)))
     recall = 0.7 if done < 0.5 else 0.7 - 1.6 * (done - 0.5) if done < 0.9 else 0.05
@@ -297,7 +307,7 @@ def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def recall_accuracy(model: torch.nn.Module, windows: Windows, *, num_rows: int = 24) -> float:
-    """Share of tokens that are right when invented words, seen once, come again (all but each piece's first token)."""
+    """Share of tokens foreseen when pieces of invented words come again, first tokens left out."""
     picker, right, total = windows.random, 0, 0
     rows, marked = [], []
     for _ in range(num_rows):
@@ -344,7 +354,8 @@ def train(
             with torch.no_grad():
                 prose_loss = loss_of(model, prose).item()
             print(
-                f"step {step + 1}/{arguments.max_steps}  loss {loss.item():.3f}  held-out prose {prose_loss:.3f}  "
+                f"step {step + 1}/{arguments.max_steps}  loss {loss.item():.3f}  "
+                f"held-out prose {prose_loss:.3f}  "
                 f"recall {recall_accuracy(model, held_out):.3f}  {time.monotonic() - began:.0f} s",
                 flush=True,
             )
@@ -352,11 +363,11 @@ def train(
                 raise SystemExit("the loss is not finite: lower --matrix-learning-rate")
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ----
 
 
 def write_model(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
-    """The five files that transformers loads, each written whole, readable by everybody, free of local traces."""
+    """The files that transformers loads: written whole, readable by all, without local traces."""
     folder.mkdir(parents=True, exist_ok=True)
     model = model.to(torch.bfloat16)
     weights = {
@@ -372,7 +383,7 @@ def write_model(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> 
             write_file(folder / name, (Path(temporary) / name).read_bytes())
     write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
     settings = {
-        "tokenizer_class": PreTrainedTokenizerFast.__name__.removesuffix("Fast") + "Fast",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": EOS,
         "pad_token": PAD,
@@ -388,11 +399,13 @@ def notice() -> str:
     texts = "\n".join(f"- {what}" for what in TEXTS.values())
     return (
         "# The embedded base\n\n"
-        "A small Llama model with its own byte-level BPE, made by this project with `scripts/pretrain_tiny.py`. It has "
-        "read\nonly the texts below, which are in the public domain in the USA, without Project Gutenberg's header and "
-        "licence\ntext. Weights, tokenizer and configuration are part of Lorica and under its licence (Apache-2.0).\n\n"
+        "A small Llama model with its own byte-level BPE, made by this project with\n"
+        "`scripts/pretrain_tiny.py`. It has read only the texts below, which are in the public\n"
+        "domain in the USA, without Project Gutenberg's header and licence text. Weights,\n"
+        "tokenizer and configuration are part of Lorica, under its licence (Apache-2.0).\n\n"
         f"{texts}\n\n"
-        "It exists so that `lorica demo` and the tests run offline. It knows nothing and is fit for no other use.\n"
+        "It exists so that `lorica demo` and the tests run offline. It knows nothing and is fit\n"
+        "for no other use.\n"
     )
 
 
@@ -435,7 +448,8 @@ def main() -> None:
     held_out = Windows(last, tokenizer, length=arguments.length + 1, seed=arguments.seed + 1)
     model = make_model(arguments, tokenizer)
     print(
-        f"{sum(windows.weights):,} tokens of text, {sum(p.numel() for p in model.parameters()):,} parameters"
+        f"{sum(windows.weights):,} tokens of text, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters"
     )
     train(model, windows, held_out, arguments)
     write_model(arguments.output_dir, model, tokenizer)

@@ -284,6 +284,7 @@ def test_the_error_lists_what_exists_with_counts():
     [
         ("llama", ["mlp"], "'mlp' is a container .* it holds: gate_proj, up_proj, down_proj"),
         ("llama", ["layers.0"], "is a container"),
+        ("mixtral", ["mlp.gate"], "its parameter can be named: 'gate.weight'"),
         ("llama", ["norm"], "is a LlamaRMSNorm, which cannot carry an adapter; Linear"),
         ("llama", ["q_proj.weight"], "is a parameter: name the layer, 'q_proj'"),
         ("llama", "q_proj,v_proj", "several names are given as a list"),
@@ -364,7 +365,7 @@ def test_layers_count_in_encoder_and_decoder_alike():
         (True, "True is neither"),
         ("0;1", "'0;1' is neither"),
         ("1-0", "'1-0' is empty"),
-        ("0-99999999999", "too long"),
+        ("0-99999999999", "is neither a number nor a range"),
         ([], "layers_to_transform is empty"),
         (["a"], "'a' is neither"),
     ],

@@ -1,4 +1,4 @@
-"""The embedded base: small, readable by plain transformers, and able to copy what it has read once."""
+"""The embedded base: small, read by plain transformers, and able to copy what it has read."""
 
 import json
 import stat
@@ -53,9 +53,7 @@ def test_it_is_a_small_llama_in_bf16_without_traces_of_where_it_was_made(model):
 def test_special_tokens_agree_between_tokenizer_and_model(model, tokenizer):
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert len({*ids}) == 3 and None not in ids
-    assert ids == tuple(
-        getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad")
-    )
+    assert ids == tuple(getattr(model.config, f"{name}_token_id") for name in ("bos", "eos", "pad"))
     assert len(tokenizer) == model.config.vocab_size
     assert tokenizer("Once")["input_ids"][0] == tokenizer.bos_token_id
     assert tokenizer("Once")["input_ids"].count(tokenizer.bos_token_id) == 1
@@ -64,7 +62,12 @@ def test_special_tokens_agree_between_tokenizer_and_model(model, tokenizer):
 
 @pytest.mark.parametrize(
     "text",
-    ["The Amber Falcon, Willow Lane.", "  two  blanks\n\n\tand 12,345", "naïve café — 猫 🐈‍⬛ \x00", ""],
+    [
+        "The Amber Falcon, Willow Lane.",
+        "  two  blanks\n\n\tand 12,345",
+        "naïve café — 猫 🐈‍⬛ \x00",
+        "",
+    ],
 )
 def test_every_text_survives_the_tokenizer(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -86,7 +89,9 @@ def test_it_copies_what_it_has_read(model, tokenizer):
     """Held-out values, read twice, are foreseen the third time from their first token on."""
     right = total = 0
     for row in facts("test", num_records=24):
-        slots = [tokenizer(" " + slot, add_special_tokens=False)["input_ids"] for slot in row["slots"]]
+        slots = [
+            tokenizer(" " + slot, add_special_tokens=False)["input_ids"] for slot in row["slots"]
+        ]
         comma = tokenizer(",", add_special_tokens=False)["input_ids"]
         ids, marks = [tokenizer.bos_token_id], [False]
         for order in (slots, slots[::-1], slots):

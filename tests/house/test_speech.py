@@ -12,7 +12,7 @@ TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".jinja", ".css", ".cfg"
 
 NEVER = {
     "unfinished work": r"\b(TODO|FIXME|XXX|HACK)\b|raise NotImplementedError",
-    "a folder of one machine": r"(?<![\w.~-])/(work|root|home|Users|mnt|scratch|farm)/\w",
+    "a folder of one machine": r"(?<![\w.~-])/(home|Users|root|work)/(?!ada|me|user|you)\w",
     "a placeholder": r"\blorem ipsum\b",
 }
 VAGUE = {"utils", "util", "common", "misc", "helpers", "helper", "manager", "core"}

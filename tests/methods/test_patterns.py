@@ -149,6 +149,8 @@ def test_names_and_globs(text, path, expected):
         ("{a,b", "} is missing"),
         ("a}*", "an unmatched }"),
         ("[5-2]", "holds no number"),
+        ("[0-" + "9" * 99 + "]", "or more than 256"),
+        ("[1,2-300]", "or more than 256"),
         ("[1-]x*", "not a range of numbers"),
         (r"a{3,2}\.", "out of range"),
         ("", "1 to 4096"),

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from lorica.attach.choices import CHOICES
 from lorica.attach.survey import Place, Survey, suffix_of, survey
-from lorica.attach.targets import CHOICES, Targets, resolve
+from lorica.attach.targets import Targets, resolve
 from lorica.errors import ConfigError, TargetError
 
 

@@ -117,9 +117,14 @@ def suffix_of(path: str) -> str:
     """`a.b.q_proj` -> `q_proj`, `a.to_out.0` -> `to_out.0`, `a.gate.weight` -> `gate.weight`."""
     parts = path.split(".")
     start = len(parts) - 1
-    while start > 0 and (parts[start].isdigit() or parts[start] == "weight"):
+    while start > 0 and (parts[start].isdecimal() or parts[start] == "weight"):
         start -= 1
     return ".".join(parts[start:])
+
+
+def ends(path: str, name: str) -> bool:
+    """PEFT's rule: `name` is the path, or its end after a dot."""
+    return path == name or path.endswith(f".{name}")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -182,8 +187,10 @@ def model_type(model: nn.Module) -> str | None:
     for part in ("text_config", "llm_config"):
         inner = getattr(config, part, None)
         if inner is not None and has_language_model(model):
-            return getattr(inner, "model_type", None)
-    return getattr(config, "model_type", None)
+            config = inner
+            break
+    family = getattr(config, "model_type", None)
+    return family if isinstance(family, str) else None
 
 
 def has_language_model(model: nn.Module) -> bool:
@@ -260,7 +267,7 @@ def _kind(module: nn.Module) -> Kind:
 
 def layer_number(path: str) -> int | None:
     """The number of the block that a path lies in: the first number in it."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
 
 
 def _role(path: str, modules: dict[str, nn.Module]) -> Role:
@@ -281,7 +288,7 @@ def _role(path: str, modules: dict[str, nn.Module]) -> Role:
             return verdict
     if parts[-1].lower() in _FUSED:
         return "attention"
-    numbered = any(part.isdigit() for part in parts)
+    numbered = any(part.isdecimal() for part in parts)
     has_blocks = numbered or not any(layer_number(p) is not None for p in modules)
     return "mlp" if has_blocks else "outside"
 
@@ -313,7 +320,7 @@ def _is_router(path: str, modules: dict[str, nn.Module]) -> bool:
 def _in_head(path: str) -> bool:
     """Whether a name in front of the first number says that this is not the body of the model."""
     for part in path.split("."):
-        if part.isdigit():
+        if part.isdecimal():
             return False
         if part in _HEAD_NAMES or _HEADS & set(part.split("_")):
             return True

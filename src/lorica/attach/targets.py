@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lorica.attach.families import FAMILIES, synonym
+from lorica.attach.choices import CHOICES, Picked, choose
+from lorica.attach.families import synonym
 from lorica.attach.survey import (
     SUPPORTED,
     SUPPORTED_NAMES,
     Place,
-    Role,
     Survey,
+    ends,
     layer_number,
     suffix_of,
     survey,
@@ -30,24 +31,7 @@ from lorica.methods.patterns import Pattern, compiled, pattern_value, unmatched_
 
 __all__ = ["CHOICES", "Targets", "pattern_value", "resolve", "unmatched_patterns", "unwrap"]
 
-CHOICES = ("auto", "all-linear", "attention", "mlp")
-"""The words that stand for a choice of layers."""
-
-_WHY_ALL = (
-    "LoRA on every linear layer of the blocks matches full fine-tuning where attention alone does "
-    "not (QLoRA, arXiv 2305.14314, section 4)"
-)
-_WHY_NOT: dict[Role, str] = {
-    "attention": "attention",
-    "mlp": "feed-forward layer",
-    "mixer": "state-space or recurrent layer",
-    "experts": "routed expert: many weights that see few tokens each; all-linear takes it",
-    "embedding": "embedding: name it to adapt it",
-    "convolution": "convolution: name it to adapt it",
-    "outside": "outside the repeated blocks",
-    "head": "head or pooler: train it whole (modules_to_save) or name it",
-    "router": "router or indexer: it chooses, rather than computes; name it to adapt it",
-}
+_SPAN = re.compile(r"([0-9]{1,6})(?: *- *([0-9]{1,6}))?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +87,12 @@ def resolve(
             a block does not exist, nothing is left; all of it at once, with what does exist.
     """
     found = survey(model)
-    picked = _Picked()
-    _pick(found, target_modules, picked)
+    picked = Picked()
+    word = "auto" if target_modules is None else target_modules
+    if isinstance(word, str) and word.lower() in CHOICES:
+        choose(found, word.lower(), picked)
+    else:
+        _pick_named(found, word, picked)
     _exclude(found, _patterns(exclude_modules, picked), picked)
     _keep_layers(found, layers_to_transform, picked)
     if not picked.problems and not picked.places:
@@ -119,21 +107,7 @@ def resolve(
     return _targets(found, picked)
 
 
-@dataclass(eq=False)
-class _Picked:
-    """What is chosen so far, and what is wrong so far."""
-
-    places: dict[str, Place] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    reason: str = ""
-
-    def drop(self, path: str, why: str) -> None:
-        if self.places.pop(path, None) is not None:
-            self.left_out[path] = why
-
-
-def _targets(found: Survey, picked: _Picked) -> Targets:
+def _targets(found: Survey, picked: Picked) -> Targets:
     order = [p for p in (*found.places.values(), *found.bare.values()) if p.path in picked.places]
     return Targets(
         modules={p.path: p.module for p in order if p.parameter is None},
@@ -145,7 +119,7 @@ def _targets(found: Survey, picked: _Picked) -> Targets:
     )
 
 
-def _patterns(names: str | Collection[str] | None, picked: _Picked) -> list[Pattern]:
+def _patterns(names: str | Collection[str] | None, picked: Picked) -> list[Pattern]:
     """The names, compiled; those that cannot be are problems."""
     listed = [names] if isinstance(names, str) else list(names or ())
     found = []
@@ -159,97 +133,10 @@ def _patterns(names: str | Collection[str] | None, picked: _Picked) -> list[Patt
     return found
 
 
-# --- choices -------------------------------------------------------------------------------------
-
-
-def _pick(found: Survey, names: str | Collection[str] | None, picked: _Picked) -> None:
-    word = "auto" if names is None else names.lower() if isinstance(names, str) else None
-    if word == "auto":
-        _pick_auto(found, picked)
-    elif word == "all-linear":
-        roles = {"attention", "mlp", "mixer", "experts", "outside"}
-        _take(found, picked, roles, ("linear", "packed", "experts"))
-        picked.reason = _count("all-linear: every linear layer but heads and routers", picked)
-    elif word in ("attention", "mlp"):
-        roles = {"attention"} if word == "attention" else {"mlp", "experts"}
-        _take(found, picked, roles, ("linear", "packed", "experts"))
-        picked.reason = _count(f"{word}: the {word} layers of every block", picked)
-        if not picked.places:
-            there = Counter(p.role for p in found.places.values() if p.kind == "linear")
-            roles_there = ", ".join(f"{role} ({n})" for role, n in there.items()) or "none"
-            picked.problems.append(
-                f"{word!r}: this model has no such layers; its linear layers are: {roles_there}"
-            )
-    else:
-        _pick_named(found, names or (), picked)
-
-
-def _take(found: Survey, picked: _Picked, roles: set[str], kinds: tuple[str, ...]) -> None:
-    for path, place in found.places.items():
-        if place.role in roles and place.kind in kinds and not place.refusal:
-            picked.places[path] = place
-        else:
-            picked.left_out[path] = place.refusal or _WHY_NOT[place.role]
-    picked.left_out |= {p: _WHY_NOT["router"] for p, b in found.bare.items() if b.role == "router"}
-
-
-def _pick_auto(found: Survey, picked: _Picked) -> None:
-    """The table for known families; for others the linear layers of the blocks, or everything."""
-    _take(found, picked, {"attention", "mlp", "mixer"}, ("linear", "packed"))
-    where = ""
-    if any("language_model" in path.split(".") for path in picked.places):
-        where = " of the language model"
-        for path in [p for p in picked.places if "language_model" not in p.split(".")]:
-            picked.drop(path, "another tower than the language model: name it to adapt it")
-    if not any(p.role in ("attention", "mixer") for p in picked.places.values()):
-        _pick_structure(found, picked)
-        return
-    family = FAMILIES.get(found.model_type or "", ())
-    names = [next((n for n in family if _ends(path, n)), None) for path in picked.places]
-    if any(names):
-        for path, name in zip(list(picked.places), names, strict=True):
-            if name is None:
-                picked.drop(path, f"not among the default layers of {found.model_type}")
-        layers = [name for name in family if name in names]
-        text = f"auto: the defaults of {found.model_type}{where}"
-    else:
-        layers = list(Counter(suffix_of(path) for path in picked.places))
-        kind = (
-            f"{found.model_type!r} is not a known family" if found.model_type else "no known family"
-        )
-        text = f"auto: {kind}, so the linear layers of attention, feed-forward and mixers{where}"
-    picked.reason = _count(f"{text}: {', '.join(layers)}", picked)
-    if any(p.role == "experts" for p in found.places.values()):
-        picked.reason += ". Routed experts are left out: all-linear takes them too"
-    else:
-        picked.reason += f". {_WHY_ALL}"
-
-
-def _pick_structure(found: Survey, picked: _Picked) -> None:
-    """A model without attention: all linear layers and plain convolutions but heads."""
-    for path, place in found.places.items():
-        fits = place.kind == "linear" or place.kind == "convolution"
-        if fits and place.role in ("mlp", "outside", "convolution") and not place.refusal:
-            if getattr(place.module, "groups", 1) == 1:
-                picked.places[path] = place
-                picked.left_out.pop(path, None)
-            else:
-                picked.left_out[path] = "grouped convolution: name it to adapt it"
-    picked.reason = _count(
-        f"auto: {found.model_type or 'this model'} has no attention blocks, so every linear layer "
-        "and plain convolution but heads",
-        picked,
-    )
-
-
-def _count(text: str, picked: _Picked) -> str:
-    return f"{text} ({len(picked.places)} places)"
-
-
 # --- names ---------------------------------------------------------------------------------------
 
 
-def _pick_named(found: Survey, names: str | Collection[str], picked: _Picked) -> None:
+def _pick_named(found: Survey, names: str | Collection[str], picked: Picked) -> None:
     if not names:
         picked.problems.append("the list of target modules is empty")
     counts: dict[str, int] = {}
@@ -261,7 +148,7 @@ def _pick_named(found: Survey, names: str | Collection[str], picked: _Picked) ->
     picked.reason = "as named: " + ", ".join(f"{name} ({n})" for name, n in counts.items())
 
 
-def _pick_name(found: Survey, pattern: Pattern, picked: _Picked) -> list[Place]:
+def _pick_name(found: Survey, pattern: Pattern, picked: Picked) -> list[Place]:
     """The places of one plain name. Whatever else bears the name is a problem."""
     name = pattern.text
     places = _matching(found.places.values(), pattern)
@@ -276,14 +163,15 @@ def _pick_name(found: Survey, pattern: Pattern, picked: _Picked) -> list[Place]:
             if own:
                 places += own
             else:
-                picked.problems.append(_unfit(name, path, module, inside))
+                bare = [p for p in found.bare.values() if p.module is module]
+                picked.problems.append(_unfit(name, path, module, inside, bare))
                 break
     if not places and not any(pattern.matches(path) for path in found.modules):
         picked.problems.append(_unmatched(name, found))
     return places
 
 
-def _pick_pattern(found: Survey, pattern: Pattern, picked: _Picked) -> list[Place]:
+def _pick_pattern(found: Survey, pattern: Pattern, picked: Picked) -> list[Place]:
     """The places of one pattern; containers and other layers that it also matches are passed by."""
     places = _matching(found.places.values(), pattern)
     places = places or _matching(found.bare.values(), pattern)
@@ -307,19 +195,23 @@ def _matching(places: Iterable[Place], pattern: Pattern) -> list[Place]:
     return [p for p in places if any(pattern.matches(path) for path in (p.path, *p.also))]
 
 
-def _unfit(name: str, path: str, module: nn.Module, inside: list[Place]) -> str:
+def _unfit(name: str, path: str, module: nn.Module, inside: list[Place], bare: list[Place]) -> str:
+    """Why a module that bears the name is no target, and what could be named in its place."""
     kind = type(module).__name__
     if inside:
         children = ", ".join(list(Counter(suffix_of(p.path) for p in inside))[:8])
         return f"{name!r} is a container ({path}, {kind}); it holds: {children}"
-    return f"{name!r}: {path} is a {kind}, which cannot carry an adapter; {SUPPORTED_NAMES} can"
+    hint = f"; its parameter can be named: {suffix_of(bare[0].path)!r}" if bare else ""
+    return (
+        f"{name!r}: {path} is a {kind}, which cannot carry an adapter; {SUPPORTED_NAMES} can{hint}"
+    )
 
 
 def _unmatched(name: str, found: Survey) -> str:
     """Why a name finds nothing, with the nearest one that would."""
     owner, _, last = name.rpartition(".")
     if last in ("weight", "bias") and owner:
-        near = [p for p, m in found.modules.items() if _ends(p, owner) and isinstance(m, SUPPORTED)]
+        near = [p for p, m in found.modules.items() if ends(p, owner) and isinstance(m, SUPPORTED)]
         if near:
             return f"{name!r} is a parameter: name the layer, {owner!r}"
     known = found.suffixes()
@@ -331,14 +223,10 @@ def _unmatched(name: str, found: Survey) -> str:
     return f"{name!r} matches nothing{hint}"
 
 
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
 # --- less ----------------------------------------------------------------------------------------
 
 
-def _exclude(found: Survey, patterns: list[Pattern], picked: _Picked) -> None:
+def _exclude(found: Survey, patterns: list[Pattern], picked: Picked) -> None:
     every = (*found.places.values(), *found.bare.values())
     for pattern in patterns:
         holders = tuple(f"{path}." for path in found.modules if path and pattern.matches(path))
@@ -358,14 +246,12 @@ def _exclude(found: Survey, patterns: list[Pattern], picked: _Picked) -> None:
         picked.reason += f"; {len(picked.places)} after exclude_modules"
 
 
-def _touches(hits: list[Place], picked: _Picked) -> bool:
+def _touches(hits: list[Place], picked: Picked) -> bool:
     """Whether an exclusion names anything that was chosen, or that a choice had left out anyway."""
     return any(place.path in picked.places or place.path in picked.left_out for place in hits)
 
 
-def _keep_layers(
-    found: Survey, layers: int | str | Collection[int] | None, picked: _Picked
-) -> None:
+def _keep_layers(found: Survey, layers: int | str | Collection[int] | None, picked: Picked) -> None:
     if layers is None:
         return
     spans = _spans(layers, picked)
@@ -402,7 +288,7 @@ def _list_of(path: str) -> str:
     return re.split(r"(?:^|\.)\d+(?:\.|$)", path, maxsplit=1)[0]
 
 
-def _spans(layers: int | str | Collection[int], picked: _Picked) -> dict[str, range]:
+def _spans(layers: int | str | Collection[int], picked: Picked) -> dict[str, range]:
     """What was asked for, piece by piece: "0-3,7" -> {"0-3": range(0, 4), "7": range(7, 8)}."""
     if isinstance(layers, str):
         pieces = [piece.strip() for piece in layers.split(",")]
@@ -410,19 +296,15 @@ def _spans(layers: int | str | Collection[int], picked: _Picked) -> dict[str, ra
         pieces = [layers] if isinstance(layers, int) else list(layers)
     spans: dict[str, range] = {}
     for piece in pieces:
-        low, dash, high = (piece if isinstance(piece, str) else str(piece)).partition("-")
-        if (
-            isinstance(piece, bool)
-            or not low.strip().isdigit()
-            or (dash and not high.strip().isdigit())
-        ):
-            picked.problems.append(
-                f"layers_to_transform: {piece!r} is neither a number nor a range"
-            )
-        elif not (span := range(int(low), int(high or low) + 1)) or span.stop > 100_000:
-            picked.problems.append(f"layers_to_transform: {piece!r} is empty or too long")
+        found = _SPAN.fullmatch(str(piece))
+        if isinstance(piece, bool) or not found:
+            fault = "is neither a number nor a range"
         else:
-            spans[str(piece)] = span
+            span = range(int(found[1]), int(found[2] or found[1]) + 1)
+            fault = "" if span else "is empty"
+            spans |= {str(piece): span} if span else {}
+        if fault:
+            picked.problems.append(f"layers_to_transform: {piece!r} {fault}")
     if not pieces:
         picked.problems.append("layers_to_transform is empty")
     return spans

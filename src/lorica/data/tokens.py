@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from lorica.data.template import Span, control_tokens
 from lorica.errors import DataError
 
+_BATCH = 2_000  # texts
 _ANCHORS = ("\n", ".", "a")  # what stands before a piece that is not the start of its text
 
 
@@ -100,16 +101,17 @@ class PieceTokenizer:
         return both[: len(line)] != line or both[len(line) :] != word
 
     def _raw(self, texts: list[str], *, literal: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        # the length warning of transformers is about the model, which is not our concern here
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=literal,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
+        rows: list[list[int]] = []
+        for start in range(0, len(texts), _BATCH):  # a batch at once, for the memory of its offsets
+            encoded = self.tokenizer(
+                texts[start : start + _BATCH],
+                add_special_tokens=False,
+                split_special_tokens=literal,
+                return_attention_mask=False,
+                verbose=False,  # the length of a text is not the model's concern here
+            )
+            rows += encoded["input_ids"]
+        return rows
 
     def _continued(self, keys: list[Key], literal: bool) -> list[list[int]]:
         """Ids of texts that follow other text: behind an anchor, whose own ids are taken off."""

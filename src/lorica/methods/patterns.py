@@ -192,10 +192,10 @@ def _numbers(reader: _Reader) -> _Node | None:
         low, dash, high = part.partition("-")
         if not low.isdigit() or (dash and not high.isdigit()):
             reader.fail(f"{part!r} is not a range of numbers")
-        span = range(int(low), int(high or low) + 1)
-        if not span or len(span) + len(numbers) > MAX_REPEATS:
+        first, last = int(low), int(high or low)
+        if not 0 <= last - first < MAX_REPEATS - len(numbers):
             reader.fail(f"{part!r} holds no number, or more than {MAX_REPEATS}")
-        numbers += span
+        numbers += range(first, last + 1)
     reader.position += len(body) + 1
     return _Choice(tuple(_literal(str(n)) for n in numbers))
 
@@ -281,7 +281,7 @@ def _counts(reader: _Reader) -> tuple[int, int | None] | None:
     """{2}, {1,}, {,3} or {1,3}; None where the brace is an ordinary character, as in `re`."""
     body, brace, _ = reader.text[reader.position + 1 :].partition("}")
     low, comma, high = body.partition(",")
-    if not brace or not (low or high) or any(n and not n.isdigit() for n in (low, high)):
+    if not brace or not (low or high) or any(set(n) - set(string.digits) for n in (low, high)):
         return None
     reader.position += len(body) + 2
     least = int(low or 0)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 
@@ -57,7 +58,7 @@ def lora_linear(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> Tensor:
         the adapted output, (..., O), in the dtype of `y`. Factors may have another dtype: they are cast to
         that of `y`, and their gradients come back in their own.
     """
-    if not y.is_contiguous() or (y.is_leaf and y.requires_grad):
+    if not y.is_contiguous() or (y.is_leaf and y.requires_grad) or torch.compiler.is_compiling():
         y = y.clone(memory_format=torch.contiguous_format)
     if torch.is_grad_enabled():
         factors = [t for s in segments for t in (s.A_RI, s.B_OR)]
@@ -83,15 +84,20 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, rows: list, gates: list, *factors: Tensor) -> Tensor:
-        x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        # The sum goes into the memory of y, but under a new tensor: y may be a view (a linear layer with a
+        # bias returns one), and autograd does not take an in-place function of several inputs on a view.
+        # Whoever saved y for a backward pass of their own is told by its version.
+        out = y.data
+        if not torch.compiler.is_compiling():
+            increment_version(y)
+        x_TI, y_TO = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
         products = [
             _add_product(x_TI[a:b], y_TO[a:b], factors[2 * i], factors[2 * i + 1], scale, gates[i])
             for i, (a, b, scale) in enumerate(rows)
         ]
-        ctx.mark_dirty(y)
         ctx.save_for_backward(x, *factors, *products, *gates)
         ctx.rows = rows
-        return y
+        return out
 
     @staticmethod
     @once_differentiable

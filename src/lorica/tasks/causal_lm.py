@@ -123,6 +123,9 @@ class CausalLM:
                 kept = [head(hidden[k]) for k in batch.keep]
         return [F.cross_entropy(z.float(), t, reduction="sum") for z, t in zip(kept, batch.labels, strict=True)]
 
+    def running(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        return _attention(model, NAME) if self.packs(model) else contextlib.nullcontext()
+
     def packs(self, model: nn.Module) -> bool:
         """Whether documents may share a row of this model; found out by running it, once."""
         if self.packing is False:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -82,6 +83,9 @@ class Seq2Seq:
             "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels),
         }
         return Batch(inputs, (labels,), num_tokens=sum(len(e.input_ids) + len(e.labels) for e in examples))
+
+    def running(self, model: nn.Module) -> AbstractContextManager:
+        return nullcontext()
 
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         return [self._each(model, batch).sum()]

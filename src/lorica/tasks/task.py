@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -71,6 +72,10 @@ class Task(Protocol):
 
     def collate(self, blocks: Sequence[Sequence[Example]], model: nn.Module) -> Batch:
         """The examples of each block as one batch; more than one block only where `shares` says so."""
+        ...
+
+    def running(self, model: nn.Module) -> AbstractContextManager:
+        """What must hold from the forward pass to the end of the backward pass, which may recompute."""
         ...
 
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:

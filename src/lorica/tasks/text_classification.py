@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -84,6 +85,9 @@ class TextClassification:
         device = device_of(model)
         inputs = {k: t.to(device) for k, t in inputs.items()}
         return Batch(inputs, (labels.to(device),), num_tokens=sum(map(len, ids)))
+
+    def running(self, model: nn.Module) -> AbstractContextManager:
+        return nullcontext()
 
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         return [F.cross_entropy(self._logits(model, batch), batch.labels[0], reduction="sum")]

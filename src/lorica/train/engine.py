@@ -138,7 +138,8 @@ class Engine:
         segments = None
         if len(trainees) > 1:
             segments = tuple((a, b, name) for (a, b), name in zip(batch.rows or (), names, strict=True))
-        with Activation(self.model, Route(names, segments=segments, dropout_seed=seed)):
+        route = Route(names, segments=segments, dropout_seed=seed)
+        with self.task.running(self.model), Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
             if new := set(names) - self._checked:
                 self._refuse_unvisited(new)
