@@ -6,6 +6,10 @@
 The base is a Llama of 260 K parameters that was pretrained on children's stories; it has never seen
 a restaurant. Every train pair is a record; the test set is scored per input (630) against all of
 its references (4,693), as the challenge does.
+
+The base was pretrained on stories with <s> between them and never saw </s>: that row of its tied
+embedding equals those of all unused tokens, so that no adapter can learn to say it. Texts end with
+<s> here, on both sides.
 """
 
 from pathlib import Path
@@ -54,6 +58,7 @@ def main() -> None:
         max_steps=800,
         max_length=256,
         max_new_tokens=150,
+        eos_token="<s>",
     )
     run("e2e", job, options, metrics=METRICS, title="E2E on stories260k (Llama, 260 K parameters)")
 

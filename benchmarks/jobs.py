@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ class Job:
         max_length: tokens per record, cut at the end.
         max_new_tokens: for greedy generation on the test records; 0 generates nothing.
         num_threads: threads of the process.
+        eos_token: ends a text instead of the tokenizer's own; empty: the tokenizer's.
         labels: names of the classes, in order of their index; empty for language models.
         group_by_length: PEFT's side only: batches of similar length (the Trainer's option).
         predict_base: whether to score the base too.
@@ -80,6 +82,7 @@ class Job:
     seed: int = 0
     dtype: str = "float32"
     num_threads: int = 2
+    eos_token: str = ""
     labels: list[str] = field(default_factory=list)
     group_by_length: bool = False
     predict_base: bool = True
@@ -144,7 +147,8 @@ def read_job() -> tuple[Job, Path]:
 def run_side(side: str, job: Job, *, niceness: int = 0) -> dict:
     """Run one side on a job in a process of its own; its result with the predictions' paths."""
     folder = Path(job.output_dir) / side / f"seed-{job.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run of this benchmark
+    folder.mkdir(parents=True)
     path = folder / "job.json"
     script, changes = SIDES[side]
     job = replace(job, output_dir=str(folder), **changes)

@@ -22,6 +22,8 @@ def task_of(model, job: Job, settings) -> Task:
         return default_task(model, settings)
     base = base_of(model)
     assert base is not None
+    base.tokenizer.eos_token = job.eos_token or base.tokenizer.eos_token
+    model.generation_config.eos_token_id = base.tokenizer.eos_token_id
     return CausalLM.of(
         base.tokenizer,
         max_length=job.max_length,

@@ -26,6 +26,7 @@ SHOWN_SETTINGS = (
     "max_steps",
     "max_length",
     "max_new_tokens",
+    "eos_token",
     "dtype",
     "num_threads",
     "seeds",

@@ -63,7 +63,9 @@ def load(job: Job):
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     if job.task == "causal-lm":
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
+        tokenizer.eos_token = job.eos_token or tokenizer.eos_token
         model = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.dtype)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
     else:
         model = AutoModelForSequenceClassification.from_pretrained(
             job.model, num_labels=len(job.labels), dtype=job.dtype

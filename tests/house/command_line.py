@@ -31,9 +31,8 @@ def _walk(command, name):
 
 
 def aliases() -> set[str]:
-    """Further spellings of the flags that are settings."""
-    return {
-        "--" + alias.replace("_", "-")
-        for setting in known_settings(METHODS).values()
-        for alias in setting.aliases
-    }
+    """Further spellings of the flags that are settings: other tools' names, and `--no-x`."""
+    known = known_settings(METHODS).values()
+    other = {alias for setting in known for alias in setting.aliases}
+    other |= {f"no_{setting.key}" for setting in known if bool in setting.kinds}
+    return {"--" + name.replace("_", "-") for name in other}

@@ -13,8 +13,8 @@ from torch import nn
 from lorica.attach.layers import describe
 from lorica.attach.probe import weight_read
 from lorica.attach.site import Slot, Status, check_unchanged, enter, is_site, leave, plates_of
+from lorica.attach.survey import unwrap
 from lorica.attach.targets import resolve
-from lorica.base.load import base_of
 from lorica.base.load import base_of
 from lorica.errors import ConfigError, TargetError, nearest
 from lorica.methods.copy import Copy
@@ -159,6 +159,7 @@ def detach(model: nn.Module, adapter: str | Adapter) -> None:
         ConfigError: no such adapter.
         LoricaError: another library changed a site after it was made; nothing was changed.
     """
+    model = unwrap(model)
     attached = attached_to(model)
     name = find(model, adapter).name
     _withdraw(model, name)
@@ -190,7 +191,7 @@ def find(model: nn.Module, adapter: str | Adapter) -> Adapter:
 
 def attached_to(model: nn.Module) -> Attached:
     """The record of what sits on `model`; a fresh one where nothing does."""
-    return model.__dict__.get("_lorica_attached") or Attached()
+    return unwrap(model).__dict__.get("_lorica_attached") or Attached()
 
 
 def _check_name(name: str, attached: Attached) -> None:
@@ -234,7 +235,8 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, str]:
         found[path] = module, parameter, method.at(path)
     found.update({path: (module, None, Copy()) for path, module in copied.items()})
     for setting in ("rank_pattern", "alpha_pattern"):
-        if missed := unmatched_patterns(getattr(method, setting, {}), list(found)):
+        paths = [p.removesuffix(".weight") if own[1] == "weight" else p for p, own in found.items()]
+        if missed := unmatched_patterns(getattr(method, setting, {}), paths):
             raise ConfigError(
                 f"{setting} has keys that match none of the adapted layers: {', '.join(map(repr, missed))}",
                 mend="give names as they end in the list of adapted layers, for example 'q_proj'",
@@ -268,7 +270,11 @@ def _check_places(places: Places, method: Method) -> None:
             found = [f"{own.kind} cannot become a weight, and other code reads this one"]
         problems += [f"{path} ({describe(module, parameter).shape}): {problem}" for problem in found]
     if problems:
-        raise TargetError(f"{method.kind} does not fit {len(problems)} of the layers", problems=problems[:20])
+        raise TargetError(
+            f"{method.kind} does not fit {len(problems)} of the layers",
+            problems=problems[:20],
+            mend="leave them out with exclude_modules, or give them another rank with rank_pattern",
+        )
 
 
 def _withdraw(model: nn.Module, name: str) -> None:

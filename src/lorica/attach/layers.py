@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -14,31 +17,33 @@ def describe(module: nn.Module, parameter: str | None = None) -> Layer:
 
     A module of an unknown class is of kind "other": it can be copied, nothing else.
     """
-    if parameter is not None and module._parameters[parameter].dim() == 3:
+    convolution = isinstance(module, nn.Conv1d | nn.Conv2d)
+    if parameter is not None and not convolution and _stored(module, parameter).dim() == 3:
         return _experts(module, parameter)
-    own = {"parameters": lambda: _copies(module)}
+    # Partials and no closures: a copied model then reads its own weights, and can be pickled.
+    weight = partial(_plain, module, parameter or "weight")
+    own = {"parameters": partial(_copies, module)}
     if isinstance(module, nn.Linear):
-        return Layer("linear", module.in_features, module.out_features, lambda: _plain(module.weight), module.bias is not None, **own)
+        width_in, width_out = module.in_features, module.out_features
+        return Layer("linear", width_in, width_out, weight, module.bias is not None, **own)
     if isinstance(module, Conv1D):  # GPT-2's: the weight is stored (in, out)
-        width_in, width_out = module.weight.shape
-        return Layer("linear", width_in, width_out, lambda: _plain(module.weight).t().contiguous(), True, **own)
+        return Layer("linear", module.nx, module.nf, weight, True, **own)
     if isinstance(module, nn.Embedding):
         scale = float(getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0)))
-        return Layer(
-            "embedding", module.num_embeddings, module.embedding_dim, lambda: _plain(module.weight), output_scale=scale, **own
-        )
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return _convolution(module)
+        vocabulary, width = module.num_embeddings, module.embedding_dim
+        return Layer("embedding", vocabulary, width, weight, output_scale=scale, **own)
+    if convolution:
+        return _convolution(module, weight)
     if parameter is not None:  # a bare 2-D parameter, (out, in)
-        weight = module._parameters[parameter]
-        return Layer("linear", weight.shape[1], weight.shape[0], lambda: _plain(module._parameters[parameter]), **own)
-    return Layer("other", 0, 0, lambda: torch.empty(0), **own)
+        width_out, width_in = _stored(module, parameter).shape
+        return Layer("linear", width_in, width_out, weight, **own)
+    return Layer("other", 0, 0, partial(torch.empty, 0), **own)
 
 
 def is_transposed(module: nn.Module, parameter: str = "weight") -> bool:
     """Whether the stored weight is the transpose of `Layer.weight`."""
     return isinstance(module, Conv1D) or (
-        module._parameters[parameter].dim() == 3 and bool(getattr(module, "is_transposed", False))
+        _stored(module, parameter).dim() == 3 and bool(getattr(module, "is_transposed", False))
     )
 
 
@@ -48,18 +53,14 @@ def to_stored(module: nn.Module, parameter: str, weight: Tensor) -> Tensor:
 
 
 def _experts(module: nn.Module, parameter: str) -> Layer:
-    shape = module._parameters[parameter].shape
-    experts, width_out, width_in = shape if not is_transposed(module, parameter) else (shape[0], shape[2], shape[1])
-    return Layer(
-        "experts",
-        width_in,
-        width_out,
-        lambda: to_stored(module, parameter, _plain(module._parameters[parameter])).contiguous(),
-        num_experts=experts,
-    )
+    experts, width_out, width_in = _stored(module, parameter).shape
+    if is_transposed(module, parameter):
+        width_out, width_in = width_in, width_out
+    weight = partial(_plain, module, parameter)
+    return Layer("experts", width_in, width_out, weight, num_experts=experts)
 
 
-def _convolution(module: nn.Conv1d | nn.Conv2d) -> Layer:
+def _convolution(module: nn.Conv1d | nn.Conv2d, weight: Callable[[], Tensor]) -> Layer:
     geometry = {
         "stride": module.stride,
         "padding": module.padding,
@@ -72,17 +73,25 @@ def _convolution(module: nn.Conv1d | nn.Conv2d) -> Layer:
         "conv1d" if isinstance(module, nn.Conv1d) else "conv2d",
         module.in_channels,
         module.out_channels,
-        lambda: _plain(module.weight),
+        weight,
         module.bias is not None,
         kernel_size=tuple(module.kernel_size),
         geometry=geometry,
-        parameters=lambda: _copies(module),
+        parameters=partial(_copies, module),
     )
 
 
-def _plain(weight: Tensor) -> Tensor:
-    return weight.detach().float().clone()
+def _stored(module: nn.Module, parameter: str) -> Tensor:
+    """The parameter as the base has it, also where reading it by its name gives an adapted weight."""
+    found = module._parameters.get(parameter)
+    return getattr(module, parameter) if found is None else found  # else: computed, as by weight_norm
+
+
+def _plain(module: nn.Module, parameter: str) -> Tensor:
+    """A float32 copy in the layout of `Layer.weight`."""
+    weight = to_stored(module, parameter, _stored(module, parameter).detach().float())
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _copies(module: nn.Module) -> dict[str, Tensor]:
-    return {name: _plain(p) for name, p in module._parameters.items() if p is not None}
+    return {n: p.detach().float().clone() for n, p in module._parameters.items() if p is not None}

@@ -69,6 +69,9 @@ class Status:
     decided: bool = False
     owner: int | None = None
 
+    def __getstate__(self) -> dict[str, Any]:  # a copy is inactive, and nobody's
+        return {"decided": False, "owner": None}
+
     def warn_undecided(self) -> None:
         self.decided = True
         warnings.warn(
@@ -90,37 +93,43 @@ class Plates:
     route: Route | None = None
     last: Route | None = None
     """The route of the newest forward pass: what tells sites that were passed by."""
+    recorded: tuple[Route | None] | None = None
+    """The route of the newest forward pass that autograd recorded; None before there was one."""
 
     def __getstate__(self) -> dict[str, Any]:  # a copy starts inactive
-        return {**self.__dict__, "route": None, "last": None}
+        return {**self.__dict__, "route": None, "last": None, "recorded": None}
 
     def acting(self) -> list[str]:
         """Names of the adapters that sit here and take part in the route."""
         return [n for n in self.route.names if n in self.slots] if self.route is not None else []
 
     def note_visit(self) -> None:
-        """Remember the route of this pass; refuse a recomputation that runs under another one."""
+        """Remember the route of this pass; refuse a recomputation that runs under another one.
+
+        A pass without gradients in between, such as that of a reference model, does not count. Reentrant
+        checkpointing runs its forward pass so, and nothing was recorded then: the newest pass counts.
+        """
         if torch.compiler.is_compiling():
             return
         if not self.status.decided:
             self.status.warn_undecided()
         if torch._C._current_graph_task_id() == -1:
             self.last = self.route
-        elif self.last is not self.route:
+            if torch.is_grad_enabled():
+                self.recorded = (self.route,)
+        elif (self.recorded[0] if self.recorded else self.last) is not self.route:
             raise ActivationError(
                 f"{self.path} was recomputed in the backward pass under another activation than its forward pass",
                 mend="run backward inside the same activate(...) as the forward pass",
             )
 
     def to(self, device: torch.device) -> None:
+        """Follow the base to a device; not to meta, where the tensors' values would be lost."""
+        if device.type == "meta":
+            return
         for slot in self.slots.values():
-            for name, tensor in slot.tensors.items():
-                if tensor.device == device:
-                    continue
-                if tensor.is_meta:  # nothing to keep: a meta tensor cannot be assigned to
-                    moved = nn.Parameter(torch.empty_like(tensor, device=device), tensor.requires_grad)
-                    slot.tensors[name] = moved
-                else:  # an optimizer keeps its objects
+            for tensor in slot.tensors.values():
+                if tensor.device != device:  # an optimizer keeps its objects
                     tensor.data = tensor.data.to(device)
 
 
@@ -129,15 +138,15 @@ class Site:
 
     _lorica_base: type[nn.Module]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         plates: Plates = self.__dict__["_lorica"]
         plates.note_visit()
         names = plates.acting()
-        if names and plates.route.weights is None and plates.slots[names[0]].method.replaces and _covers_all(plates):
-            return _run_copy(self, plates.slots[names[0]], x, *args, **kwargs)
+        if names and _covers_all(plates) and plates.slots[names[0]].method.replaces:
+            return _run_copy(self, plates.slots[names[0]], *args, **kwargs)
         inner = self.__dict__.get("_lorica_inner")  # accelerate and others put a forward on the instance
-        y = inner(x, *args, **kwargs) if inner else super().forward(x, *args, **kwargs)
-        return add_adapters(self, plates, names, x, y) if names else y
+        y = inner(*args, **kwargs) if inner else super().forward(*args, **kwargs)  # pyright: ignore
+        return _add_adapters(self, plates, names, y, args, kwargs) if names else y
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # the plates follow the device, never the dtype
         super()._apply(fn, recurse)
@@ -153,9 +162,18 @@ class Site:
         return _rebuild, (own._lorica_base, _read_parameters(own)), self.__dict__.copy()
 
 
-def add_adapters(module: Any, plates: Plates, names: list[str], x: Tensor, y: Tensor) -> Tensor:
-    """The base output `y` plus what the acting adapters add for input `x`."""
+def _add_adapters(module: Any, plates: Plates, names: list[str], y: Any, args: tuple, kwargs: dict) -> Tensor:
+    """The base output `y` plus what the acting adapters add for the arguments of this call."""
     route, training = plates.route, module.training
+    assert route is not None
+    if not isinstance(y, Tensor):
+        raise ActivationError(
+            f"{plates.path} returns a {type(y).__name__}, so copies of it cannot be mixed",
+            mend="activate one adapter alone, with weight 1",
+        )
+    if y.is_meta:  # without values there is nothing to add
+        return y
+    x = args[0] if args else next(iter(kwargs.values()))
     if route.segments is not None:
         return _add_segments(plates, x, y)
     slots = [plates.slots[n] for n in names]
@@ -168,7 +186,11 @@ def add_adapters(module: Any, plates: Plates, names: list[str], x: Tensor, y: Te
         return _add_stack(plates, slots, x, y)
     result = y
     for name, slot in zip(names, slots, strict=True):
-        adapted = _apply_one(module, plates, name, slot, x, y)
+        if slot.method.replaces:
+            adapted = _run_copy(module, slot, *args, **kwargs)
+        else:
+            dropped = _dropout(x, slot.method.dropout, plates) if training else x
+            adapted = slot.method.apply(dropped, y, slot.tensors, plates.layer)
         if route.weights is None:
             result = result + (adapted - y) if len(names) > 1 else adapted
         else:
@@ -227,20 +249,14 @@ def _row_gate(plates: Plates, gate: Tensor, like: Tensor) -> Tensor:
     return gate.view(-1, gate.shape[1], *ones) if channels_first else gate.view(-1, *ones, gate.shape[1])
 
 
-def _apply_one(module: Any, plates: Plates, name: str, slot: Slot, x: Tensor, y: Tensor) -> Tensor:
-    if slot.method.replaces:
-        return _run_copy(module, slot, x)
-    if module.training and slot.method.dropout and x.is_floating_point():
-        x = _dropout(x, slot.method.dropout, plates, name)
-    return slot.method.apply(x, y, slot.tensors, plates.layer)
+def _dropout(x: Tensor, share: float, plates: Plates) -> Tensor:
+    """Dropout whose mask depends on the seed of the step and the place only.
 
-
-def _dropout(x: Tensor, share: float, plates: Plates, name: str) -> Tensor:
-    """Dropout whose mask depends on the seed of the step, the place and the adapter only.
-
-    So a resumed run, a recomputed layer and an adapter that trains beside others draw the same mask.
+    So a resumed run and a recomputed layer draw the same mask. Token ids are left as they are.
     """
-    seed = plates.route.dropout_seed
+    if not share or not x.is_floating_point():
+        return x
+    seed = plates.route.dropout_seed if plates.route is not None else None
     if seed is None:
         return F.dropout(x, share)
     digest = hashlib.sha256(f"{seed}/{plates.path}".encode()).digest()
@@ -250,10 +266,12 @@ def _dropout(x: Tensor, share: float, plates: Plates, name: str) -> Tensor:
 
 
 def _covers_all(plates: Plates) -> bool:
-    return plates.route.segments is None and len(plates.route.names) == 1
+    """Whether one adapter acts on all rows, with weight 1."""
+    route = plates.route
+    return route is not None and route.weights is None and route.segments is None and len(route.names) == 1
 
 
-def _run_copy(module: Any, slot: Slot, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _run_copy(module: Any, slot: Slot, *args: Any, **kwargs: Any) -> Any:
     """The layer's own forward over the copied parameters.
 
     The stand-in shares everything with the layer but its class, which is the original, and its parameters.
@@ -264,7 +282,7 @@ def _run_copy(module: Any, slot: Slot, x: Tensor, *args: Any, **kwargs: Any) -> 
         name: slot.tensors[name].to(p.dtype) if name in slot.tensors else p for name, p in module._parameters.items()
     }
     stand_in.__dict__.update(module.__dict__, _parameters=parameters)
-    return base.forward(stand_in, x, *args, **kwargs)
+    return base.forward(stand_in, *args, **kwargs)
 
 
 # --- weight sites -------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -75,7 +75,7 @@ def load_model(
         name: a folder, a hub id, or "embedded".
         task: one of `AUTO_CLASSES`.
         dtype: of the frozen weights: "float32", "bfloat16", "float16", or "auto": bfloat16 where the
-            processor multiplies it natively, else float32.
+            processor multiplies it natively, else float32; "as-stored": as the files have it.
         labels: names of the classes of a classification; the model gets a head of that size.
         trust_remote_code: run Python code that comes with the model. Never on by itself.
         device: "cpu", "cuda", ..., or "auto": the first GPU where there is one.
@@ -85,7 +85,9 @@ def load_model(
     """
     path = EMBEDDED if str(name) == "embedded" else name
     _check_request(path, task, dtype)
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    )
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.utils.logging.get_verbosity()
@@ -96,7 +98,12 @@ def load_model(
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
         model, info = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
-            path, config=config, dtype=choose_dtype(dtype, target), use_safetensors=True, output_loading_info=True, **options
+            path,
+            config=config,
+            dtype=choose_dtype(dtype, target),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -108,14 +115,49 @@ def load_model(
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
     tokenizer.padding_side = "right"
-    base = Base(str(name), task, weights_digest(path, model), tokenizer, tuple(labels) or _labels(config, task))
+    base = Base(
+        str(name),
+        task,
+        weights_digest(path, model),
+        tokenizer,
+        tuple(labels) or _labels(config, task),
+    )
     base.new_modules = _new_modules(name, task, model, info, base.notes)
     model.__dict__["_lorica_base"] = base
     return model.to(target).eval()
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen weights; see `load_model`."""
+def empty_model(
+    name: str | Path, *, task: str = "causal-lm", trust_remote_code: bool = False
+) -> nn.Module:
+    """The model as its config describes it, without weights: for counting and naming, on the meta device.
+
+    Raises:
+        BaseModelError: there is no config, or none for this task.
+    """
+    path = EMBEDDED if str(name) == "embedded" else Path(name) if Path(name).exists() else name
+    if task not in AUTO_CLASSES:
+        raise BaseModelError(
+            f"unknown task {task!r}", expected=f"one of: {', '.join(AUTO_CLASSES)}"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return getattr(transformers, AUTO_CLASSES[task]).from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"{name} could not be read for {task}: {str(error).splitlines()[0]}",
+            expected="a folder with config.json, or a hub id",
+            mend="check the path, or name another --task",
+        ) from error
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | Literal["auto"]:
+    """The dtype of the frozen weights; see `load_model`. "as-stored" leaves the choice to the files."""
+    if dtype == "as-stored":
+        return "auto"
     if dtype != "auto":
         return _DTYPES[dtype]
     if device.type == "cuda":
@@ -142,7 +184,9 @@ def weights_digest(path: str | Path, model: nn.Module) -> str:
     if not files:
         for key, tensor in sorted(model.state_dict().items()):
             digest.update(key.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(
+                tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()
 
 
@@ -150,7 +194,7 @@ def _check_request(path: str | Path, task: str, dtype: str) -> None:
     problems = []
     if task not in AUTO_CLASSES:
         problems.append(f"unknown task {task!r}; there are {', '.join(AUTO_CLASSES)}")
-    if dtype not in (*_DTYPES, "auto"):
+    if dtype not in (*_DTYPES, "auto", "as-stored"):
         near = nearest(dtype, _DTYPES)
         problems.append(f"unknown dtype {dtype!r}; did you mean {near or 'auto'!r}?")
     folder = Path(path)
@@ -165,7 +209,9 @@ def _check_request(path: str | Path, task: str, dtype: str) -> None:
 def _folder_problems(folder: Path) -> list[str]:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            return [f"{folder} is an adapter, not a base model: name the base, and load the adapter on it"]
+            return [
+                f"{folder} is an adapter, not a base model: name the base, and load the adapter on it"
+            ]
         return [f"{folder} has no config.json"]
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -173,16 +219,24 @@ def _folder_problems(folder: Path) -> list[str]:
         return [f"{folder}/config.json is no JSON: {error}"]
     if not any(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        mend = "; its pickled weights are never loaded: convert them to safetensors first" if pickled else ""
+        mend = (
+            "; its pickled weights are never loaded: convert them to safetensors first"
+            if pickled
+            else ""
+        )
         return [f"{folder} has no *.safetensors{mend}"]
     return []
 
 
-def _new_modules(name: str | Path, task: str, model: nn.Module, info: dict, notes: list[str]) -> tuple[str, ...]:
+def _new_modules(
+    name: str | Path, task: str, model: nn.Module, info: dict, notes: list[str]
+) -> tuple[str, ...]:
     """Modules without weights in the files. Only the head of a classification may be new."""
     missing = sorted(info["missing_keys"])
     heads = {"classifier", "score", "pre_classifier", "pooler", "classification_head"}
-    wrong = [key for key in missing if task != "text-classification" or not heads & set(key.split("."))]
+    wrong = [
+        key for key in missing if task != "text-classification" or not heads & set(key.split("."))
+    ]
     wrong += [f"{key[0]} (of another shape)" for key in info["mismatched_keys"]]
     if wrong:
         raise BaseModelError(
@@ -191,8 +245,17 @@ def _new_modules(name: str | Path, task: str, model: nn.Module, info: dict, note
             mend="choose the task that the model was made for",
         )
     if unused := sorted(info["unexpected_keys"]):
-        notes.append(f"{len(unused)} tensors of the files are not used for {task}: {', '.join(unused[:3])} ...")
-    parts = {next(".".join(key.split(".")[: i + 1]) for i, word in enumerate(key.split(".")) if word in heads) for key in missing}
+        notes.append(
+            f"{len(unused)} tensors of the files are not used for {task}: {', '.join(unused[:3])} ..."
+        )
+    parts = {
+        next(
+            ".".join(key.split(".")[: i + 1])
+            for i, word in enumerate(key.split("."))
+            if word in heads
+        )
+        for key in missing
+    }
     if parts:
         notes.append(f"new, started at random, trained whole: {', '.join(sorted(parts))}")
     return tuple(sorted(parts))

@@ -36,7 +36,9 @@ class _LateGroup(TyperGroup):
             return None
         module = import_module(f"lorica.cli.{cmd_name}")
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        single.command(cmd_name, help=module.__doc__, context_settings=getattr(module, "CONTEXT", {}))(module.command)
+        single.command(
+            cmd_name, help=module.__doc__, context_settings=getattr(module, "CONTEXT", {})
+        )(module.command)
         command = typer.main.get_command(single)
         command.name = cmd_name
         return command
@@ -50,12 +52,18 @@ class _LateGroup(TyperGroup):
             formatter.write_dl([(name, text) for name, text in COMMANDS.items()])
         with formatter.section("Options"):
             formatter.write_dl(
-                [("--version", "print the version"), ("--debug", "show where an error came from"), ("--help", "show this")]
+                [
+                    ("--version", "print the version"),
+                    ("--debug", "show where an error came from"),
+                    ("--help", "show this"),
+                ]
             )
         formatter.write_text("lorica COMMAND --help tells more about one of them.")
 
 
-app = typer.Typer(cls=_LateGroup, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+app = typer.Typer(
+    cls=_LateGroup, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True
+)
 
 
 @app.callback()
@@ -78,7 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
     0 fine, 1 failed, 2 usage or settings, 3 a check refused, 128 + n stopped by signal n and resumable.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(_guarded(lambda: app(arguments, standalone_mode=False, prog_name="lorica"), "--debug" in arguments))
+    sys.exit(
+        _guarded(
+            lambda: app(arguments, standalone_mode=False, prog_name="lorica"),
+            "--debug" in arguments,
+        )
+    )
 
 
 def _guarded(call: Callable[[], Any], debug: bool) -> int:

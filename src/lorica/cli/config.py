@@ -8,7 +8,9 @@ import typer
 
 
 def command(
-    schema: Annotated[bool, typer.Option("--schema", help="the JSON Schema, by which editors complete and check")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="the JSON Schema, by which editors complete and check")
+    ] = False,
 ) -> None:
     import json
 

@@ -9,13 +9,17 @@ from pathlib import Path
 
 from lorica.base.load import EMBEDDED
 from lorica.config import RunConfig
+from lorica.data.facts import facts
 from lorica.data.pack import order
-from lorica.data.read import Dataset, group_references, read, read_splits
+from lorica.data.read import Dataset, from_rows, group_references, read, read_splits
 from lorica.errors import DataError
 from lorica.tasks.text_classification import label_names
 
 GENERATING = ("prompt", "chat", "seq2seq")
 """Formats whose records have an output that a model can be asked for."""
+
+FACTS = {"train": 8000, "valid": 200, "test": 200}
+"""Records of the embedded data."""
 
 
 @dataclass
@@ -49,14 +53,18 @@ class Material:
     @property
     def labels(self) -> tuple[str, ...]:
         """The classes of a classification, over all parts."""
-        return label_names([row for part in (self.train, self.valid, self.scored) if part for row in part.rows])
+        return label_names(
+            [row for part in (self.train, self.valid, self.scored) if part for row in part.rows]
+        )
 
     def task(self, wanted: str, model: str) -> str:
         """The task: as set, or as data and model say. Raises DataError where the two do not go together."""
         found = wanted
         if wanted == "auto":
             found = "text-classification" if self.train.format == "classification" else "causal-lm"
-            if found == "causal-lm" and (self.train.format == "seq2seq" or is_encoder_decoder(model)):
+            if found == "causal-lm" and (
+                self.train.format == "seq2seq" or is_encoder_decoder(model)
+            ):
                 found = "seq2seq"
         fitting = {
             "text-classification": ("classification",),
@@ -91,11 +99,21 @@ class Material:
 
 
 def gather(run: RunConfig, *, seed: int) -> Material:
-    """Read what the settings name, and hold records out where nothing is given to evaluate on."""
+    """Read what the settings name, and hold records out where nothing is given to evaluate on.
+
+    The data "embedded" is the set that `lorica.data.facts` makes.
+    """
+    if run.data == "embedded":
+        parts = {split: from_rows(facts(split, num_records=n), name=f"facts, {split}") for split, n in FACTS.items()}
+        return Material(parts["train"], parts["valid"], parts["test"], run.eval_records)
     how = {"format": run.format, "columns": run.columns}
     parts = read_splits(run.data, **how)
     if "train" not in parts:
-        raise DataError(f"{run.data} has no training part", expected="train.jsonl or the like", mend="name the file")
+        raise DataError(
+            f"{run.data} has no training part",
+            expected="train.jsonl or the like",
+            mend="name the file",
+        )
     train = parts["train"]
     valid = read(run.eval_data, **how) if run.eval_data else parts.get("valid")
     scored = read(run.test_data, **how) if run.test_data else parts.get("test")
@@ -121,7 +139,9 @@ def _hold_out(dataset: Dataset, number: int, seed: int) -> tuple[Dataset, Datase
             break
         chosen.update(groups[keys[int(place)]])
     if len(chosen) >= len(dataset):
-        raise DataError("all records have the same input, so none can be held out", mend="set eval_size: 0")
+        raise DataError(
+            "all records have the same input, so none can be held out", mend="set eval_size: 0"
+        )
     kept = [i for i in range(len(dataset)) if i not in chosen]
     why = f"{len(chosen):,} of {len(dataset):,} held out for evaluation, by input"
     return dataset.subset(kept, why), dataset.subset(sorted(chosen), why)
@@ -140,7 +160,11 @@ def is_encoder_decoder(model: str) -> bool:
     """Whether the config of a base says that it is an encoder-decoder model."""
     folder = EMBEDDED if model == "embedded" else Path(model)
     if (folder / "config.json").is_file():
-        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("is_encoder_decoder"))
+        return bool(
+            json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
+                "is_encoder_decoder"
+            )
+        )
     if folder.exists():
         return False
     from transformers import AutoConfig

@@ -37,7 +37,9 @@ def read_flags(given: Sequence[str], known: Mapping[str, Setting]) -> dict[str, 
         else:
             problems.append(f"{name} needs a value")
     if problems:
-        raise ConfigError("the command line cannot be read", problems=problems, mend="see lorica train --help")
+        raise ConfigError(
+            "the command line cannot be read", problems=problems, mend="see lorica train --help"
+        )
     return found
 
 
@@ -54,13 +56,26 @@ def print_help(context: typer.Context, known: Mapping[str, Setting]) -> None:
     console.print("[bold]Usage:[/] lorica train \\[SETTINGS.yaml] \\[--key value ...]\n")
     console.print(f"{(context.command.help or '').strip()}\n", markup=False)
     titles = {"run": "What to work on", "train": "Training"}
-    own = {p.opts[0]: p.help for p in context.command.params if p.opts[0].startswith("--") and hasattr(p, "help")}
-    groups: dict[str, list[tuple[str, str]]] = {"Command": [(flag, str(text)) for flag, text in own.items()]}
+    own = {
+        p.opts[0]: p.help
+        for p in context.command.params
+        if p.opts[0].startswith("--") and hasattr(p, "help")
+    }
+    groups: dict[str, list[tuple[str, str]]] = {
+        "Command": [(flag, str(text)) for flag, text in own.items()]
+    }
     for setting in known.values():
         title = titles.get(setting.group, f"Method: {setting.group}")
         groups.setdefault(title, []).append((setting.flag, f"{setting.help}{_default(setting)}"))
     for title, rows in groups.items():
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+        table = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            show_header=False,
+            box=None,
+            padding=(0, 2),
+        )
         table.add_column(no_wrap=True, style="cyan")
         table.add_column()
         for flag, text in rows:

@@ -10,7 +10,10 @@ import typer
 
 def command(
     run: Annotated[Path, typer.Argument(help="the folder of the run")],
-    output: Annotated[Path | None, typer.Option(help="where to write it; report.html in the run folder", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="where to write it; report.html in the run folder", show_default=False),
+    ] = None,
 ) -> None:
     from lorica.records.report import write_report
 

@@ -127,7 +127,9 @@ def _folder(settings: Resolved, resume: Path | None, discard: bool) -> RunFolder
     return RunFolder.create(path, replace=discard)
 
 
-def _model(settings: Resolved, material: Material, say: Callable[[str], None]) -> tuple[nn.Module, Adapter, Resolved]:
+def _model(
+    settings: Resolved, material: Material, say: Callable[[str], None]
+) -> tuple[nn.Module, Adapter, Resolved]:
     run = settings.run
     kind = material.task(run.task, run.model)
     model = load_model(
@@ -143,7 +145,9 @@ def _model(settings: Resolved, material: Material, say: Callable[[str], None]) -
     for note in base.notes:
         say(note)
     if base.new_modules and not settings.method.modules_to_save:
-        settings = settings.decided("modules_to_save", base.new_modules, "the base has no weights for them")
+        settings = settings.decided(
+            "modules_to_save", base.new_modules, "the base has no weights for them"
+        )
     adapter = attach(model, settings.method, name=ADAPTER, seed=settings.train.seed)
     share = adapter.num_parameters / sum(p.numel() for p in model.parameters())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -161,16 +165,28 @@ def _task(
     """The task, the training records encoded, and the settings with what the data decides."""
     base = base_of(model)
     assert base is not None
-    if base.task == "causal-lm" and material.train.format == "prompt" and settings.run.separator is None:
+    if (
+        base.task == "causal-lm"
+        and material.train.format == "prompt"
+        and settings.run.separator is None
+    ):
         separator = separator_of(material.train.rows)
-        reason = "no white space parts prompt and completion" if separator else "the data parts them itself"
+        reason = (
+            "no white space parts prompt and completion"
+            if separator
+            else "the data parts them itself"
+        )
         settings = settings.decided("separator", separator, reason)
     task = make_task(settings, base)
     examples = task.encode(material.train)
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     longest = max(len(e) for e in examples)
     if settings.train.max_length is None and limit and longest > limit:
-        settings = settings.decided("max_length", int(limit), f"the model's positions; the longest record has {longest} tokens")
+        settings = settings.decided(
+            "max_length",
+            int(limit),
+            f"the model's positions; the longest record has {longest} tokens",
+        )
         task = make_task(settings, base)
         examples = task.encode(material.train)
     say(examples.statement())
@@ -201,7 +217,12 @@ def make_task(settings: Resolved, base: Base) -> Task:
 
 
 def _predict(
-    model: nn.Module, adapter: Adapter | None, task: Task, material: Material, say: Callable[[str], None], who: str
+    model: nn.Module,
+    adapter: Adapter | None,
+    task: Task,
+    material: Material,
+    say: Callable[[str], None],
+    who: str,
 ) -> list[Prediction]:
     if not material.test:
         return []
@@ -210,7 +231,9 @@ def _predict(
         return task.predict(model, material.test, generate=material.generates)
 
 
-def _samples(before: Sequence[Prediction], after: Sequence[Prediction], task: Task, number: int) -> list[dict]:
+def _samples(
+    before: Sequence[Prediction], after: Sequence[Prediction], task: Task, number: int
+) -> list[dict]:
     labels = getattr(task, "labels", ())
     shown = []
     for old, new in list(zip(before, after, strict=True))[:number]:
@@ -238,7 +261,9 @@ def _output_text(output: Any, labels: Sequence[str]) -> str:
     return labels[output] if isinstance(output, int) and output < len(labels) else str(output)
 
 
-def _manifest(settings: Resolved, material: Material, task: Task, examples: Encoded, path: Path) -> dict:
+def _manifest(
+    settings: Resolved, material: Material, task: Task, examples: Encoded, path: Path
+) -> dict:
     lengths = sorted(len(e) for e in examples)
     trained = {
         "path": settings.run.data,
@@ -248,22 +273,41 @@ def _manifest(settings: Resolved, material: Material, task: Task, examples: Enco
         "statement": material.train.statement,
         "num_tokens": sum(lengths),
         "num_trained_tokens": examples.num_trained_tokens,
-        "length_percentiles": {"p50": lengths[len(lengths) // 2], "p95": lengths[int(len(lengths) * 0.95)], "max": lengths[-1]},
+        "length_percentiles": {
+            "p50": lengths[len(lengths) // 2],
+            "p95": lengths[int(len(lengths) * 0.95)],
+            "max": lengths[-1],
+        },
         "num_truncated": examples.num_truncated,
         "example": _marked(task, examples[0]),
     }
     others = {
-        name: {"num_records": len(rows), "digest": rows.digest, "format": rows.format, "statement": rows.statement}
+        name: {
+            "num_records": len(rows),
+            "digest": rows.digest,
+            "format": rows.format,
+            "statement": rows.statement,
+        }
         for name, rows in (("eval", material.valid), ("test", material.scored))
         if rows is not None
     }
-    return {"data": {"train": trained, **others}, "run": {"path": str(path), "command": "train", "threads": torch.get_num_threads(), "cores": os.cpu_count()}}
+    return {
+        "data": {"train": trained, **others},
+        "run": {
+            "path": str(path),
+            "command": "train",
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        },
+    }
 
 
 def _marked(task: Task, example: Any) -> list[list]:
     """A record as the model sees it: stretches of text, each trained or not."""
     tokenizer = task.tokenizer  # type: ignore[attr-defined]
-    if len(example.labels) != len(example.input_ids):  # not token by token: a class or a target text
+    if len(example.labels) != len(
+        example.input_ids
+    ):  # not token by token: a class or a target text
         return [[tokenizer.decode(example.input_ids), False]]
     stretches: list[tuple[list[int], bool]] = []
     for token, label in zip(example.input_ids, example.labels, strict=True):
@@ -282,13 +326,27 @@ def _dress(folder: RunFolder, task: Task) -> None:
     write_report(folder.path)
 
 
-def scores_table(predictions: Sequence[Prediction], metrics: Sequence[str]) -> list[tuple[str, str, str]]:
+def scores_table(
+    predictions: Sequence[Prediction], metrics: Sequence[str]
+) -> list[tuple[str, str, str]]:
     """Rows of metric, value and interval."""
     rows = []
     for name, found in score(predictions, metrics).items():
-        interval = "" if found.low is None or found.high is None else f"{found.low:.4g} to {found.high:.4g}"
+        interval = (
+            ""
+            if found.low is None or found.high is None
+            else f"{found.low:.4g} to {found.high:.4g}"
+        )
         rows.append((name, f"{found.value:.4g}", interval))
     return rows
 
 
-__all__ = ["EMBEDDED", "ConfigError", "Interrupted", "Outcome", "execute", "make_task", "scores_table"]
+__all__ = [
+    "EMBEDDED",
+    "ConfigError",
+    "Interrupted",
+    "Outcome",
+    "execute",
+    "make_task",
+    "scores_table",
+]

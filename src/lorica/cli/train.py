@@ -15,11 +15,21 @@ CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_optio
 
 def command(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Argument(help="settings in YAML", show_default=False)] = None,
-    resume: Annotated[Path | None, typer.Option(help="go on with the run in this folder", show_default=False)] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="throw away an earlier run in output_dir")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved settings and end")] = False,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object per line on standard output")] = False,
+    config: Annotated[
+        Path | None, typer.Argument(help="settings in YAML", show_default=False)
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="go on with the run in this folder", show_default=False)
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="throw away an earlier run in output_dir")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the resolved settings and end")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="one JSON object per line on standard output")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="warnings and the result only")] = False,
     show_help: Annotated[bool, typer.Option("--help", "-h", help="show this and end")] = False,
 ) -> None:

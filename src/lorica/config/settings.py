@@ -109,89 +109,108 @@ class TrainSettings(Settings):
         ConfigError: values of a wrong type, out of range, unknown or contradicting; all at once.
     """
 
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="peak learning rate of AdamW")
-    batch_size: int = Field(16, ge=1, le=65536, description="records per micro-batch")
+    learning_rate: float = Field(
+        default=2e-4, gt=0, le=1, description="peak learning rate of AdamW"
+    )
+    batch_size: int = Field(default=16, ge=1, le=65536, description="records per micro-batch")
     gradient_accumulation_steps: int = Field(
-        1, ge=1, le=65536, description="micro-batches per optimizer step"
+        default=1, ge=1, le=65536, description="micro-batches per optimizer step"
     )
     epochs: float | None = Field(
-        None,
+        default=None,
         gt=0,
         le=100_000,
         description="passes over the data; 3 where max_steps is not given either. With both, the "
         "first to be reached ends the run",
     )
     max_steps: int | None = Field(
-        None, ge=1, description="optimizer steps after which the run ends"
+        default=None, ge=1, description="optimizer steps after which the run ends"
     )
     max_length: int | None = Field(
-        None,
+        default=None,
         ge=2,
         le=16_777_216,
         description="tokens per record, longer ones are truncated; null: as the data needs and the "
         "model allows",
     )
-    weight_decay: float = Field(0.0, ge=0, le=10, description="decoupled weight decay of AdamW")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's first moment")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of AdamW's second moment")
-    adam_epsilon: float = Field(1e-8, gt=0, le=1, description="AdamW's epsilon")
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=10, description="decoupled weight decay of AdamW"
+    )
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of AdamW's first moment")
+    adam_beta2: float = Field(
+        default=0.999, ge=0, lt=1, description="decay of AdamW's second moment"
+    )
+    adam_epsilon: float = Field(default=1e-8, gt=0, le=1, description="AdamW's epsilon")
     max_grad_norm: float = Field(
-        1.0,
+        default=1.0,
         ge=0,
         description="the gradient of each adapter is clipped to this norm; 0: no clipping",
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "wsd"] = Field(
-        "linear",
+        default="linear",
         description="course of the learning rate after warm-up: down to 0 in a line or a cosine, "
         "constant, or constant with a decay at the end (wsd)",
     )
     warmup_steps: int | None = Field(
-        None, ge=0, description="optimizer steps in which the learning rate rises from 0"
+        default=None, ge=0, description="optimizer steps in which the learning rate rises from 0"
     )
     warmup_ratio: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         lt=1,
         description="the same as a share of all steps, where warmup_steps is not given",
     )
     decay_ratio: float = Field(
-        DEFAULT_DECAY_RATIO,
+        default=DEFAULT_DECAY_RATIO,
         gt=0,
         le=1,
         description="share of all steps in which wsd decays at the end",
     )
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random in the run")
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="seed of everything random in the run"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
+        default="auto",
         description="precision of the base and of its arithmetic; auto: what the device is fast in",
     )
     gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more time"
+        default=False,
+        description="recompute activations in the backward pass: less memory, more time",
     )
     packing: Literal["auto"] | bool = Field(
-        "auto",
+        default="auto",
         description="several records in a row, each seeing only itself; auto: where the model can",
     )
     eval_steps: int | None = Field(
-        None, ge=1, description="evaluate every so many steps; null: after every epoch"
+        default=None, ge=1, description="evaluate every so many steps; null: after every epoch"
     )
     eval_batch_size: int | None = Field(
-        None, ge=1, le=65536, description="records per batch in evaluation; null: batch_size"
+        default=None,
+        ge=1,
+        le=65536,
+        description="records per batch in evaluation; null: batch_size",
     )
     early_stopping_patience: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=100_000,
         description="stop after so many evaluations without a better eval loss",
     )
     keep_best: bool = Field(
-        True, description="keep the adapter of the best evaluation rather than of the last step"
+        default=True,
+        description="keep the adapter of the best evaluation rather than of the last step",
     )
     save_steps: int | None = Field(
-        None, ge=1, description="write a checkpoint every so many steps; null: after every epoch"
+        default=None,
+        ge=1,
+        description="write a checkpoint every so many steps; null: after every epoch",
     )
-    save_total_limit: int = Field(2, ge=1, le=100_000, description="checkpoints that are kept")
-    logging_steps: int = Field(10, ge=1, description="write a row of metrics every so many steps")
+    save_total_limit: int = Field(
+        default=2, ge=1, le=100_000, description="checkpoints that are kept"
+    )
+    logging_steps: int = Field(
+        default=10, ge=1, description="write a row of metrics every so many steps"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -246,37 +265,43 @@ class RunConfig(Settings):
     data: PathText = Field(
         description="training records: a file, a folder, a hub id, or - for standard input"
     )
-    eval_data: PathText | None = Field(None, description="records to evaluate on while training")
+    eval_data: PathText | None = Field(
+        default=None, description="records to evaluate on while training"
+    )
     test_data: PathText | None = Field(
-        None, description="records for the final scores; null: the evaluation records"
+        default=None, description="records for the final scores; null: the evaluation records"
     )
     task: Literal["auto", "causal-lm", "text-classification", "seq2seq"] = Field(
-        "auto", description="what the model learns to do; auto: as model and data say"
+        default="auto", description="what the model learns to do; auto: as model and data say"
     )
     output_dir: PathText | None = Field(
-        None, description="folder of the run; null: a new folder under runs/"
+        default=None, description="folder of the run; null: a new folder under runs/"
     )
-    method: Word = Field("lora", description="how the base is adapted")
+    method: Word = Field(default="lora", description="how the base is adapted")
     columns: dict[str, str] | None = Field(
-        None,
+        default=None,
         description="columns of the data by their part: {prompt: question, completion: answer}",
     )
     format: Word | None = Field(
-        None, description="format of the records; null: detected and printed"
+        default=None, description="format of the records; null: detected and printed"
     )
     train_on: Literal["completion", "all"] = Field(
-        "completion", description="tokens that count in the loss: of the completion, or all"
+        default="completion", description="tokens that count in the loss: of the completion, or all"
     )
     separator: str | None = Field(
-        None, description="text between prompt and completion; null: a line break where the data has no space"
+        default=None,
+        description="text between prompt and completion; null: a line break if the data has none",
     )
     add_bos: bool | None = Field(
-        None, description="begin records with the beginning-of-text token; null: as the tokenizer does"
+        default=None,
+        description="begin records with the beginning-of-text token; null: as the tokenizer does",
     )
     chat_template: PathText | None = Field(
-        None, description="file with a Jinja chat template; null: the model's own"
+        default=None, description="file with a Jinja chat template; null: the model's own"
     )
-    system: str | None = Field(None, description="system message for records that have none")
+    system: str | None = Field(
+        default=None, description="system message for records that have none"
+    )
     eval_size: (
         Annotated[
             int | float,
@@ -285,27 +310,36 @@ class RunConfig(Settings):
         ]
         | None
     ) = Field(
-        None,
+        default=None,
         ge=0,
         description="records to hold out where the data has no evaluation part, as a number or a "
         "share; null: a tenth, at most 500; 0: no evaluation",
     )
     eval_records: int | None = Field(
-        500, ge=1, description="at most so many records are scored with base and tuned; null: all"
+        default=500,
+        ge=1,
+        description="at most so many records are scored with base and tuned; null: all",
     )
-    metrics: Words | None = Field(None, description="scores to compute; null: those of the task")
+    metrics: Words | None = Field(
+        default=None, description="scores to compute; null: those of the task"
+    )
     max_new_tokens: int = Field(
-        128, ge=1, le=1_048_576, description="tokens to generate at most per record when scoring"
+        default=128,
+        ge=1,
+        le=1_048_576,
+        description="tokens to generate at most per record when scoring",
     )
     num_samples: int = Field(
-        8, ge=0, le=10_000, description="before-and-after samples shown in the report"
+        default=8, ge=0, le=10_000, description="before-and-after samples shown in the report"
     )
     trust_remote_code: bool = Field(
-        False, description="let the base bring and run Python code of its own"
+        default=False, description="let the base bring and run Python code of its own"
     )
-    revision: Word | None = Field(None, description="branch, tag or commit of a base on the hub")
+    revision: Word | None = Field(
+        default=None, description="branch, tag or commit of a base on the hub"
+    )
     threads: int | None = Field(
-        None, ge=1, le=4096, description="CPU threads; null: as many as there are cores"
+        default=None, ge=1, le=4096, description="CPU threads; null: as many as there are cores"
     )
 
     def contradictions(self) -> list[str]:

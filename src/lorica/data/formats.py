@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorica.data.chat import to_messages, turns
-from lorica.data.problems import RowProblem, show
+from lorica.data.problems import RowProblem, counted, show
 from lorica.errors import DataError, nearest
 
 Row = dict[str, Any]
@@ -187,17 +187,22 @@ class Plan:
     seen: tuple[str, ...]
     hidden: tuple[str, ...]
 
-    def statement(self) -> str:
-        """Such as `3 columns seen: instruction, input, output -> alpaca -> prompt/completion`."""
+    def statement(self, wanted: str | None = None) -> str:
+        """Such as `3 columns seen: instruction, input, output -> alpaca -> prompt/completion`.
+
+        `wanted`: a canonical format that the rows are converted to in the end.
+        """
         used = set(self.names.values())
         further = [name for name in self.seen if name not in used and name not in self.hidden]
-        plural = "s" if len(self.seen) != 1 else ""
         made = [name for name in self.shape.columns.values() if name]
         need, may = CANONICAL[self.shape.format]
         columns = "/".join([*need[:-1], *(name for name in may if name in made), need[-1]])
-        text = f"{len(self.seen)} column{plural} seen: {_listed(self.seen)}"
-        chain = [self.shape.name] if self.shape.name != columns else []
-        text = " -> ".join([text, *chain, columns])
+        chain = [f"{counted(len(self.seen), 'column')} seen: {_listed(self.seen)}"]
+        chain += [self.shape.name] if self.shape.name != columns else []
+        chain.append(columns)
+        if wanted not in (None, self.shape.format):
+            chain.append("/".join(CANONICAL[wanted][0]))
+        text = " -> ".join(chain)
         if further:
             text += f"; kept as they are: {_listed(further)}"
         if self.hidden:

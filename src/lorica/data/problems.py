@@ -77,10 +77,15 @@ class Problems:
             return DataError(f"{name} cannot be read", problems=self.lines())
         count = self.num_bad_rows
         return DataError(
-            f"{name}: {count:,} row{'s' if count != 1 else ''} cannot be used",
+            f"{name}: {counted(count, 'row')} cannot be used",
             problems=self.lines(),
             mend=f"mend the rows, or let them be left out, and counted, by max_bad_rows={count}",
         )
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2,431 rows`."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def show(text: str, length: int = EXCERPT) -> str:

@@ -22,7 +22,7 @@ from lorica.data import formats
 from lorica.data.formats import NoTarget, Row
 from lorica.data.hub import hub_tables
 from lorica.data.locate import Located, locate
-from lorica.data.problems import Problems, RowProblem
+from lorica.data.problems import Problems, RowProblem, counted
 from lorica.data.rows import READERS, check_rows, read_file
 from lorica.data.table import Table, Wish
 from lorica.errors import DataError
@@ -124,7 +124,7 @@ class _Gathered:
             notes += [prefix + note for note in table.notes]
         controls = sum(table.num_control for _, table in self.tables)
         if controls:
-            notes.append(f"{controls:,} rows hold control characters (kept)")
+            notes.append(f"{counted(controls, 'row')} with control characters (kept)")
         return notes
 
 
@@ -292,7 +292,9 @@ def _read_groups(located: Located, split: str, request: _Request) -> Dataset:
         problems = Problems()
         try:
             gathered = _gather(files, request, problems)
-            return _noted(_finish(gathered, located, request, problems), passed)
+            rest = [file.name for files in groups[number:] for file in files]
+            notes = [*passed, *([f"not read: {', '.join(rest)}"] if rest else [])]
+            return _noted(_finish(gathered, located, request, problems), notes)
         except NoTarget:
             if number == len(groups):
                 raise
@@ -359,19 +361,20 @@ def _finish(
         raise problems.error(gathered.name)
     if problems:
         lines = ", ".join(map(str, problems.bad_lines))
-        notes.append(f"{problems.num_bad_rows:,} unusable rows left out (first lines: {lines})")
-    statement = plan.statement()
+        notes.append(
+            f"{counted(problems.num_bad_rows, 'unusable row')} left out (first lines: {lines})"
+        )
     wanted = _wanted_format(request.format, plan.shape.format)
+    statement = plan.statement(wanted)
     if change := formats.conversion(plan.shape.format, wanted):
         kept = [change(row) for row in kept]
-        statement += f" -> {'/'.join(formats.CANONICAL[wanted][0])}"
     if located.sample is not None and located.sample < len(kept):
         notes.append(f"{located.sample:,} of {len(kept):,} rows sampled (seed {SAMPLE_SEED})")
         chosen = sorted(random.Random(SAMPLE_SEED).sample(range(len(kept)), located.sample))
         kept, places = [kept[i] for i in chosen], [places[i] for i in chosen]
     if doubles := len(kept) - len(_identities(kept, wanted)):
-        notes.append(f"{doubles:,} rows repeat an earlier one (kept)")
-    statement = f"{gathered.name}: {len(kept):,} rows; {statement}"
+        notes.append(f"{counted(doubles, 'row')} repeating an earlier one (kept)")
+    statement = f"{gathered.name}: {counted(len(kept), 'row')}; {statement}"
     return make_dataset(kept, wanted, places, "; ".join([statement, *notes]))
 
 
@@ -427,7 +430,7 @@ def _overlaps(found: dict[str, Dataset]) -> list[str]:
         if split in found:
             shared = len(known & _identities(found[split].rows, format))
             if shared:
-                notes.append(f"{shared:,} different rows of {split} stand in train too")
+                notes.append(f"{counted(shared, 'different row')} of {split} also in train")
     return notes
 
 

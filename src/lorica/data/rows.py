@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 from lorica.data.delimited import read_csv, read_tsv
 from lorica.data.json_rows import read_json, read_jsonl
-from lorica.data.problems import Problems, RowProblem
+from lorica.data.problems import Problems, RowProblem, counted
 from lorica.data.source import open_regular, whole_text
 from lorica.data.table import CONTROL, Reader, Table, Wish, check_strings, keep
 from lorica.errors import DataError, MissingPackage
@@ -68,8 +68,8 @@ def read_text(file: BinaryIO, name: str, wish: Wish, problems: Problems) -> Tabl
         paragraphs = list(_blocks(text, re.compile(r"\n[ \t]*(?=\n)")))
         blocks = _join(paragraphs)
         table.notes.append(
-            f"{len(paragraphs):,} paragraph{'s' * (len(paragraphs) != 1)} of running text in rows "
-            f"of about {TEXT_ROW_CHARACTERS:,} characters"
+            f"{counted(len(paragraphs), 'paragraph')} of running text in rows of about "
+            f"{TEXT_ROW_CHARACTERS:,} characters"
         )
     for line, block in blocks:
         if wish.reached(table):

@@ -201,7 +201,7 @@ def load_adapter(
         config.method,
         {path: place for path, place in found.places.items() if path in tensors},
         tensors,
-        name=name or "default",
+        name="default" if name is None else name,
         reason=str(facts.get("reason") or f"read from {folder.name}"),
     )
     from_file = {"name": config.base_name, "task": config.task, **_base_facts(facts)}

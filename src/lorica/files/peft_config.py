@@ -396,20 +396,20 @@ def exact_names(paths: Iterable[str], universe: Iterable[str]) -> tuple[list[str
     """
     wanted = set(paths)
     others = [path for path in universe if path not in wanted]
-    endings = {ending for path in others for ending in _endings(path)}
-    names: set[str] = set()
-    for path in wanted:
-        names.add(next((e for e in _endings(path) if e not in endings), path))
+    taken = {ending for path in others for ending in _endings(path)}
+    free = (
+        [e for e in _endings(path) if e not in taken and not e.isdigit()] or [path] for path in wanted
+    )
+    names = {endings[0] for endings in free}
     caught = [path for path in others if any(e in names for e in _endings(path))]
     excluded = exact_names(caught, wanted)[0] if caught else []
     return sorted(names), excluded
 
 
 def _endings(path: str) -> list[str]:
-    """All endings of a path at a dot, the shortest first, the whole path last; a bare number is no name."""
+    """All endings of a path at a dot, the shortest first, the whole path last."""
     parts = path.split(".")
-    found = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-    return [e for e in found if not e.isdigit()] or found
+    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def lora_linear(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> Tensor:
 
 def _add_product(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, gate: Tensor | None) -> Tensor:
     """y += scale * (x A^T) B^T in place; returns S, gated where there is a gate."""
-    S_TR = x_TI.to(y_TO.dtype) @ A_RI.to(y_TO.dtype).t()
+    S_TR = (x_TI.to(y_TO.dtype) @ A_RI.to(y_TO.dtype).t()).to(y_TO.dtype)  # autocast narrows it
     if gate is not None:
         S_TR = S_TR * gate.to(S_TR.dtype)
     y_TO.addmm_(S_TR, B_OR.to(y_TO.dtype).t(), alpha=scale if gate is None else 1.0)
@@ -113,7 +113,7 @@ class _LoraLinear(torch.autograd.Function):
             A_RI, B_OR, S_TR, gate = factors[2 * i], factors[2 * i + 1], products[i], gates[i]
             g_seg = g_TO[a:b]
             wants_A, wants_B = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
-            dS_TR = g_seg @ B_OR.to(g.dtype)
+            dS_TR = (g_seg @ B_OR.to(g.dtype)).to(g.dtype)
             dS_TR = dS_TR.mul_(scale) if gate is None else dS_TR.mul_(gate.to(g.dtype))
             dA = (dS_TR.t() @ x_TI[a:b].to(g.dtype)).to(A_RI.dtype) if wants_A else None
             dB = None

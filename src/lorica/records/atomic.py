@@ -20,6 +20,7 @@ def write_file(path: str | Path, data: bytes | str, *, mode: int = 0o644) -> Pat
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())

@@ -62,7 +62,9 @@ class CausalLM:
         max_new_tokens: int = 128,
     ) -> CausalLM:
         """The task with an encoder of these settings; see `CausalEncoder`."""
-        encoder = CausalEncoder(tokenizer, template, max_length, train_on, add_bos, separator=separator)
+        encoder = CausalEncoder(
+            tokenizer, template, max_length, train_on, add_bos, separator=separator
+        )
         return cls(encoder, packing, max_new_tokens)
 
     @property
@@ -103,9 +105,17 @@ class CausalLM:
         for (start, _), block in zip(rows, blocks, strict=True):
             flat = [i for e in block for i in e.input_ids]
             ids[start : start + len(flat)] = torch.tensor(flat)
-            targets[start : start + len(flat)] = torch.tensor([t for e in block for t in _shifted(e.labels)])
-        keep = tuple(start + (targets[start:end] != IGNORED).nonzero().flatten() for start, end in rows)
-        inputs = {"input_ids": ids[None].to(device), "position_ids": positions[None].to(device), "documents": documents.to(device)}
+            targets[start : start + len(flat)] = torch.tensor(
+                [t for e in block for t in _shifted(e.labels)]
+            )
+        keep = tuple(
+            start + (targets[start:end] != IGNORED).nonzero().flatten() for start, end in rows
+        )
+        inputs = {
+            "input_ids": ids[None].to(device),
+            "position_ids": positions[None].to(device),
+            "documents": documents.to(device),
+        }
         labels = tuple(targets[k].to(device) for k in keep)
         return Batch(inputs, labels, tuple(k.to(device) for k in keep), tuple(rows), num_tokens)
 
@@ -119,9 +129,14 @@ class CausalLM:
                 logits = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
                 kept = [logits[k] for k in batch.keep]
             else:
-                hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+                hidden = model.base_model(
+                    **batch.inputs, use_cache=False
+                ).last_hidden_state.flatten(0, 1)
                 kept = [head(hidden[k]) for k in batch.keep]
-        return [F.cross_entropy(z.float(), t, reduction="sum") for z, t in zip(kept, batch.labels, strict=True)]
+        return [
+            F.cross_entropy(z.float(), t, reduction="sum")
+            for z, t in zip(kept, batch.labels, strict=True)
+        ]
 
     def running(self, model: nn.Module) -> contextlib.AbstractContextManager:
         return _attention(model, NAME) if self.packs(model) else contextlib.nullcontext()
@@ -134,7 +149,9 @@ class CausalLM:
             reason = _packing_fault(model)
             self._packs[model] = reason is None
             if reason is not None and self.packing is True:
-                raise ConfigError(f"packing is on, but this model cannot: {reason}", mend="set packing: auto")
+                raise ConfigError(
+                    f"packing is on, but this model cannot: {reason}", mend="set packing: auto"
+                )
             if reason is not None:
                 self.notes.append(f"batches are padded, not packed: {reason}")
         return self._packs[model]
@@ -186,26 +203,38 @@ class CausalLM:
                 counts[example.row] += example.num_trained
         return loss, counts
 
-    def _each_loss(self, model: nn.Module, batch: Batch, examples: Sequence[Example]) -> list[float]:
+    def _each_loss(
+        self, model: nn.Module, batch: Batch, examples: Sequence[Example]
+    ) -> list[float]:
         """The loss of every example of a one-block batch by itself."""
         head = self._head(model)
         with _attention(model, NAME) if "documents" in batch.inputs else contextlib.nullcontext():
             if head is None:
                 kept = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)[batch.keep[0]]
             else:
-                hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+                hidden = model.base_model(
+                    **batch.inputs, use_cache=False
+                ).last_hidden_state.flatten(0, 1)
                 kept = head(hidden[batch.keep[0]])
         each = F.cross_entropy(kept.float(), batch.labels[0], reduction="none").double()
         return [part.sum().item() for part in each.split([e.num_trained for e in examples])]
 
     @torch.no_grad()
     def _generate(
-        self, model: nn.Module, prompts: Sequence[list[int]], batch_size: int, progress: Callable[[int], None] | None
+        self,
+        model: nn.Module,
+        prompts: Sequence[list[int]],
+        batch_size: int,
+        progress: Callable[[int], None] | None,
     ) -> list[str]:
         """Greedy answers, without special tokens and outer blanks."""
         outputs, done = [""] * len(prompts), 0
         stop = list(dict.fromkeys([*self.encoder.stop_ids, *stop_tokens(model, self.tokenizer)]))
-        fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (stop[0] if stop else 0)
+        fill = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else (stop[0] if stop else 0)
+        )
         for chosen in by_length([len(p) for p in prompts], batch_size):
             ids = [prompts[i] for i in chosen]
             width = max(len(p) for p in ids)
@@ -235,7 +264,9 @@ def references(record: dict) -> tuple[str, ...]:
         if key in record:
             return (str(record[key]).strip(),)
     if messages := record.get("messages"):
-        return (str(messages[-1]["content"]).strip(),) if messages[-1]["role"] == "assistant" else ()
+        return (
+            (str(messages[-1]["content"]).strip(),) if messages[-1]["role"] == "assistant" else ()
+        )
     return ()
 
 

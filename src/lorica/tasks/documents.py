@@ -52,7 +52,9 @@ class Documents:
     blocks: tuple[Block, ...]
 
     def to(self, device: torch.device) -> Documents:
-        return Documents(tuple(Block(b.gather_NL.to(device), b.scatter.to(device)) for b in self.blocks))
+        return Documents(
+            tuple(Block(b.gather_NL.to(device), b.scatter.to(device)) for b in self.blocks)
+        )
 
 
 def lay_out(lengths: Sequence[Sequence[int]]) -> tuple[Documents, list[tuple[int, int]], Tensor]:
@@ -105,12 +107,16 @@ def documents_attention(
     """
     if documents is None or attention_mask is not None:
         extra = other if sliding_window is None else {**other, "sliding_window": sliding_window}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra
+        )
     unknown = [k for k in ("s_aux", "softcap", "position_bias") if other.get(k) is not None]
     if unknown or not getattr(module, "is_causal", True):
         raise NotSupported(f"attention with {', '.join(unknown) or 'both directions'}")
     q_THD, k_THD, v_THD = (t[0].transpose(0, 1) for t in (query, key, value))
-    out = [_block(q_THD, k_THD, v_THD, b, scaling, dropout, sliding_window) for b in documents.blocks]
+    out = [
+        _block(q_THD, k_THD, v_THD, b, scaling, dropout, sliding_window) for b in documents.blocks
+    ]
     return torch.cat(out).unsqueeze(0), None
 
 
@@ -119,11 +125,19 @@ class NotSupported(Exception):
 
 
 def _block(
-    q: Tensor, k: Tensor, v: Tensor, block: Block, scaling: float | None, dropout: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: Block,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
 ) -> Tensor:
     num, longest = block.gather_NL.shape
     index = block.gather_NL.reshape(-1)
-    q, k, v = (t.index_select(0, index).view(num, longest, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (
+        t.index_select(0, index).view(num, longest, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)
+    )
     mask = None
     if window is not None and window < longest:
         steps = torch.arange(longest, device=q.device)
@@ -139,7 +153,11 @@ def _block(
         dropout_p=dropout,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out.transpose(1, 2).reshape(num * longest, out.shape[1], out.shape[3]).index_select(0, block.scatter)
+    return (
+        out.transpose(1, 2)
+        .reshape(num * longest, out.shape[1], out.shape[3])
+        .index_select(0, block.scatter)
+    )
 
 
 def _documents_mask(*, attention_mask: Tensor | None = None, **other: Any) -> Tensor | None:

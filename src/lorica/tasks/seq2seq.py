@@ -37,9 +37,14 @@ class Seq2Seq:
     def encode(self, records: Sequence[dict]) -> Encoded:
         examples, problems = [], []
         for row, record in enumerate(records):
-            source, target = record.get("source", record.get("prompt")), record.get("target", record.get("completion"))
+            source, target = (
+                record.get("source", record.get("prompt")),
+                record.get("target", record.get("completion")),
+            )
             if not isinstance(source, str) or not isinstance(target, str) or not target.strip():
-                problems.append(f"record {row + 1} has the columns {', '.join(record)}, or an empty target")
+                problems.append(
+                    f"record {row + 1} has the columns {', '.join(record)}, or an empty target"
+                )
                 continue
             ids, cut_source = self._cut(self._ids(source))
             labels, cut_target = self._cut(self._ids(target, as_target=True))
@@ -51,7 +56,9 @@ class Seq2Seq:
                 mend="map the columns: --columns source=...,target=...",
             )
         cut = sum(e.num_cut > 0 for e in examples)
-        return Encoded(examples, [f"{cut:,} records cut to {self.max_length} tokens"] if cut else [])
+        return Encoded(
+            examples, [f"{cut:,} records cut to {self.max_length} tokens"] if cut else []
+        )
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "max_length": self.max_length}
@@ -82,7 +89,9 @@ class Seq2Seq:
             "attention_mask": mask_of(ids).to(device),
             "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels),
         }
-        return Batch(inputs, (labels,), num_tokens=sum(len(e.input_ids) + len(e.labels) for e in examples))
+        return Batch(
+            inputs, (labels,), num_tokens=sum(len(e.input_ids) + len(e.labels) for e in examples)
+        )
 
     def running(self, model: nn.Module) -> AbstractContextManager:
         return nullcontext()
@@ -93,7 +102,9 @@ class Seq2Seq:
     def _each(self, model: nn.Module, batch: Batch) -> Tensor:
         """Negative log-likelihood of every label, (records, longest target); 0 where padded."""
         logits = model(**batch.inputs, use_cache=False).logits.float()
-        return F.cross_entropy(logits.transpose(1, 2), batch.labels[0], reduction="none", ignore_index=IGNORED)
+        return F.cross_entropy(
+            logits.transpose(1, 2), batch.labels[0], reduction="none", ignore_index=IGNORED
+        )
 
     def predict(
         self,
@@ -116,7 +127,9 @@ class Seq2Seq:
                     nll = self._each(model, batch).double().sum(1).tolist()
                 outputs = self._generate(model, batch) if generate else [None] * len(block)
                 for i, loss, output in zip(chosen, nll, outputs, strict=True):
-                    found[i] = Prediction(records[i], loss, len(examples[i].labels), output, references(records[i]))
+                    found[i] = Prediction(
+                        records[i], loss, len(examples[i].labels), output, references(records[i])
+                    )
                 if progress is not None:
                     progress(len(found))
         finally:
@@ -134,4 +147,6 @@ class Seq2Seq:
             num_beams=1,
             eos_token_id=stop or None,
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
+        return [
+            text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        ]

@@ -98,7 +98,10 @@ class Task(Protocol):
 def pad(sequences: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
     """Sequences as one (records, longest) tensor, filled up with `value`."""
     longest = max(len(s) for s in sequences)
-    rows = [[value] * (longest - len(s)) + list(s) if left else list(s) + [value] * (longest - len(s)) for s in sequences]
+    rows = [
+        [value] * (longest - len(s)) + list(s) if left else list(s) + [value] * (longest - len(s))
+        for s in sequences
+    ]
     return torch.tensor(rows, dtype=torch.long)
 
 

@@ -47,18 +47,26 @@ class TextClassification:
                 problems=problems[:5],
             )
         cut = sum(e.num_cut > 0 for e in examples)
-        return Encoded(examples, [f"{cut:,} records cut to {self.max_length} tokens"] if cut else [])
+        return Encoded(
+            examples, [f"{cut:,} records cut to {self.max_length} tokens"] if cut else []
+        )
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "max_length": self.max_length, "labels": list(self.labels)}
 
     def _example(self, record: dict, row: int) -> Example:
-        texts = (record["text"], record["text_pair"]) if record.get("text_pair") is not None else (record["text"],)
+        texts = (
+            (record["text"], record["text_pair"])
+            if record.get("text_pair") is not None
+            else (record["text"],)
+        )
         ids = list(self.tokenizer(*texts, truncation=False, verbose=False)["input_ids"])
         cut = 0
         if self.max_length is not None and len(ids) > self.max_length:
             cut = len(ids) - self.max_length
-            shorter = self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False)
+            shorter = self.tokenizer(
+                *texts, truncation=True, max_length=self.max_length, verbose=False
+            )
             ids = list(shorter["input_ids"])
         return Example(ids, [self.index(record["label"])], row, cut)
 
@@ -133,7 +141,8 @@ def label_names(records: Sequence[dict]) -> tuple[str, ...]:
         raise DataError("the labels are fractions: this is a regression, not a classification")
     if len(labels) < 2:
         raise DataError(
-            f"all {len(records)} records have the same label {next(iter(labels), None)!r}", expected="at least two classes"
+            f"all {len(records)} records have the same label {next(iter(labels), None)!r}",
+            expected="at least two classes",
         )
     try:
         return tuple(str(n) for n in sorted({int(label) for label in labels}))

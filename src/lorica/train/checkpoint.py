@@ -87,7 +87,9 @@ def save(folder: Path, state: State, *, keep: int = 2) -> Path:
     return target
 
 
-def load(folder: Path, identity: dict[str, str], *, setting: dict[str, str] | None = None) -> tuple[State | None, list[str]]:
+def load(
+    folder: Path, identity: dict[str, str], *, setting: dict[str, str] | None = None
+) -> tuple[State | None, list[str]]:
     """The newest whole checkpoint, or None where there is none; and what the user should be told.
 
     Raises:
@@ -104,7 +106,9 @@ def load(folder: Path, identity: dict[str, str], *, setting: dict[str, str] | No
         _check_identity(state.identity, identity)
         changed = [k for k, v in (setting or {}).items() if state.setting.get(k) != v]
         if changed:
-            notes.append(f"going on with another {', '.join(changed)}: the result will not be the same to the bit")
+            notes.append(
+                f"going on with another {', '.join(changed)}: the result will not be the same to the bit"
+            )
         return state, notes
     return None, notes
 
@@ -122,7 +126,9 @@ def _write(temporary: Path, state: State) -> None:
         for name, tensors in by_name.items():
             plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
             files[f"{group}/{name}.safetensors"] = safetensors.torch.save(plain)
-    files["state.json"] = json.dumps({"counters": state.counters}, indent=1, sort_keys=True).encode()
+    files["state.json"] = json.dumps(
+        {"counters": state.counters}, indent=1, sort_keys=True
+    ).encode()
     for name, content in files.items():
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(temporary / name, content)
@@ -131,7 +137,9 @@ def _write(temporary: Path, state: State) -> None:
         "step": state.step,
         "identity": state.identity,
         "setting": state.setting,
-        "files": {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()},
+        "files": {
+            n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()
+        },
     }
     write_file(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
     sync_folder(temporary)
@@ -145,7 +153,10 @@ def _verify(path: Path) -> str | None:
             return f"its schema is {manifest['schema']}, this version reads {SCHEMA}"
         for name, entry in manifest["files"].items():
             content = (path / name).read_bytes()
-            if len(content) != entry["bytes"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            if (
+                len(content) != entry["bytes"]
+                or hashlib.sha256(content).hexdigest() != entry["sha256"]
+            ):
                 return f"{name} is not as it was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -187,5 +198,7 @@ def _prune(folder: Path, keep: int) -> None:
     whole = sorted(folder.glob(f"{_PREFIX}*"), reverse=True)
     for path in whole[keep:]:
         doomed = folder / f"{_TEMPORARY}{path.name.removeprefix(_PREFIX)}-{secrets.token_hex(4)}"
-        os.rename(path, doomed)  # a crash while deleting must not leave half a checkpoint under its name
+        os.rename(
+            path, doomed
+        )  # a crash while deleting must not leave half a checkpoint under its name
         shutil.rmtree(doomed, ignore_errors=True)

@@ -84,7 +84,9 @@ class Engine:
         TrainingError: checkpointing was asked of a model that has none.
     """
 
-    def __init__(self, model: nn.Module, task: Task, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, task: Task, *, gradient_checkpointing: bool = False
+    ) -> None:
         self.model, self.task = model, task
         self._checked: set[str] = set()
         with activate(model, None):
@@ -92,7 +94,9 @@ class Engine:
         if gradient_checkpointing:
             _turn_on_checkpointing(model)
 
-    def step(self, trainees: Sequence[Trainee], work: Sequence[Sequence[Sequence[Example]]]) -> list[StepResult]:
+    def step(
+        self, trainees: Sequence[Trainee], work: Sequence[Sequence[Sequence[Example]]]
+    ) -> list[StepResult]:
         """One optimizer step of each trainee.
 
         Args:
@@ -109,9 +113,16 @@ class Engine:
         for group in groups:
             for micro in range(max(len(work[i]) for i in group)):
                 present = [i for i in group if micro < len(work[i])]
-                self._micro_step([trainees[i] for i in present], [work[i][micro] for i in present], [totals[i] for i in present], micro)
+                self._micro_step(
+                    [trainees[i] for i in present],
+                    [work[i][micro] for i in present],
+                    [totals[i] for i in present],
+                    micro,
+                )
         norms = [_clip(t, total) for t, total in zip(trainees, totals, strict=True)]
-        return [_update(t, total, norm) for t, total, norm in zip(trainees, totals, norms, strict=True)]
+        return [
+            _update(t, total, norm) for t, total, norm in zip(trainees, totals, norms, strict=True)
+        ]
 
     def _can_share(self, trainees: Sequence[Trainee]) -> bool:
         """Whether all adapters can go through one pass and still train to the same bits as alone.
@@ -123,21 +134,34 @@ class Engine:
             return False
         slots = [s for t in trainees for s in t.adapter.slots.values()]
         plain = all(isinstance(s.method, LoRA) and not s.method.dropout for s in slots)
-        linear = all(p.layer.kind == "linear" for m in self.model.modules() if is_site(m) for p in plates_of(m))
+        linear = all(
+            p.layer.kind == "linear"
+            for m in self.model.modules()
+            if is_site(m)
+            for p in plates_of(m)
+        )
         head = self.model.get_output_embeddings()
         return plain and linear and not is_site(head) and not _draws(self.model)
 
     def _micro_step(
-        self, trainees: list[Trainee], blocks: list[Sequence[Example]], totals: list[_Totals], micro: int
+        self,
+        trainees: list[Trainee],
+        blocks: list[Sequence[Example]],
+        totals: list[_Totals],
+        micro: int,
     ) -> None:
         batch = self.task.collate(blocks, self.model)
         first = trainees[0]
         seed = derive_seed(first.settings.seed, first.step, micro)
-        torch.manual_seed(seed)  # dropout of the base; several adapters share a pass only where there is none
+        torch.manual_seed(
+            seed
+        )  # dropout of the base; several adapters share a pass only where there is none
         names = tuple(t.adapter.name for t in trainees)
         segments = None
         if len(trainees) > 1:
-            segments = tuple((a, b, name) for (a, b), name in zip(batch.rows or (), names, strict=True))
+            segments = tuple(
+                (a, b, name) for (a, b), name in zip(batch.rows or (), names, strict=True)
+            )
         route = Route(names, segments=segments, dropout_seed=seed)
         with self.task.running(self.model), Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
@@ -185,7 +209,11 @@ def _clip(trainee: Trainee, total: _Totals) -> float:
     if not math.isfinite(norm) or not math.isfinite(total.loss):
         for parameter in parameters:
             parameter.grad = None
-        what = f"the loss is {total.loss}" if not math.isfinite(total.loss) else f"the gradient norm is {norm}"
+        what = (
+            f"the loss is {total.loss}"
+            if not math.isfinite(total.loss)
+            else f"the gradient norm is {norm}"
+        )
         raise NonFiniteError(
             f"adapter {trainee.adapter.name!r}, step {trainee.step + 1}: {what}",
             expected="finite numbers; the adapter is as it was before this step",
@@ -208,7 +236,15 @@ def _draws(model: nn.Module) -> bool:
     """Whether the base itself uses dropout in training."""
     own = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
     configured = getattr(model, "config", None)
-    names = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout", "activation_dropout")
+    names = (
+        "attention_dropout",
+        "attn_pdrop",
+        "resid_pdrop",
+        "embd_pdrop",
+        "hidden_dropout",
+        "dropout",
+        "activation_dropout",
+    )
     return own or any(isinstance(v := getattr(configured, n, None), float) and v > 0 for n in names)
 
 
@@ -216,6 +252,7 @@ def _turn_on_checkpointing(model: nn.Module) -> None:
     turn_on = getattr(model, "activation_checkpointing_enable", None)
     if turn_on is None or not getattr(model, "supports_gradient_checkpointing", False):
         raise TrainingError(
-            f"{type(model).__name__} has no gradient checkpointing", mend="set gradient_checkpointing: false"
+            f"{type(model).__name__} has no gradient checkpointing",
+            mend="set gradient_checkpointing: false",
         )
     turn_on({"use_reentrant": False})

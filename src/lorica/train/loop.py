@@ -97,7 +97,9 @@ class Course:
         permutation = order(len(self.examples), seed=self.settings.seed, epoch=epoch)
         chosen = [int(i) for i in permutation[place * self.per_step : (place + 1) * self.per_step]]
         size = self.settings.batch_size
-        return [[self.examples[i] for i in chosen[at : at + size]] for at in range(0, len(chosen), size)]
+        return [
+            [self.examples[i] for i in chosen[at : at + size]] for at in range(0, len(chosen), size)
+        ]
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,16 @@ def train(
         CheckpointError: `resume` with other data, settings or base.
     """
     settings = settings or TrainSettings()
-    folder = output_dir if isinstance(output_dir, RunFolder) else _open_folder(Path(output_dir), resume)
+    folder = (
+        output_dir if isinstance(output_dir, RunFolder) else _open_folder(Path(output_dir), resume)
+    )
     own_folder = folder is not output_dir
     try:
         task = task or default_task(model, settings)
         courses = _courses(model, task, data, eval_data, settings)
-        run = _Run(model, task, courses, settings, folder, recorder, evaluator, dict(manifest or {}))
+        run = _Run(
+            model, task, courses, settings, folder, recorder, evaluator, dict(manifest or {})
+        )
         run.prepare(resume)
         return run.go()
     finally:
@@ -208,7 +214,9 @@ def _encoded(task: Task, records: Sequence[Any]) -> list[Example]:
 
 def total_steps(num_records: int, settings: TrainSettings) -> int:
     """Optimizer steps of a run: `max_steps`, or whole epochs, whichever ends first."""
-    per_epoch = math.ceil(num_records / (settings.batch_size * settings.gradient_accumulation_steps))
+    per_epoch = math.ceil(
+        num_records / (settings.batch_size * settings.gradient_accumulation_steps)
+    )
     limits = [settings.max_steps] if settings.max_steps else []
     if settings.epochs:
         limits.append(math.ceil(settings.epochs * per_epoch))
@@ -219,7 +227,9 @@ def _open_folder(path: Path, resume: bool) -> RunFolder:
     return RunFolder.open(path) if resume else RunFolder.create(path)
 
 
-def _courses(model: nn.Module, task: Task, data: Mapping, eval_data: Any, settings: TrainSettings) -> list[Course]:
+def _courses(
+    model: nn.Module, task: Task, data: Mapping, eval_data: Any, settings: TrainSettings
+) -> list[Course]:
     if not data:
         raise ConfigError("there is nothing to train", expected="{adapter: records}")
     held_out = eval_data if isinstance(eval_data, Mapping) else dict.fromkeys(data, eval_data or ())
@@ -228,7 +238,9 @@ def _courses(model: nn.Module, task: Task, data: Mapping, eval_data: Any, settin
     for key, records in data.items():
         adapter = find(model, key)
         if not len(records):
-            raise DataError(f"there are no records for adapter {adapter.name!r}", expected="at least one")
+            raise DataError(
+                f"there are no records for adapter {adapter.name!r}", expected="at least one"
+            )
         examples = _encoded(task, records)
         trainee = Trainee(adapter, settings, total_steps(len(examples), settings))
         courses.append(Course(trainee, examples, _encoded(task, by_name.get(adapter.name, ()))))
@@ -261,7 +273,9 @@ class _Run:
         checkpoint.clean(self.folder.checkpoints)
         notes: list[str] = []
         if resume:
-            state, notes = checkpoint.load(self.folder.checkpoints, self._identity(), setting=_setting())
+            state, notes = checkpoint.load(
+                self.folder.checkpoints, self._identity(), setting=_setting()
+            )
             if state is None:
                 notes.append("there is no whole checkpoint: starting from the beginning")
             else:
@@ -275,7 +289,9 @@ class _Run:
             self.recorder.event("info", note)
 
     def go(self) -> TrainReport:
-        engine = Engine(self.model, self.task, gradient_checkpointing=self.settings.gradient_checkpointing)
+        engine = Engine(
+            self.model, self.task, gradient_checkpointing=self.settings.gradient_checkpointing
+        )
         began = time.monotonic()
         try:
             with _signals() as stop:
@@ -316,21 +332,38 @@ class _Run:
         return self.settings.save_steps or min(self.eval_steps(c) for c in self.courses)
 
     def _due(self, course: Course, every: int | None) -> bool:
-        return bool(every and course.trainee.step % every == 0) or course.trainee.step == course.trainee.total
+        return (
+            bool(every and course.trainee.step % every == 0)
+            or course.trainee.step == course.trainee.total
+        )
 
     def _evaluate(self, course: Course) -> dict[str, float]:
         if not course.held_out:
             return {}
         self.model.eval()
         with activate(self.model, course.trainee.adapter):
-            found = {"eval_loss": mean_loss(self.model, self.task, course.held_out, self._eval_batch)}
+            found = {
+                "eval_loss": mean_loss(self.model, self.task, course.held_out, self._eval_batch)
+            }
             if self.evaluator is not None:
-                found |= {f"eval_{k}": v for k, v in self.evaluator(self.model, course.trainee.adapter).items()}
+                found |= {
+                    f"eval_{k}": v
+                    for k, v in self.evaluator(self.model, course.trainee.adapter).items()
+                }
         course.eval_loss = found["eval_loss"]
         if course.eval_loss < course.best_loss:
-            course.best_loss, course.best_step, course.stale = course.eval_loss, course.trainee.step, 0
-            course.best = {n: p.detach().clone() for n, p in course.trainee.adapter.named_parameters()}
-            self._event("best", f"{course.name}: best so far, step {course.best_step}, eval loss {course.best_loss:.4f}")
+            course.best_loss, course.best_step, course.stale = (
+                course.eval_loss,
+                course.trainee.step,
+                0,
+            )
+            course.best = {
+                n: p.detach().clone() for n, p in course.trainee.adapter.named_parameters()
+            }
+            self._event(
+                "best",
+                f"{course.name}: best so far, step {course.best_step}, eval loss {course.best_loss:.4f}",
+            )
             return found
         course.stale += 1
         patience = self.settings.early_stopping_patience
@@ -400,9 +433,15 @@ class _Run:
                 for key, tensor in state.adapters[c.name].items():
                     named[key].copy_(tensor)
             _set_moments(c.trainee.optimizer, named, state.optimizers[c.name])
-            c.trainee.step, c.tokens, c.trained_tokens = (counters[k] for k in ("step", "tokens", "trained_tokens"))
+            c.trainee.step, c.tokens, c.trained_tokens = (
+                counters[k] for k in ("step", "tokens", "trained_tokens")
+            )
             c.best_loss = math.inf if counters["best_loss"] is None else counters["best_loss"]
-            c.best_step, c.stale, c.stopped = counters["best_step"], counters["stale"], counters["stopped"]
+            c.best_step, c.stale, c.stopped = (
+                counters["best_step"],
+                counters["stale"],
+                counters["stopped"],
+            )
             c.eval_loss = counters["eval_loss"]
             c.best = {k: t.to(named[k].device) for k, t in state.best.get(c.name, {}).items()}
             self.windows[c.name] = _Window.of(counters["window"])
@@ -410,10 +449,17 @@ class _Run:
     def _identity(self) -> dict[str, str]:
         base = base_of(self.model)
         kept = {k: v for k, v in asdict_settings(self.settings).items() if k not in COSMETIC}
-        identity = {"base": base.digest if base else type(self.model).__name__, "task": self.task.kind}
-        identity |= {f"settings.{k}": json.dumps(v, sort_keys=True, default=str) for k, v in kept.items()}
+        identity = {
+            "base": base.digest if base else type(self.model).__name__,
+            "task": self.task.kind,
+        }
+        identity |= {
+            f"settings.{k}": json.dumps(v, sort_keys=True, default=str) for k, v in kept.items()
+        }
         for c in self.courses:
-            identity[f"adapter {c.name}"] = json.dumps(asdict(c.trainee.adapter.method), sort_keys=True, default=str)
+            identity[f"adapter {c.name}"] = json.dumps(
+                asdict(c.trainee.adapter.method), sort_keys=True, default=str
+            )
             identity[f"data of {c.name}"] = _digest(c.examples)
             identity[f"evaluation data of {c.name}"] = _digest(c.held_out)
         return identity
@@ -428,9 +474,14 @@ class _Run:
                     for key, parameter in c.trainee.adapter.named_parameters():
                         parameter.copy_(c.best[key])
             target = self.folder.adapter(None if len(self.courses) == 1 else c.name)
-            folders[c.name] = save_adapter(c.trainee.adapter, target, overwrite=True, provenance=self._provenance(c))
+            folders[c.name] = save_adapter(
+                c.trainee.adapter, target, overwrite=True, provenance=self._provenance(c)
+            )
         tokens = sum(c.tokens for c in self.courses)
-        kept = {c.name: c.best_loss if self.settings.keep_best and c.best else c.eval_loss for c in self.courses}
+        kept = {
+            c.name: c.best_loss if self.settings.keep_best and c.best else c.eval_loss
+            for c in self.courses
+        }
         report = TrainReport(
             steps={c.name: c.trainee.step for c in self.courses},
             loss=self.last_loss,
@@ -448,7 +499,9 @@ class _Run:
             "peak_memory_bytes": report.peak_memory_bytes,
             "num_threads": torch.get_num_threads(),
             "device": str(next(self.model.parameters()).device),
-            "adapter_bytes": sum(f.stat().st_size for p in folders.values() for f in p.glob("*.safetensors")),
+            "adapter_bytes": sum(
+                f.stat().st_size for p in folders.values() for f in p.glob("*.safetensors")
+            ),
         }
         report.resources.update(resources)
         self._finish({"status": "finished", "resources": resources, "training": report.summary()})
@@ -483,7 +536,10 @@ class _Run:
             },
             "task": self.task.kind,
             "seed": self.settings.seed,
-            "method": {"kind": first.trainee.adapter.method.kind, **asdict(first.trainee.adapter.method)},
+            "method": {
+                "kind": first.trainee.adapter.method.kind,
+                **asdict(first.trainee.adapter.method),
+            },
             "adapters": {
                 c.name: {
                     "num_parameters": c.trainee.adapter.num_parameters,
@@ -555,7 +611,11 @@ def memory_bytes() -> int:
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def asdict_settings(settings: TrainSettings) -> dict[str, Any]:
@@ -564,7 +624,10 @@ def asdict_settings(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _setting() -> dict[str, str]:
-    return {"number of threads": str(torch.get_num_threads()), "version of torch": torch.__version__}
+    return {
+        "number of threads": str(torch.get_num_threads()),
+        "version of torch": torch.__version__,
+    }
 
 
 def _digest(examples: Sequence[Example]) -> str:
@@ -576,14 +639,22 @@ def _digest(examples: Sequence[Example]) -> str:
 
 def _moments(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """The optimizer's tensors, by name of the parameter and of the moment."""
-    return {f"{name}|{key}": value for name, p in named.items() for key, value in optimizer.state.get(p, {}).items()}
+    return {
+        f"{name}|{key}": value
+        for name, p in named.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
 
 
-def _set_moments(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+def _set_moments(
+    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
     for full, value in tensors.items():
         name, _, key = full.rpartition("|")
         parameter = named[name]
-        optimizer.state[parameter][key] = value.to("cpu" if key == "step" and not parameter.is_cuda else parameter.device)
+        optimizer.state[parameter][key] = value.to(
+            "cpu" if key == "step" and not parameter.is_cuda else parameter.device
+        )
 
 
 class _Stop:
@@ -613,7 +684,9 @@ def _signals() -> Iterator[_Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield stop
     finally:

@@ -37,7 +37,9 @@ def num_warmup_steps(total: int, settings: TrainSettings) -> int:
     return min(total, round(settings.warmup_ratio * total))
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], settings: TrainSettings
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over one adapter's tensors.
 
     One tensor per parameter and one optimizer per adapter: then an adapter trains to the same bits beside

@@ -1,0 +1,220 @@
+"""The optimizer step: accumulation, packing, adapters beside others, faults."""
+
+import math
+
+import pytest
+import torch
+
+from architectures import ARCHITECTURES
+from lorica.attach.activate import activate
+from lorica.attach.attach import attach
+from lorica.config import TrainSettings
+from lorica.data.encode import Example
+from lorica.errors import NonFiniteError, TrainingError
+from lorica.methods.lora import LoRA
+from lorica.tasks.causal_lm import CausalLM
+from lorica.train.engine import Engine, Trainee
+from train.words import WordTokenizer
+
+
+def examples(seed, count, longest=23, vocabulary=90):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(3, longest, (1,), generator=generator))
+        ids = torch.randint(1, vocabulary, (length,), generator=generator).tolist()
+        prompt = int(torch.randint(1, length - 1, (1,), generator=generator))
+        made.append(Example(ids, [-100] * prompt + ids[prompt:]))
+    return made
+
+
+def build(name="llama", dtype=torch.float32):
+    return ARCHITECTURES[name].build().to(dtype)
+
+
+def task(packing="auto"):
+    return CausalLM.of(WordTokenizer(), packing=packing)
+
+
+def trained(
+    model, names, *, steps=3, settings=None, ranks=None, packing="auto", data_seed=0, together=True
+):
+    """Tensors of every adapter after some steps, trained together or one after the other."""
+    settings = settings or TrainSettings(learning_rate=5e-3, max_steps=steps, weight_decay=0.01)
+    ranks = ranks or dict.fromkeys(names, 4)
+    handles = {
+        n: attach(model, LoRA(r=ranks[n], target_modules="all-linear"), name=n, seed=i)
+        for i, n in enumerate(names)
+    }
+    engine = Engine(model, task(packing))
+    trainees = {n: Trainee(handles[n], settings, steps) for n in names}
+    work = {
+        n: [[examples(100 * i + s + data_seed, 2 + i)] for s in range(steps)]
+        for i, n in enumerate(names)
+    }
+    for step in range(steps):
+        if together:
+            engine.step(list(trainees.values()), [work[n][step] for n in names])
+        else:
+            for n in names:
+                engine.step([trainees[n]], [work[n][step]])
+    return {n: {k: p.detach().clone() for k, p in handles[n].named_parameters()} for n in names}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+def test_training_beside_others_gives_the_same_bits_as_alone(name):
+    names = ["a", "b", "c"]
+    ranks = {"a": 4, "b": 5, "c": 12}
+    together = trained(build(name), names, ranks=ranks)
+    alone = trained(build(name), names, ranks=ranks, together=False)
+    for n in names:
+        assert together[n].keys() == alone[n].keys()
+        for key, tensor in together[n].items():
+            assert torch.equal(tensor, alone[n][key]), f"{n}: {key}"
+        assert any(t.abs().sum() > 0 for k, t in together[n].items() if k.endswith(".B"))
+
+
+def test_the_segments_really_share_one_pass(monkeypatch):
+    calls = []
+    original = CausalLM.losses
+    monkeypatch.setattr(
+        CausalLM, "losses", lambda self, m, b: calls.append(len(b.labels)) or original(self, m, b)
+    )
+    trained(build(), ["a", "b", "c"], steps=2)
+    assert calls == [3, 3]
+
+
+def test_accumulating_equals_one_large_batch():
+    data = examples(7, 9)
+    results = []
+    for micro in ([data], [data[:2], data[2:3], data[3:]]):
+        model = build().double()
+        adapter = attach(
+            model, LoRA(r=3, target_modules="all-linear", init_lora_weights="random"), name="x"
+        )
+        for p in adapter.parameters():
+            p.data = p.data.double()
+        engine = Engine(model, task())
+        trainee = Trainee(adapter, TrainSettings(learning_rate=1e-2, max_steps=1), 1)
+        before = {k: p.detach().clone() for k, p in adapter.named_parameters()}
+        (result,) = engine.step([trainee], [micro])
+        results.append((result, {k: p.detach() - before[k] for k, p in adapter.named_parameters()}))
+    assert results[0][0].loss == pytest.approx(results[1][0].loss, rel=1e-6)
+    assert results[0][0].trained_tokens == results[1][0].trained_tokens
+    assert results[0][0].grad_norm == pytest.approx(results[1][0].grad_norm, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma", "gpt_neox", "qwen3", "phi"])
+def test_packed_equals_the_documents_alone(name):
+    """Loss and gradients of a packed batch are those of its documents, one at a time."""
+    data = examples(3, 5)
+    model = build(name).double()
+    adapter = attach(
+        model, LoRA(r=3, target_modules="all-linear", init_lora_weights="random"), name="x"
+    )
+    for p in adapter.parameters():
+        p.data = p.data.double()
+    packed, single = task(), task(packing=False)
+    with activate(model, None):
+        assert packed.packs(model), packed.notes
+
+    def gradients(which, blocks):
+        total = 0.0
+        with activate(model, "x"):
+            for block in blocks:
+                (loss,) = which.losses(model, which.collate([block], model))
+                loss.backward()
+                total += loss.item()
+        found = {k: p.grad.clone() for k, p in adapter.named_parameters()}
+        for p in adapter.parameters():
+            p.grad = None
+        return total, found
+
+    loss_packed, grad_packed = gradients(packed, [data])
+    loss_alone, grad_alone = gradients(single, [[e] for e in data])
+    assert loss_packed == pytest.approx(loss_alone, rel=1e-5)
+    for key, value in grad_packed.items():
+        torch.testing.assert_close(value, grad_alone[key], rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_neox"])
+def test_one_document_leaves_the_others_bits_alone(name):
+    """Changing one packed document changes no bit of another one's loss."""
+    data = examples(11, 4)
+    model, packed = build(name), task()
+    assert packed.packs(model)
+    changed = list(data)
+    changed[1] = Example([(i * 7 + 3) % 90 + 1 for i in data[1].input_ids], data[1].labels)
+
+    def each(block):
+        batch = packed.collate([block], model)
+        with torch.no_grad():
+            return packed._each_loss(model, batch, block)
+
+    before, after = each(data), each(changed)
+    assert before[1] != after[1]
+    assert [before[i] for i in (0, 2, 3)] == [after[i] for i in (0, 2, 3)]
+
+
+def test_a_model_that_leaks_is_padded_and_says_so():
+    model, own = ARCHITECTURES["bloom"].build(), task()
+    assert not own.packs(model)
+    assert "padded" in own.notes[0]
+    data = examples(5, 3)
+    (loss,) = own.losses(model, own.collate([data], model))
+    alone = sum(own.losses(model, own.collate([[e]], model))[0].item() for e in data)
+    assert loss.item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+    model = build()
+    adapter = attach(model, LoRA(r=3, target_modules="all-linear"), name="x")
+    with torch.no_grad():
+        next(iter(adapter.parameters())).fill_(math.nan)
+    before = {k: p.detach().clone() for k, p in adapter.named_parameters()}
+    trainee = Trainee(adapter, TrainSettings(max_steps=2), 2)
+    with pytest.raises(NonFiniteError, match="step 1"):
+        Engine(model, task()).step([trainee], [[examples(1, 2)]])
+    assert trainee.step == 0
+    for key, p in adapter.named_parameters():
+        assert torch.equal(p, before[key]) or torch.isnan(before[key]).all()
+
+
+def test_gradient_checkpointing_gives_the_same_bits():
+    found = []
+    for on in (False, True):
+        model = build()
+        adapter = attach(model, LoRA(r=4, target_modules="all-linear"), name="x")
+        engine = Engine(model, task(), gradient_checkpointing=on)
+        trainee = Trainee(adapter, TrainSettings(max_steps=2, learning_rate=1e-2), 2)
+        for seed in (1, 2):
+            engine.step([trainee], [[examples(seed, 3)]])
+        found.append({k: p.detach().clone() for k, p in adapter.named_parameters()})
+    assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
+
+
+def test_checkpointing_where_there_is_none_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    attach(model, LoRA(r=2, target_modules=["0"]), name="x")
+    with pytest.raises(TrainingError, match="no gradient checkpointing"):
+        Engine(model, _Shapeless(), gradient_checkpointing=True)
+
+
+class _Shapeless:
+    kind = "shapeless"
+
+    def shares(self, model):
+        return False
+
+
+def test_clipping_is_each_adapters_own():
+    """A wild neighbour does not scale the gradients of a tame one."""
+    tame_alone = trained(
+        build(), ["a"], settings=TrainSettings(max_steps=3, max_grad_norm=0.01, learning_rate=1e-2)
+    )
+    both = trained(
+        build(),
+        ["a", "b"],
+        settings=TrainSettings(max_steps=3, max_grad_norm=0.01, learning_rate=1e-2),
+    )
+    assert all(torch.equal(v, both["a"][k]) for k, v in tame_alone["a"].items())
