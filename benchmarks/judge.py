@@ -181,4 +181,5 @@ def show(result: dict) -> None:
     for side, rows in result["equality"].items():
         for name, row in rows.items():
             word = "equal within noise" if row["equal_within_noise"] else "different"
+            word += " (one seed)" if row["noise_of_seeds"] is None else ""
             print(f"lorica - {side}: {name} {row['difference']:+.4g}: {word}")

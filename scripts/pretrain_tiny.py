@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -122,11 +123,13 @@ class Windows:
         self.texts = [[e.ids for e in paragraphs] for paragraphs in encoded]
         self.weights = [sum(map(len, paragraphs)) for paragraphs in self.texts]
         self.flat = [[i for ids in paragraphs for i in ids] for paragraphs in self.texts]
+        self.random = random.Random(seed)
         words = sorted({w for t in texts for p in t for w in re.findall(r"[A-Za-z]{2,}", p)})
-        self.words = [
-            e.ids
-            for e in tokenizer.encode_batch([" " + w for w in words], add_special_tokens=False)
-        ]
+        blends = [self.blend(words) for _ in words]
+        encoded_words = tokenizer.encode_batch(
+            [" " + w for w in words + blends], add_special_tokens=False
+        )
+        self.words = [e.ids for e in encoded_words]
         marks = [
             ",",
             ";",
@@ -146,7 +149,12 @@ class Windows:
         ]
         self.marks = [tokenizer.encode(mark, add_special_tokens=False).ids for mark in marks]
         self.bos, self.eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-        self.length, self.random = length, random.Random(seed)
+        self.length = length
+
+    def blend(self, words: list[str]) -> str:
+        """The head of a word with the tail of another, so that only copying can spell it."""
+        head, tail = self.random.choices(words, k=2)
+        return head[: (len(head) + 1) // 2] + tail[len(tail) // 2 :].lower()
 
     def prose(self) -> list[int]:
         """Runs of whole paragraphs, each a document between BOS and EOS."""
@@ -430,6 +438,7 @@ def parse() -> argparse.Namespace:
         "--matrix-learning-rate", type=float, default=0.02, help="Muon: the matrices"
     )
     parser.add_argument("--copying-start", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--continue-from", type=Path, help="start from a folder this script wrote")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile: a quarter faster where it works"
@@ -447,6 +456,10 @@ def main() -> None:
     windows = Windows(kept, tokenizer, length=arguments.length + 1, seed=arguments.seed)
     held_out = Windows(last, tokenizer, length=arguments.length + 1, seed=arguments.seed + 1)
     model = make_model(arguments, tokenizer)
+    if arguments.continue_from:
+        weights = load_file(arguments.continue_from / "model.safetensors")
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        assert missing == ["lm_head.weight"] and not unexpected, "the two shapes differ"
     print(
         f"{sum(windows.weights):,} tokens of text, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters"

@@ -1,10 +1,11 @@
 """Merge adapters into their base: the only code that writes a base weight.
 
-    W' = round(W + sum_i w_i (W_i - W))        W_i: the weight under adapter i alone; for LoRA W_i - W = s B A
+    W' = round(W + sum_i w_i (W_i - W))
 
-The sum is taken in float32 (float64 for a float64 base) and rounded once, to the dtype of the base. The rounding is
-the damage: in bfloat16 a weight keeps 8 bits, and an update far below the weight's last bit is lost. What is lost is
-measured for every weight and compared with the update; all weights are computed and checked before the first is written.
+W_i is the weight as adapter i alone would make it; for LoRA W_i - W = s B A. The sum is taken in
+float32 (float64 for a float64 base) and rounded once, to the dtype of the base. The rounding is the
+damage: a bfloat16 weight keeps 8 bits, and an update far below the last of them is lost. What is
+lost is measured for every weight, and all weights are computed and checked before the first write.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import Adapter, adapters, detach, find
+from lorica.attach.attach import Adapter, adapters, attached_to, detach, find
 from lorica.attach.layers import describe, to_stored
 from lorica.attach.site import Slot
 from lorica.attach.survey import clean
@@ -56,7 +58,7 @@ class MergeReport:
 
     Attributes:
         weights: adapter -> its weight in the mixture.
-        merged: one entry per parameter, in the order of the model.
+        merged: one entry per parameter, in the order of the adapters' places.
         untied: parameters that were tied before and have values of their own now.
     """
 
@@ -79,7 +81,9 @@ class MergeReport:
         ]
         lines += [f"  untied: {path}" for path in self.untied]
         width = max((len(w.path) for w in self.merged), default=0)
-        lines.append(f"  {'weight':<{width}}  {'dtype':<9} {'update':>9} {'damage':>8} {'changed':>8}")
+        lines.append(
+            f"  {'weight':<{width}}  {'dtype':<9} {'update':>9} {'damage':>8} {'changed':>8}"
+        )
         lines += [
             f"  {w.path:<{width}}  {w.dtype:<9} {w.update:>9.2e} {w.damage:>8.2%} {w.changed:>8.1%}"
             for w in self.merged
@@ -107,13 +111,15 @@ class _Target:
 def merge(
     model: nn.Module, mixture: str | Adapter | Mapping[str, float], *, force: bool = False
 ) -> MergeReport:
-    """Write adapters into the base and take them off. Without them the model then answers as it did with them.
+    """Write adapters into the base and take them off; the model answers as it did with them.
 
-    The weights in memory change; files on the disk do not (`files.whole.save_merged` writes new ones).
-    An input embedding tied to the output layer is untied where the model's config can say so.
+    The weights in memory change; files on the disk do not (`files.whole.save_merged` writes new
+    ones). An input embedding that is tied to the output layer is untied where the model's config
+    can say so; other shared weights are refused.
 
     Args:
-        mixture: one adapter, or the weights of several: their updates are summed before the one rounding.
+        mixture: one adapter, or the weights of several: their updates are summed before the one
+            rounding.
         force: merge even where rounding destroys more than a quarter of the update.
 
     Returns:
@@ -127,7 +133,7 @@ def merge(
     shares = _shares(model, mixture)
     targets = list(_targets(model, shares))
     problems = [f"{t.path}: {why}" for t in targets if (why := _hindrance(t))]
-    untie, tied_problems = _ties(model, targets)  # path -> who shares it
+    untie, tied_problems = _ties(model, targets)  # path -> all that share it
     problems += tied_problems
     if problems:
         raise MergeError("these adapters cannot become weights", problems=problems[:20])
@@ -135,14 +141,11 @@ def merge(
     report = MergeReport(shares, tuple(entry for _, entry in results), tuple(untie))
     _judge(report, force)
     if untie:
-        _untie(model, targets, untie)
+        _untie(model, untie)
     for target, (weight, _) in zip(targets, results, strict=True):
         target.parameter.data.copy_(weight)
     for name in shares:
         detach(model, name)
-    for path, other in untie.items():
-        trains = model.get_parameter(other).requires_grad
-        model.get_parameter(path).requires_grad_(trains)
     _forget_digest(model, shares)
     return report
 
@@ -152,7 +155,9 @@ def _shares(model: nn.Module, mixture: str | Adapter | Mapping[str, float]) -> d
     problems = [
         f"the weight of {name!r} is {weight!r}; it must be a finite number"
         for name, weight in given.items()
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight)
+        if isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not math.isfinite(weight)
     ]
     if problems or not given:
         raise ConfigError(
@@ -255,7 +260,9 @@ def _rms(tensor: Tensor) -> float:
 
 def _judge(report: MergeReport, force: bool) -> None:
     """Refuse what must not be written; warn of what was lost."""
-    bad = [w.path for w in report.merged if not math.isfinite(w.update) or not math.isfinite(w.damage)]
+    bad = [
+        w.path for w in report.merged if not math.isfinite(w.update) or not math.isfinite(w.damage)
+    ]
     if bad:
         raise MergeError(
             "merged weights would not be finite",
@@ -280,11 +287,11 @@ def _judge(report: MergeReport, force: bool) -> None:
         )
 
 
-# --- shared weights -----------------------------------------------------------------------------------------
+# --- shared weights -------------------------------------------------------------------------------
 
 
-def _ties(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, str], list[str]]:
-    """Parameters to untie, each with the one that keeps the tie's name; and why others cannot be untied."""
+def _ties(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, list[str]], list[str]]:
+    """Parameters to untie, each with all names of the tie; and why others cannot be untied."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():  # a module under two names computes the same in both
         for name, parameter in module._parameters.items():
@@ -292,18 +299,19 @@ def _ties(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, str], lis
                 full = clean(f"{path}.{name}" if path else name)
                 owners.setdefault(id(parameter), []).append((full, module))
     overlapping = _overlapping(model)
-    untie: dict[str, str] = {}
+    untie: dict[str, list[str]] = {}
     problems: list[str] = []
     for target in targets:
         sharers = owners[id(target.parameter)]
         if len(sharers) > 1:
             others = ", ".join(path for path, _ in sharers if path != target.path)
             if _can_untie(model, [module for _, module in sharers]):
-                untie[target.path] = sharers[0][0]
+                untie[target.path] = [path for path, _ in sharers]
             else:
                 problems.append(
-                    f"{target.path}: its weight is also that of {others}, where the update does not belong, and "
-                    f"{type(model).__name__} has no setting that unties them; keep the adapter apart"
+                    f"{target.path}: its weight is also that of {others}, where the update does "
+                    f"not belong, and {type(model).__name__} has no setting that unties them; keep "
+                    "the adapter apart"
                 )
         elif id(target.parameter) in overlapping:
             problems.append(f"{target.path}: its memory is shared with another parameter")
@@ -311,9 +319,9 @@ def _ties(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, str], lis
 
 
 def _can_untie(model: nn.Module, modules: list[nn.Module]) -> bool:
-    """Whether these are the input embedding and the output layer, tied by the config and by nothing else.
+    """Whether these are the input embedding and the output layer, and only the config ties them.
 
-    Encoder-decoder models tie four weights and some scale their output by the tie, so they stay as they are.
+    Encoder-decoder models tie four weights, and some scale their output by the tie: they stay.
     """
     config = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or len(modules) != 2:
@@ -340,23 +348,23 @@ def _overlapping(model: nn.Module) -> set[int]:
         if p.numel() and not p.is_meta
     )
     found: set[int] = set()
-    for (_, end, device, one), (start, _, other_device, two) in zip(spans, spans[1:], strict=False):
+    for (_, end, device, one), (start, _, other_device, two) in pairwise(spans):
         if start < end and device == other_device:
             found |= {one, two}
     return found
 
 
-def _untie(model: nn.Module, targets: list[_Target], untie: Mapping[str, str]) -> None:
-    """Give tied weights values of their own, and let the config say it, so that they stay untied on the disk.
+def _untie(model: nn.Module, untie: Mapping[str, list[str]]) -> None:
+    """Give tied weights values of their own, and let the config say it, for the disk.
 
-    The config has one switch for all ties, so parameters that it tied besides (a head's bias) are copied too.
+    The config has one switch for all ties, so parameters that it tied besides (the bias of a head)
+    get their own copy too.
     """
     keys = getattr(model, "all_tied_weights_keys", None)
-    places = [(target.module, target.name) for target in targets if target.path in untie]
-    for path in keys or ():
+    modules = {clean(path): module for path, module in model.named_modules(remove_duplicate=False)}
+    for path in [*untie, *(keys or ())]:
         core, _, name = path.rpartition(".")
-        places.append((model.get_submodule(core), name))
-    for module, name in dict.fromkeys(places):
+        module = modules[core]
         parameter = module._parameters[name]
         if parameter is not None and _uses(model, parameter) > 1:
             own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
@@ -366,6 +374,10 @@ def _untie(model: nn.Module, targets: list[_Target], untie: Mapping[str, str]) -
         part.tie_word_embeddings = False
     if isinstance(keys, dict):
         keys.clear()
+    unfrozen = attached_to(model).unfrozen  # it knew the tie by one of its names
+    for paths in untie.values():
+        if set(paths) & set(unfrozen):
+            unfrozen += [path for path in paths if path not in unfrozen]
 
 
 def _uses(model: nn.Module, parameter: nn.Parameter) -> int:
@@ -374,7 +386,7 @@ def _uses(model: nn.Module, parameter: nn.Parameter) -> int:
 
 
 def _forget_digest(model: nn.Module, shares: Mapping[str, float]) -> None:
-    """The base is another one now; adapters made on it must not pass for adapters of the old one."""
+    """The base is another one now: adapters made on it must not pass for those of the old one."""
     base = base_of(model)
     if base is not None:
         name = " + ".join([base.name, *shares])

@@ -91,9 +91,8 @@ def byte_tokenizer(template: str | None = None, *, adds_bos: bool = False):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(
-        ["the user asks the assistant what it is, and then it says so"], trainer
-    )
+    text = "the user asks the assistant what it is, and then it says so"
+    backend.train_from_iterator([text], trainer)
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 0)]

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lorica.data.formats import CANONICAL, SHAPES
 from lorica.data.read import from_rows
+from lorica.data.shapes import CANONICAL, SHAPES
 from lorica.errors import DataError
 
 

@@ -1,16 +1,19 @@
 """Chat templates: the same text as transformers, the right part trained, hostile ones stopped."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
+from data.chat_templates import (
+    ALL,
+    CHATML,
+    INST,
+    LATE_SYSTEM,
+    THINKING,
+    byte_tokenizer,
+    conversation,
+)
 from lorica.data import sandbox
 from lorica.data.template import ChatTemplate, control_tokens
 from lorica.errors import DataError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from chat_templates import ALL, CHATML, INST, LATE_SYSTEM, THINKING, byte_tokenizer, conversation
 
 TALK = conversation("hello", "hi there", "what is it?", "it is\n a test")
 
@@ -119,10 +122,10 @@ def test_nested_spelling_cannot_join_into_a_token():
 
 def test_tool_calls_and_tojson_as_in_transformers():
     source = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}"
         "{% for m in messages %}{{ m.role }}:{{ m.content }}"
         "{% if m.tool_calls %}{{ m.tool_calls | tojson(indent=1) }}{% endif %}"
         "{% if m.train is defined %}LEAK{% endif %}<|sep|>{% endfor %}"
-        "{% if tools %}{{ tools | tojson }}{% endif %}"
     )
     tokenizer = byte_tokenizer(source)
     call = {"function": {"name": "f", "arguments": {"a": "<é>"}}}
@@ -213,10 +216,10 @@ EXPENSIVE = [
     "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
     "{{ 'x' * 10 ** 12 }}",
-    "{{ 9 ** 9 ** 9 }}",
+    "{{ 9 ** (9 ** 9) }}",
     "{{ 9 ** 99999 }}",
-    "{% set ns = namespace(x='xx') %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    "{% set ns = namespace(x='xx') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set n = namespace(x='x') %}{% for a in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% set n = namespace(x='x') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "{{ 'x'.center(1000000000000) }}",
     "{{ 'x' | center(1000000000000) }}",
     "{{ '%1000000000000d' % 1 }}",

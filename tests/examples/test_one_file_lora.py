@@ -54,7 +54,7 @@ def test_both_train_the_same_adapter(flat):
     losses = [engine.step([trainee], [[[Example(*d) for d in docs]]])[0].loss for docs in work]
 
     assert losses == pytest.approx(flat_losses, rel=1e-5)
-    assert losses[-1] < losses[0]
+    assert all(t.abs().max() > 1e-3 for n, t in trained.items() if n.endswith(".B"))
     engine_tensors = dict(adapter.named_parameters())
     assert engine_tensors.keys() == trained.keys()
     for name, tensor in trained.items():

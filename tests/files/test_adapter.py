@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import adapters, attach, detach
 from lorica.base.load import Base
@@ -82,7 +83,10 @@ SETTINGS = {
     "embedding": ("gpt2", LoRA(r=2, target_modules=("wte", "lm_head", "c_attn"))),
     "layers": ("qwen2", LoRA(r=2, target_modules="mlp", layers_to_transform=(1,))),
     "convolutions": ("cnn", LoRA(r=3, target_modules=("conv1", "conv2", "conv3", "embedding"))),
-    "experts": ("mixtral", LoRA(r=2, target_modules=("down_proj",), rank_pattern={"1.mlp.experts.down_proj": 5})),
+    "experts": (
+        "mixtral",
+        LoRA(r=2, target_modules=("down_proj",), rank_pattern={"1.mlp.experts.down_proj": 5}),
+    ),
 }
 
 
@@ -96,7 +100,14 @@ def test_settings_come_back(case, tmp_path):
     save_adapter(adapter, tmp_path / "1")
     again = ARCHITECTURES[name].build()
     loaded = load_adapter(again, tmp_path / "1")
-    for field in ("r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "init_lora_weights"):
+    for field in (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "modules_to_save",
+        "init_lora_weights",
+    ):
         wanted = getattr(method, field)
         found = getattr(loaded.method, field)
         assert (sorted(found) if field == "modules_to_save" else found) == (
@@ -116,7 +127,9 @@ def test_settings_come_back(case, tmp_path):
 
 def test_the_settings_of_a_file_make_the_same_adapter_again(tmp_path):
     """What a loaded adapter says of itself can be given to `attach`."""
-    adapter = attach(llama(), LoRA(r=3, target_modules="attention", rank_pattern={"0.self_attn.q_proj": 2}))
+    adapter = attach(
+        llama(), LoRA(r=3, target_modules="attention", rank_pattern={"0.self_attn.q_proj": 2})
+    )
     save_adapter(adapter, tmp_path / "x")
     loaded = load_adapter(llama(), tmp_path / "x")
     fresh = attach(llama(), loaded.method)
@@ -130,7 +143,9 @@ def test_names_in_the_config_are_short_and_exact(tmp_path):
     assert config["target_modules"] == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    save_adapter(attach(llama(), LoRA(target_modules="q_proj", layers_to_transform=1)), tmp_path / "2")
+    save_adapter(
+        attach(llama(), LoRA(target_modules="q_proj", layers_to_transform=1)), tmp_path / "2"
+    )
     config = json.loads((tmp_path / "2" / CONFIG).read_text())
     assert config["target_modules"] == ["1.self_attn.q_proj"] and config["inference_mode"] is True
 
@@ -175,7 +190,9 @@ def test_a_loaded_adapter_trains_like_the_one_that_was_saved(tmp_path):
             optimizer.step()
             optimizer.zero_grad()
         assert all(p.grad is None for p in each.parameters())
-    for (name, one), (_, other) in zip(adapter.named_parameters(), loaded.named_parameters(), strict=True):
+    for (name, one), (_, other) in zip(
+        adapter.named_parameters(), loaded.named_parameters(), strict=True
+    ):
         assert torch.equal(one, other), name
 
 
@@ -227,7 +244,10 @@ def test_what_is_not_saved(tmp_path):
 
 
 def test_another_base_is_refused_by_its_digest_and_warned_of_by_its_name(tmp_path):
-    save_adapter(attach(llama(name="org/small", digest="a" * 64), LoRA(target_modules="q_proj")), tmp_path / "x")
+    save_adapter(
+        attach(llama(name="org/small", digest="a" * 64), LoRA(target_modules="q_proj")),
+        tmp_path / "x",
+    )
     config = json.loads((tmp_path / "x" / CONFIG).read_text())
     assert config["base_model_name_or_path"] == "org/small" and config["task_type"] == "CAUSAL_LM"
     other = llama(name="org/small", digest="b" * 64)
@@ -277,3 +297,15 @@ def test_a_layer_under_two_names_carries_one_set_of_tensors(tmp_path):
     detach(model, adapter)
     with activate(model, load_adapter(model, tmp_path / "x")):
         assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_files_of_every_precision_are_read(dtype, tmp_path):
+    adapter = stirred(llama(), LoRA(target_modules="q_proj"))
+    save_adapter(adapter, tmp_path / "x")
+    tensors = {name: t.to(dtype) for name, t in load_file(tmp_path / "x" / WEIGHTS).items()}
+    save_file(tensors, tmp_path / "x" / WEIGHTS)
+    loaded = load_adapter(llama(), tmp_path / "x")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for one, other in zip(adapter.parameters(), loaded.parameters(), strict=True):
+        assert other.dtype == wide and torch.equal(one.to(dtype).to(wide), other)

@@ -29,7 +29,8 @@ def test_a_folder_appears_whole(tmp_path):
         os.umask(before)
     assert names(tmp_path / "deep") == {"x"}
     assert (tmp_path / "deep" / "x" / "sub" / "n").read_text() == "new"
-    modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "deep" / "x").rglob("*")}
+    made = [tmp_path / "deep" / "x", *(tmp_path / "deep" / "x").rglob("*")]
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in made}
     assert modes == {0o644, 0o755}
 
 
@@ -86,6 +87,13 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 def test_json_that_python_would_take():
     assert parse_json(b'{"a": [1, 2.5, null]}', "here") == {"a": [1, 2.5, None]}
-    for raw in (b'{"a": Infinity}', b'{"a": 1, "a": 1}', b"[]", b"", b"{} {}", b'\xef\xbb\xbf{"a": 1}'):
+    for raw in (
+        b'{"a": Infinity}',
+        b'{"a": 1, "a": 1}',
+        b"[]",
+        b"",
+        b"{} {}",
+        b'\xef\xbb\xbf{"a": 1}',
+    ):
         with pytest.raises(AdapterFileError, match="here"):
             parse_json(raw, "here")

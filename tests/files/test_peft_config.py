@@ -3,10 +3,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorica.errors import AdapterFileError
-from lorica.files.peft_config import exact_names, parse_config
+from lorica.files.peft_config import parse_config
+from lorica.files.peft_written import exact_names
 
 PART = st.sampled_from(["a", "b", "layers", "0", "1", "q", "k"])
-PATHS = st.lists(st.lists(PART, min_size=1, max_size=5).map(".".join), min_size=1, max_size=25, unique=True)
+PATHS = st.lists(
+    st.lists(PART, min_size=1, max_size=5).map(".".join), min_size=1, max_size=25, unique=True
+)
 
 
 def takes(names, path):
@@ -21,7 +24,9 @@ def test_names_select_exactly_what_was_asked(paths, data):
     chosen = {path for path in paths if takes(names, path) and not takes(excluded, path)}
     clash = {w for w in wanted if takes(excluded, w)}  # where an excluded name ends a wanted one
     assert chosen == wanted - clash
-    assert not clash or any(other.endswith(f".{w}") for w in wanted for other in paths if other not in wanted)
+    assert not clash or any(
+        other.endswith(f".{w}") for w in wanted for other in paths if other not in wanted
+    )
 
 
 def test_the_shortest_names_are_chosen():
@@ -58,7 +63,14 @@ def test_ranks_and_alphas_by_place():
         rank_pattern={"q": 2, "^m.k": 3, r"layers\.\d+\.v": 4},
         alpha_pattern={"m.layers.[01].v": 1.5},
     )
-    assert [found.rank_at(p) for p in ("m.q", "q", "m.k", "x.m.k", "a.layers.7.v", "o")] == [2, 2, 3, 8, 4, 8]
+    assert [found.rank_at(p) for p in ("m.q", "q", "m.k", "x.m.k", "a.layers.7.v", "o")] == [
+        2,
+        2,
+        3,
+        8,
+        4,
+        8,
+    ]
     assert found.alpha_at("m.layers.1.v") == 1.5 and found.alpha_at("m.layers.2.v") == 8
     method = found.method_at("m.k")
     assert method.r == 3 and method.rank_pattern == {}
@@ -66,7 +78,11 @@ def test_ranks_and_alphas_by_place():
 
 def test_the_minimum_that_peft_loads():
     found = config()
-    assert found.method.r == 8 and found.method.lora_alpha == 8 and found.method.target_modules == ("q",)
+    assert (
+        found.method.r == 8
+        and found.method.lora_alpha == 8
+        and found.method.target_modules == ("q",)
+    )
 
 
 def test_every_problem_is_told():

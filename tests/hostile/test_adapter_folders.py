@@ -1,4 +1,6 @@
-"""Adapter folders from strangers: everything that is not exactly right is refused, and the model stays as it was."""
+"""Adapter folders from strangers: everything that is not exactly right is refused, and the model
+stays as it was.
+"""
 
 import json
 import os
@@ -12,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from architectures import ARCHITECTURES
 from lorica.attach.attach import adapters, attach
 from lorica.attach.site import is_site
 from lorica.errors import AdapterFileError, ConfigError, LoricaError
@@ -35,7 +37,9 @@ def llama() -> nn.Module:
 def folder(tmp_path: Path) -> Path:
     """A sound adapter folder on q_proj and v_proj, r = 3."""
     model = llama()
-    adapter = attach(model, LoRA(r=3, target_modules=("q_proj", "v_proj"), init_lora_weights="random"))
+    adapter = attach(
+        model, LoRA(r=3, target_modules=("q_proj", "v_proj"), init_lora_weights="random")
+    )
     save_adapter(adapter, tmp_path / "x")
     return tmp_path / "x"
 
@@ -73,7 +77,7 @@ def entry(shape: list, start: int, end: int, dtype: str = "F32") -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-# --- the safetensors file -----------------------------------------------------------------------------------
+# --- the safetensors file -------------------------------------------------------------------------
 
 
 def test_every_prefix_of_a_file_is_refused(folder, tmp_path):
@@ -86,7 +90,9 @@ def test_every_prefix_of_a_file_is_refused(folder, tmp_path):
 
 
 def test_changed_bytes_never_pass_where_the_library_refuses(folder, tmp_path):
-    """400 files with bytes of the header changed: never another exception, never milder than safetensors."""
+    """400 files with bytes of the header changed: never another exception, never milder than
+    safetensors.
+    """
     whole = (folder / WEIGHTS).read_bytes()
     header_end = 8 + int.from_bytes(whole[:8], "little")
     draw = random.Random(5)
@@ -158,7 +164,10 @@ ENTRIES = {
     "four bit float": ({"a": entry([8], 0, 4, "F4")}, 4),
     "integers": ({"a": entry([1], 0, 4, "I32")}, 4),
     "an entry that is a number": ({"a": 7}, 0),
-    "too many": ({str(i): entry([1], 4 * i, 4 * i + 4) for i in range(MAX_TENSORS + 1)}, 4 * MAX_TENSORS + 4),
+    "too many": (
+        {str(i): entry([1], 4 * i, 4 * i + 4) for i in range(MAX_TENSORS + 1)},
+        4 * MAX_TENSORS + 4,
+    ),
 }
 
 
@@ -201,7 +210,7 @@ def test_values_that_are_no_numbers(folder, value):
     refused(folder, "NaN or infinite")
 
 
-# --- what is not a file, or not ours to read ---------------------------------------------------------------
+# --- what is not a file, or not ours to read ------------------------------------------------------
 
 
 def test_fifos_devices_folders_and_links_out(folder, tmp_path):
@@ -252,7 +261,9 @@ def test_pickles_are_never_loaded(folder, tmp_path):
 
 
 def test_an_old_adapter_of_the_wild_is_refused_for_its_pickle(shared_data):
-    refused(shared_data / "models" / "foreign_adapters" / "bloom_lora", "adapter_model.bin is a pickle")
+    refused(
+        shared_data / "models" / "foreign_adapters" / "bloom_lora", "adapter_model.bin is a pickle"
+    )
 
 
 def test_what_is_no_adapter_folder(folder, tmp_path):
@@ -265,7 +276,7 @@ def test_what_is_no_adapter_folder(folder, tmp_path):
     refused(folder, "lacks adapter_config.json")
 
 
-# --- the config ---------------------------------------------------------------------------------------------
+# --- the config -----------------------------------------------------------------------------------
 
 CONFIGS = {
     "another method": ({"peft_type": "IA3"}, "peft_type"),
@@ -339,7 +350,14 @@ def test_patterns_cannot_be_slow(folder):
 
 
 def test_neutral_values_of_other_features_are_accepted(folder):
-    edit_config(folder, use_new_thing=False, another=None, list_of=[], loftq_config=None, eva_config={"rho": 2})
+    edit_config(
+        folder,
+        use_new_thing=False,
+        another=None,
+        list_of=[],
+        loftq_config=None,
+        eva_config={"rho": 2},
+    )
     assert load_adapter(llama(), folder).name == "default"
 
 
@@ -355,7 +373,7 @@ def test_modules_that_a_config_names_are_not_imported(folder, tmp_path, monkeypa
     assert load_adapter(llama(), folder).base["name"] == "/etc/passwd"
 
 
-# --- tensors that do not fit --------------------------------------------------------------------------------
+# --- tensors that do not fit ----------------------------------------------------------------------
 
 
 def test_a_factor_without_the_other(folder):
@@ -379,7 +397,9 @@ def test_tensors_that_the_config_does_not_name(folder):
 
 
 def test_a_tensor_too_many(folder):
-    edit_tensors(folder, lambda tensors: tensors.update({"base_model.model.extra.weight": torch.ones(2)}))
+    edit_tensors(
+        folder, lambda tensors: tensors.update({"base_model.model.extra.weight": torch.ones(2)})
+    )
     assert "no such parameter" in str(refused(folder))
 
 
@@ -419,7 +439,9 @@ def test_an_adapter_of_the_whole_on_the_bare_backbone(folder):
     model = llama().model
     with pytest.raises(AdapterFileError) as caught:
         load_adapter(model, folder)
-    assert "'model'" in (caught.value.mend or "") and "this model lacks" in (caught.value.mend or "")
+    assert "'model'" in (caught.value.mend or "") and "this model lacks" in (
+        caught.value.mend or ""
+    )
 
 
 def test_other_layouts_are_named(folder):

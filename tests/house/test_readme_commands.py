@@ -17,7 +17,7 @@ def command_lines(text: str) -> list[str]:
     """The `lorica ...` lines of the shell blocks of a page, continued lines joined."""
     found = []
     for block in re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", text, flags=re.DOTALL):
-        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+        for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
             line = line.strip().removeprefix("$ ")
             found += [line] if line.startswith("lorica ") else []
     return found

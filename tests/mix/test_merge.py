@@ -1,11 +1,13 @@
-"""Merged equals attached; the rounding is measured, told, and refused where it destroys the adapter."""
+"""Merged equals attached; the rounding is measured, told, and refused where it destroys the
+adapter.
+"""
 
 import pytest
 import torch
 import transformers as hf
-from architectures import ARCHITECTURES
 from torch import nn
 
+from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import adapters, attach
 from lorica.attach.site import is_site
@@ -33,7 +35,8 @@ def answer(name: str, model: nn.Module) -> torch.Tensor:
 
 def check_merge(name: str, model: nn.Module, mixture, tolerance: float = 1e-5) -> MergeReport:
     """Merging changes the answer of the attached model by no more than the rounding."""
-    bare = answer(name, model)
+    with activate(model, None):
+        bare = answer(name, model)
     with activate(model, mixture):
         attached = answer(name, model)
     size = max(1.0, attached.abs().max().item())
@@ -63,7 +66,7 @@ def test_a_mixture_is_merged_as_its_exact_sum(name):
 
 CASES = {
     "embedding": ("qwen3", LoRA(r=4, target_modules=("embed_tokens", "lm_head"))),
-    "scaled embedding": ("bart", LoRA(r=4, target_modules=("embed_positions", "q_proj"))),
+    "scaled embedding": ("gemma", LoRA(r=4, target_modules=("embed_tokens", "q_proj"))),
     "convolutions": ("cnn", LoRA(r=3, target_modules=("conv1", "conv2", "embedding"))),
     "whole head": ("bert", LoRA(r=2, target_modules="attention", modules_to_save=("classifier",))),
     "whole norm": ("llama", LoRA(r=2, target_modules="mlp", modules_to_save=("input_layernorm",))),
@@ -96,7 +99,9 @@ def test_in_float64_nothing_is_lost():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_rounding_and_its_damage(dtype):
-    """The stored weight is the float32 sum rounded once, and the report says what an independent sum says."""
+    """The stored weight is the float32 sum rounded once, and the report says what an independent
+    sum says.
+    """
     model = ARCHITECTURES["llama"].build().to(dtype)
     adapter = stirred(model, LoRA(r=3, lora_alpha=5, target_modules=("q_proj",)))
     other = stirred(model, LoRA(r=2, lora_alpha=3, target_modules=("q_proj",)), "bb")
@@ -104,7 +109,9 @@ def test_one_rounding_and_its_damage(dtype):
     before = model.get_submodule(path).weight.detach().clone()
     with torch.no_grad():
         parts = [slot.tensors for slot in (adapter.slots[path], other.slots[path])]
-        update = 0.5 * 5 / 3 * (parts[0]["B"] @ parts[0]["A"]) + 1.5 * (parts[1]["B"] @ parts[1]["A"])
+        update = 0.5 * 5 / 3 * (parts[0]["B"] @ parts[0]["A"]) + 1.5 * (
+            parts[1]["B"] @ parts[1]["A"]
+        )
     report = merge(model, {"a": 0.5, "bb": 1.0})
     exact = (before.float() + update).to(dtype)
     stored = model.get_submodule(path).weight
@@ -142,11 +149,13 @@ def test_damage_is_warned_of_and_refused():
         stirred(model, LoRA(r=4, lora_alpha=4, target_modules="all-linear"), size=size)
         return model
 
-    model = prepared(0.05)
-    with pytest.warns(LoricaWarning, match=r"rounding destroyed [0-9.]+% of the update; worst: model"):
+    model = prepared(0.008)
+    with pytest.warns(
+        LoricaWarning, match=r"rounding destroyed [0-9.]+% of the update; worst: model"
+    ):
         report = merge(model, "a")
     assert 0.05 < report.damage < 0.25
-    model = prepared(0.003)
+    model = prepared(0.001)
     before = state(model)
     with pytest.raises(MergeError, match="rounding would destroy") as caught:
         merge(model, "a")
@@ -174,7 +183,9 @@ def test_the_report_reads_well():
     assert "model.layers.0.self_attn.q_proj.weight" in lines[2] and len(lines) == 4
 
 
-@pytest.mark.parametrize("mixture", [{}, "b", {"a": float("nan")}, {"a": True}, {"a": "1"}, {"a": 1, "b": 1}])
+@pytest.mark.parametrize(
+    "mixture", [{}, "b", {"a": float("nan")}, {"a": True}, {"a": "1"}, {"a": 1, "b": 1}]
+)
 def test_mixtures_that_are_none(mixture):
     model = ARCHITECTURES["llama"].build()
     stirred(model, LoRA(target_modules="q_proj"))
@@ -195,7 +206,7 @@ def test_others_stay_attached_and_the_base_is_known_as_another_one():
     assert base is not None and base.name == "org/x + a" and base.digest == ""
 
 
-# --- what cannot be merged ----------------------------------------------------------------------------------
+# --- what cannot be merged ------------------------------------------------------------------------
 
 
 def refused(model: nn.Module, mixture, match: str) -> None:
@@ -252,12 +263,13 @@ def test_two_parameters_over_the_same_memory():
     refused(model, "a", "memory is shared")
 
 
-@pytest.mark.parametrize("name, target", [("t5-relu", "lm_head"), ("bart", "shared"), ("t5-relu", "shared")])
+@pytest.mark.parametrize(
+    "name, target", [("t5", "lm_head"), ("bart", "embed_tokens"), ("bart", "lm_head")]
+)
 def test_the_ties_of_encoder_decoders(name, target):
     model = ARCHITECTURES[name].build()
-    if not getattr(model.config, "tie_word_embeddings", False):
-        pytest.skip("not tied here")
-    stirred(model, LoRA(r=2, target_modules=(target, "q" if name == "t5-relu" else "q_proj")))
+    assert model.config.tie_word_embeddings
+    stirred(model, LoRA(r=2, target_modules=(target, "k" if name == "t5" else "k_proj")))
     refused(model, "a", "its weight is also that of")
 
 
@@ -279,7 +291,7 @@ def test_a_module_used_twice_is_merged_once():
     torch.testing.assert_close(model(x), attached)
 
 
-# --- ties ---------------------------------------------------------------------------------------------------
+# --- ties -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")])
@@ -302,7 +314,9 @@ def test_ties_without_an_adapter_stay(tmp_path):
     model = ARCHITECTURES["llama-tied"].build()
     stirred(model, LoRA(r=3, target_modules="q_proj"))
     assert not check_merge("llama-tied", model, "a").untied
-    assert model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    assert (
+        model.lm_head.weight is model.model.embed_tokens.weight and model.config.tie_word_embeddings
+    )
 
 
 def test_what_the_config_tied_besides_is_written_too(tmp_path):

@@ -1,4 +1,6 @@
-"""Adapter folders between Lorica and the real PEFT: the same logits within 1e-5 of their size, in float32."""
+"""Adapter folders between Lorica and the real PEFT: the same logits within 1e-5 of their size, in
+float32.
+"""
 
 import itertools
 import warnings
@@ -6,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter, adapters, attach
 from lorica.errors import LoricaWarning
 from lorica.files.peft import load_adapter, save_adapter
-from lorica.files.peft_config import exact_names
+from lorica.files.peft_written import exact_names
 from lorica.methods.lora import LoRA
 
 pytestmark = [
@@ -108,7 +110,10 @@ def test_peft_reads_ours(name, tmp_path):
 
 
 SETTINGS = {
-    "rslora": ("qwen3", LoRA(r=3, lora_alpha=4, use_rslora=True, target_modules=("q_proj", "o_proj"))),
+    "rslora": (
+        "qwen3",
+        LoRA(r=3, lora_alpha=4, use_rslora=True, target_modules=("q_proj", "o_proj")),
+    ),
     "patterns": (
         "llama",
         LoRA(
@@ -120,18 +125,27 @@ SETTINGS = {
         ),
     ),
     "one-layer": ("llama", LoRA(r=2, target_modules="attention", layers_to_transform=(1,))),
-    "excluded": ("bert", LoRA(r=2, target_modules="all-linear", exclude_modules=("layer.0.*.key",))),
+    "excluded": (
+        "bert",
+        LoRA(r=2, target_modules="all-linear", exclude_modules=("layer.0.*.key",)),
+    ),
     "embedding": ("llama", LoRA(r=4, target_modules=("embed_tokens", "q_proj"))),
     "embedding-conv": ("cnn", LoRA(r=3, target_modules=("embedding", "conv1", "conv2", "fc2"))),
     "grouped-conv": ("cnn", LoRA(r=3, target_modules=("conv3", "fc1"))),
     "head": ("mistral", LoRA(r=2, target_modules=("lm_head", "v_proj"))),
     "classifier": ("bert", LoRA(r=2, target_modules="attention", modules_to_save=("classifier",))),
-    "deep-head": ("roberta", LoRA(r=2, target_modules="attention", modules_to_save=("classifier",))),
+    "deep-head": (
+        "roberta",
+        LoRA(r=2, target_modules="attention", modules_to_save=("classifier",)),
+    ),
     "two-heads": (
         "distilbert",
         LoRA(r=2, target_modules="attention", modules_to_save=("pre_classifier", "classifier")),
     ),
-    "whole-embedding": ("opt", LoRA(r=2, target_modules="mlp", modules_to_save=("embed_positions",))),
+    "whole-embedding": (
+        "opt",
+        LoRA(r=2, target_modules="mlp", modules_to_save=("embed_positions",)),
+    ),
     "experts": (
         "mixtral",
         LoRA(r=2, target_modules=("gate_up_proj", "down_proj"), rank_pattern={"down_proj": 3}),
@@ -200,7 +214,10 @@ FOREIGN = {
         },
     ),
     "regex": ("llama", {"target_modules": r".*\.layers\.\d+\.mlp\.(up|down)_proj"}),
-    "excluded": ("llama", {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.1\..*"}),
+    "excluded": (
+        "llama",
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.1\..*"},
+    ),
     "layers": ("llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
     "layers-pattern": (
         "gpt2",
@@ -208,7 +225,10 @@ FOREIGN = {
     ),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "k_proj"]}),
-    "convolutions": ("cnn", {"target_modules": ["embedding", "conv1", "conv2", "conv3", "fc1"], "r": 3}),
+    "convolutions": (
+        "cnn",
+        {"target_modules": ["embedding", "conv1", "conv2", "conv3", "fc1"], "r": 3},
+    ),
     "experts": (
         "mixtral",
         {
@@ -217,12 +237,18 @@ FOREIGN = {
             "rank_pattern": {"gate_up_proj": 4},
         },
     ),
-    "experts-alone": ("qwen3_moe", {"target_modules": [], "target_parameters": ["experts.down_proj"]}),
+    "experts-alone": (
+        "qwen3_moe",
+        {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+    ),
     "router": ("mixtral", {"target_modules": [], "target_parameters": ["mlp.gate.weight"]}),
     "attention-module": ("transformer-encoder", {"target_modules": ["self_attn", "linear1"]}),
     "classifier": ("bert", {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
     "prefix-of-head": ("distilbert", {"target_modules": ["q_lin"], "task_type": "SEQ_CLS"}),
-    "whole": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "whole": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
     "norms": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]}),
     "gaussian": ("opt", {"target_modules": ["fc1"], "init_lora_weights": "gaussian"}),
     "orthogonal": ("opt", {"target_modules": ["fc1"], "init_lora_weights": "orthogonal"}),
@@ -243,7 +269,9 @@ def test_we_read_peft_on_every_architecture(name, tmp_path):
     linear = [
         path
         for path, module in prepared(name).named_modules()
-        if isinstance(module, nn.Linear) and "out_proj" not in path and "parametrizations" not in path
+        if isinstance(module, nn.Linear)
+        and "out_proj" not in path
+        and "parametrizations" not in path
     ]
     if name == "transformer-encoder":
         linear = [path for path in linear if "linear" in path]
@@ -265,7 +293,9 @@ def test_written_names_select_by_peft_what_was_asked(name):
         from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 
         found = {p: check_target_module_exists(config, p) for p in paths}
-        assert {p for p, hit in found.items() if hit and not isinstance(hit, _ExcludedModule)} == wanted
+        assert {
+            p for p, hit in found.items() if hit and not isinstance(hit, _ExcludedModule)
+        } == wanted
 
 
 def test_ambiguous_full_paths_are_excluded_by_name():

@@ -14,7 +14,7 @@ from lorica.attach.attach import Adapter, adapters, attached_to
 from lorica.attach.site import Plates, Route, plates_of
 from lorica.errors import ActivationError, ConfigError, nearest
 
-Mixture = str | Adapter | Mapping[str, float] | None
+Mixture = str | Adapter | Mapping[str, float] | Mapping[Adapter, float] | None
 """One adapter, several by weight, or none: the base."""
 
 
@@ -24,10 +24,11 @@ class Activation:
     def __init__(self, model: nn.Module, route: Route | None) -> None:
         self._plates: list[Plates] = [p for m in model.modules() for p in plates_of(m)]
         self._status = attached_to(model).status
-        self._before = [(p.route, p.last) for p in self._plates]
+        self._before = [p.route for p in self._plates]
         self._owner_before = self._status.owner
         thread = threading.get_ident()
-        if self._status.owner not in (None, thread) and route is not None:
+        running = {other.ident for other in threading.enumerate()}
+        if self._status.owner != thread and self._status.owner in running:
             raise ActivationError(
                 "adapters of this model are active in another thread, whose answers would change",
                 mend="use a model from one thread, or give every row of a batch its own entry",
@@ -44,10 +45,8 @@ class Activation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for plates, (route, last) in zip(self._plates, self._before, strict=True):
+        for plates, route in zip(self._plates, self._before, strict=True):
             plates.route = route
-            if plates.last is self.route:
-                plates.last = last
         self._status.owner = self._owner_before
 
 
@@ -63,12 +62,14 @@ def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture]) -> Activati
         active before; without `with` it stays.
 
     Raises:
-        ConfigError: an unknown name or a weight that is no finite number.
+        ConfigError: an unknown name, a weight that is no finite number, or a list without rows.
         ActivationError: the model is in use by another thread.
     """
     if mixture is None:
         return Activation(model, None)
     rows = list(mixture) if isinstance(mixture, Sequence) and not isinstance(mixture, str) else None
+    if rows == []:
+        raise ConfigError("this activation is not possible", problems=["the list has no rows"])
     entries = [_weights(entry) for entry in (rows if rows is not None else [mixture])]
     names = tuple(dict.fromkeys(name for entry in entries for name in entry))
     _check(model, names, entries)
@@ -87,11 +88,18 @@ def _weights(entry: Mixture) -> dict[str, float]:
         return {}
     if isinstance(entry, Adapter):
         return {entry.name: 1.0}
-    return {entry: 1.0} if isinstance(entry, str) else dict(entry)
+    if isinstance(entry, str):
+        return {entry: 1.0}
+    if not isinstance(entry, Mapping):
+        raise ConfigError(
+            f"{entry!r} is no mixture", expected="a name, a handle, {name: weight}, None, or a list of these"
+        )
+    return {key.name if isinstance(key, Adapter) else key: weight for key, weight in entry.items()}
 
 
 def _check(model: nn.Module, names: tuple[str, ...], entries: list[dict[str, float]]) -> None:
     known = adapters(model)
+    single = len(entries) == 1
     problems = []
     for name in names:
         if name not in known:
@@ -100,6 +108,11 @@ def _check(model: nn.Module, names: tuple[str, ...], entries: list[dict[str, flo
     for row, entry in enumerate(entries):
         for name, weight in entry.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-                problems.append(f"row {row}: the weight of {name!r} is {weight!r}; it must be a finite number")
+                where = "" if single else f"row {row}: "
+                problems.append(f"{where}the weight of {name!r} is {weight!r}; it must be a finite number")
     if problems:
-        raise ConfigError("this activation is not possible", expected=f"adapters: {', '.join(known) or 'none'}", problems=problems)
+        raise ConfigError(
+            "this activation is not possible",
+            expected=f"adapters: {', '.join(known) or 'none'}",
+            problems=problems,
+        )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorica.attach.layers import describe
 from lorica.attach.probe import weight_read
@@ -89,6 +89,7 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
         TargetError: a target matched nothing, or a layer cannot carry the adapter. The model is unchanged.
         ConfigError: the name is taken or unusable; a pattern of the settings matched nothing.
     """
+    model = unwrap(model)
     _check_name(name, attached_to(model))
     places, reason = _places(model, method)
     _check_places(places, method)
@@ -119,6 +120,7 @@ def attach_tensors(
     Raises:
         ConfigError: the name is taken or unusable. The model is unchanged.
     """
+    model = unwrap(model)
     _check_name(name, attached_to(model))
     return _put(model, method, places, lambda path, own, layer: tensors[path], name, reason)
 
@@ -155,6 +157,8 @@ def _put(
 def detach(model: nn.Module, adapter: str | Adapter) -> None:
     """Take an adapter off. With the last one gone the model is what it was: the same objects, the same bits.
 
+    An activation in which it takes part ends.
+
     Raises:
         ConfigError: no such adapter.
         LoricaError: another library changed a site after it was made; nothing was changed.
@@ -163,11 +167,12 @@ def detach(model: nn.Module, adapter: str | Adapter) -> None:
     attached = attached_to(model)
     name = find(model, adapter).name
     _withdraw(model, name)
+    _end_activation(model, name, attached.status)
     del attached.adapters[name]
     if not attached.adapters:
-        named = dict(model.named_parameters())
-        for parameter in attached.unfrozen:
-            named[parameter].requires_grad_(True)
+        for path, parameter in model.named_parameters():
+            if path in attached.unfrozen:
+                parameter.requires_grad_(True)
         del model.__dict__["_lorica_attached"]
 
 
@@ -256,7 +261,14 @@ def _copied(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
             problems.append(f"modules_to_save: {name!r} matches no module" + (f"; did you mean {near!r}?" if near else ""))
         for root in roots:
             inside = {p: m for p, m in every.items() if p == root or p.startswith(f"{root}.")}
-            found.update({p: m for p, m in inside.items() if any(q is not None for q in m._parameters.values())})
+            owners = {p: m for p, m in inside.items() if any(q is not None for q in m._parameters.values())}
+            problems += [f"modules_to_save: {root} has no parameters to train"] if not owners else []
+            problems += [
+                f"modules_to_save: other code reads the weights of {path} instead of calling it"
+                for path in owners
+                if seat(every, path)[1] is not None
+            ]
+            found.update(owners)
     if problems:
         raise TargetError("modules to train whole were not found", problems=problems)
     return found
@@ -265,16 +277,36 @@ def _copied(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
 def _check_places(places: Places, method: Method) -> None:
     problems = []
     for path, (module, parameter, own) in places.items():
-        found = own.problems(describe(module, parameter))
-        if not found and parameter is not None and not hasattr(own, "delta") and not own.replaces:
-            found = [f"{own.kind} cannot become a weight, and other code reads this one"]
-        problems += [f"{path} ({describe(module, parameter).shape}): {problem}" for problem in found]
+        if parameter is not None and module._parameters.get(parameter) is None:
+            problems.append(f"{path}: a parametrization computes this weight, and other code reads it")
+            continue
+        layer = describe(module, parameter)
+        found = own.problems(layer)
+        if parameter is not None:
+            found = found + _read_problems(own, layer, module._parameters[parameter])
+        if own.replaces and any(p is not None and p.is_meta for p in module._parameters.values()):
+            found = [*found, "there are no values to copy on the meta device"]
+        problems += [f"{path} ({layer.shape}): {problem}" for problem in found]
     if problems:
         raise TargetError(
             f"{method.kind} does not fit {len(problems)} of the layers",
             problems=problems[:20],
             mend="leave them out with exclude_modules, or give them another rank with rank_pattern",
         )
+
+
+def _read_problems(method: Method, layer: Layer, weight: Tensor) -> list[str]:
+    """Why an adapter cannot act on a weight that other code reads."""
+    found = []
+    if not hasattr(method, "delta"):
+        found.append(f"{method.kind} cannot become a weight, and other code reads this one")
+    if layer.geometry.get("groups", 1) > 1:
+        found.append("other code reads this weight, and the update of a grouped convolution is none")
+    if method.dropout:
+        found.append("dropout has no effect: other code reads this weight, so the layer's input is not seen")
+    if not weight.is_floating_point():
+        found.append(f"other code reads this weight, and it is packed ({weight.dtype})")
+    return found
 
 
 def _withdraw(model: nn.Module, name: str) -> None:
@@ -290,8 +322,19 @@ def _withdraw(model: nn.Module, name: str) -> None:
             plates.slots.pop(name, None)
 
 
+def _end_activation(model: nn.Module, name: str, status: Status) -> None:
+    """Let nothing act, if this adapter was to: a later one of its name must not act in its place."""
+    places = [p for m in model.modules() for p in plates_of(m)]
+    if any(p.route is not None and name in p.route.names for p in places):
+        status.owner = None
+        for place in places:
+            place.route = None
+
+
 def _parameters(tensors: Tensors, module: nn.Module) -> dict[str, nn.Parameter]:
     device = next((p.device for p in module._parameters.values() if p is not None), torch.device("cpu"))
+    if device.type == "meta":  # values that cannot be made again are kept
+        device = torch.device("cpu")
     return {key: nn.Parameter(tensor.to(device)) for key, tensor in tensors.items()}
 
 

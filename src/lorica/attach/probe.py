@@ -96,14 +96,14 @@ def unvisited(model: nn.Module) -> list[str]:
 @contextlib.contextmanager
 def _routes(model: nn.Module, routes: list) -> Iterator[None]:
     places = [p for m in model.modules() for p in plates_of(m)]
-    before = [(p.route, p.last) for p in places]
+    before = [(p.route, p.recorded) for p in places]
     for place, route in zip(places, routes, strict=True):
-        place.route = place.last = route
+        place.route, place.recorded = route, (route,)
     try:
         yield
     finally:
-        for place, (route, last) in zip(places, before, strict=True):
-            place.route, place.last = route, last
+        for place, (route, recorded) in zip(places, before, strict=True):
+            place.route, place.recorded = route, recorded
 
 
 def checkpoint_contexts(model: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:

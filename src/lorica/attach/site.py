@@ -238,8 +238,9 @@ def _row_gate(plates: Plates, gate: Tensor, like: Tensor) -> Tensor:
     channels_first = plates.layer.kind in ("conv1d", "conv2d")
     if gate.dim() == 1:
         return gate
-    times, rest = divmod(like.shape[0], gate.shape[0])
-    if rest or (times != 1 and like.dim() == 2):
+    batched = like.dim() >= 2 + len(plates.layer.kernel_size)
+    times, rest = divmod(like.shape[0] if batched else 0, gate.shape[0])
+    if not times or rest or (times != 1 and like.dim() == 2):
         raise ActivationError(
             f"{plates.path}: {gate.shape[0]} rows are active, but this layer was given {tuple(like.shape)}",
             expected="a batch with one entry of the activation per row",

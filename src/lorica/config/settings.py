@@ -285,7 +285,7 @@ class RunConfig(Settings):
     format: Word | None = Field(
         default=None, description="format of the records; null: detected and printed"
     )
-    train_on: Literal["completion", "all"] = Field(
+    train_on: Literal["completion", "last", "all"] = Field(
         default="completion", description="tokens that count in the loss: of the completion, or all"
     )
     separator: str | None = Field(

@@ -19,78 +19,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from lorica.data.examples import IGNORED, Encoded, Example
 from lorica.data.template import FALLBACK_STATEMENT, ChatTemplate, Span, control_tokens
 from lorica.data.tokens import Key, Piece, PieceTokenizer, Tokenizer, pieces_of
 from lorica.errors import ConfigError, DataError
 
-IGNORED = -100
 MIN_LENGTH = 8
 TrainOn = Literal["completion", "last", "all"]
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One encoded record, or one window of a long text.
-
-    Attributes:
-        input_ids: token ids.
-        labels: the same ids where the loss falls, -100 elsewhere; not shifted; labels[0] is -100.
-        row: index of the record.
-        num_cut: tokens cut off to fit.
-        num_trained_cut: trained tokens among them.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    row: int = 0
-    num_cut: int = 0
-    num_trained_cut: int = 0
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def num_trained(self) -> int:
-        """Tokens on which the loss falls."""
-        return len(self.labels) - self.labels.count(IGNORED)
-
-
-@dataclass(frozen=True)
-class Encoded(Sequence[Example]):
-    """Encoded records.
-
-    Attributes:
-        examples: in the order of the records; a text longer than max_length gives several.
-        notes: what the user should know, in words.
-    """
-
-    examples: list[Example]
-    notes: list[str]
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.examples[index]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @cached_property
-    def num_tokens(self) -> int:
-        return sum(len(example) for example in self.examples)
-
-    @cached_property
-    def num_trained_tokens(self) -> int:
-        return sum(example.num_trained for example in self.examples)
-
-    @cached_property
-    def num_truncated(self) -> int:
-        """Examples that were cut."""
-        return sum(example.num_cut > 0 for example in self.examples)
-
-    def statement(self) -> str:
-        """Tokens, the share that is trained, and what was cut, in one line."""
-        share = self.num_trained_tokens / max(1, self.num_tokens)
-        text = f"{len(self):,} examples, {self.num_tokens:,} tokens, {share:.1%} trained"
-        return "; ".join([text, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -297,7 +232,8 @@ class CausalEncoder:
     ) -> tuple[list[int], list[int]]:
         """End with the control token of the last trained turn, or with EOS; nothing behind it."""
         if self.train_on == "all":
-            tail = pieces[-1].text.rstrip() if pieces and not pieces[-1].literal else ""
+            written = [piece for piece in pieces if piece.text.strip()]  # the last may be a newline
+            tail = written[-1].text.rstrip() if written and not written[-1].literal else ""
             closed = tail.endswith(control_tokens(self.tokenizer))
         else:
             last = len(labels)

@@ -8,7 +8,6 @@ Nothing is guessed in silence: every decision is in `statement`, and a row that 
 error with its file and line, all kinds of errors at once.
 """
 
-import hashlib
 import io
 import json
 import random
@@ -16,76 +15,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from lorica.data import formats
-from lorica.data.formats import NoTarget, Row
+from lorica.data.dataset import Dataset, digest_of, group_references, identities, make_dataset
+from lorica.data.formats import NoTarget
 from lorica.data.hub import hub_tables
 from lorica.data.locate import Located, locate
 from lorica.data.problems import Problems, RowProblem, counted
 from lorica.data.rows import READERS, check_rows, read_file
+from lorica.data.shapes import CANONICAL, Row
 from lorica.data.table import Table, Wish
 from lorica.errors import DataError
 
+__all__ = ["Dataset", "digest_of", "from_rows", "group_references", "read", "read_splits"]
+
 SAMPLE_SEED = 0  # of `path#500`
-
-
-@dataclass(frozen=True, repr=False)
-class Dataset(Sequence[Row]):
-    """Rows in one canonical format.
-
-    Attributes:
-        rows: dicts as `lorica.data.formats` draws them; further keys of the source are kept.
-        format: "chat", "prompt", "text", "classification" or "seq2seq".
-        origins: (file, line or record number) of each row.
-        statement: what was detected and converted, for the user.
-        digest: sha256 over the canonical JSON of the rows, whatever file they came from.
-    """
-
-    rows: list[Row]
-    format: str
-    origins: list[tuple[str, int]]
-    statement: str
-    digest: str
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index):
-        return self.rows[index]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __repr__(self) -> str:
-        return f"Dataset({len(self):,} rows, {self.format}, {self.digest[:12]})"
-
-    def subset(self, indices: Sequence[int], why: str) -> "Dataset":
-        """The rows at `indices`, in that order; `why` is added to the statement."""
-        return make_dataset(
-            [self.rows[index] for index in indices],
-            self.format,
-            [self.origins[index] for index in indices],
-            f"{self.statement}; {why}",
-        )
-
-
-def make_dataset(
-    rows: list[Row], format: str, origins: list[tuple[str, int]], statement: str
-) -> Dataset:
-    """A dataset of canonical rows, with its digest."""
-    return Dataset(rows, format, origins, statement, digest_of(rows))
-
-
-def digest_of(rows: Sequence[Row]) -> str:
-    """sha256 over the rows as JSON with sorted keys, without spaces, a comma between two rows."""
-    encoder = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256()
-    for start in range(0, len(rows), 1000):
-        part = encoder.encode(rows[start : start + 1000])[1:-1]
-        digest.update(("," * (start > 0) + part).encode("utf-8"))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -228,39 +173,6 @@ def from_rows(
     return _finish(_Gathered(name, [(name, table)]), Located(name, {}), request, problems)
 
 
-def group_references(dataset: Dataset) -> Dataset:
-    """Merge rows with the same input into one that has all their targets as "references".
-
-    The first row of each input stays, with its own target first among the references; its other
-    keys are kept. For scoring against all acceptable outputs (E2E: 4,693 rows -> 630 inputs).
-
-    Raises:
-        DataError: the format has no free output (text, classification).
-    """
-    keys = {"prompt": ("prompt", "completion"), "seq2seq": ("source", "target")}
-    if dataset.format not in (*keys, "chat"):
-        raise DataError(
-            f"rows of format {dataset.format} have no references",
-            expected="prompt, seq2seq or chat",
-        )
-    merged: dict[str, tuple[Row, tuple[str, int]]] = {}
-    for row, origin in zip(dataset.rows, dataset.origins, strict=True):
-        if dataset.format == "chat":
-            key = json.dumps(row["messages"][:-1], sort_keys=True)
-            target = row["messages"][-1]["content"]
-        else:
-            key, target = (row[name] for name in keys[dataset.format])
-        kept, _ = merged.setdefault(key, ({**row, "references": []}, origin))
-        for text in (target, *row.get("references", ())):
-            if text not in kept["references"]:
-                kept["references"].append(text)
-    rows = [row for row, _ in merged.values()]
-    statement = (
-        f"{dataset.statement}\n{len(dataset):,} rows grouped into {len(rows):,} with references"
-    )
-    return make_dataset(rows, dataset.format, [origin for _, origin in merged.values()], statement)
-
-
 def _request(
     format: str | None, columns: Mapping[str, str] | None, limit: int | None, max_bad_rows: int
 ) -> _Request:
@@ -372,7 +284,7 @@ def _finish(
         notes.append(f"{located.sample:,} of {len(kept):,} rows sampled (seed {SAMPLE_SEED})")
         chosen = sorted(random.Random(SAMPLE_SEED).sample(range(len(kept)), located.sample))
         kept, places = [kept[i] for i in chosen], [places[i] for i in chosen]
-    if doubles := len(kept) - len(_identities(kept, wanted)):
+    if doubles := len(kept) - len(identities(kept, wanted)):
         notes.append(f"{counted(doubles, 'row')} repeating an earlier one (kept)")
     statement = f"{gathered.name}: {counted(len(kept), 'row')}; {statement}"
     return make_dataset(kept, wanted, places, "; ".join([statement, *notes]))
@@ -390,7 +302,7 @@ def _understood(rows: list[Row], name: str, request: _Request, problems: Problem
 
 
 def _wanted_format(asked: str | None, found: str) -> str:
-    return asked if asked in formats.CANONICAL else found
+    return asked if asked in CANONICAL else found
 
 
 def _convert(
@@ -408,27 +320,16 @@ def _convert(
     return kept, places
 
 
-def _identities(rows: Sequence[Row], format: str) -> set:
-    """What makes rows the same to training: the canonical columns."""
-    if format == "chat":
-        return {json.dumps(row["messages"], sort_keys=True) for row in rows}
-    if format == "text":
-        return {row["text"] for row in rows}
-    need, may = formats.CANONICAL[format]
-    first, second = need
-    return {(row[first], row[second], *(row.get(name) for name in may)) for row in rows}
-
-
 def _overlaps(found: dict[str, Dataset]) -> list[str]:
     """Rows of valid and test that stand in train too: scores on them say little."""
     if "train" not in found or len(found) == 1:
         return []
     format = found["train"].format
-    known = _identities(found["train"].rows, format)
+    known = identities(found["train"].rows, format)
     notes = []
     for split in ("valid", "test"):
         if split in found:
-            shared = len(known & _identities(found[split].rows, format))
+            shared = len(known & identities(found[split].rows, format))
             if shared:
                 notes.append(f"{counted(shared, 'different row')} of {split} also in train")
     return notes

@@ -138,11 +138,16 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.charge(1)
         _refuse_widths(args, kwargs)
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
-        if isinstance(owner, str) and name in ("format", "format_map"):
-            _refuse_wide_fields(owner)
         if isinstance(owner, str) and name == "replace" and len(args) > 1:
             self._bound(len(owner) + owner.count(args[0]) * len(args[1]))
         return super().call(context, obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        owner = getattr(value, "__self__", None)
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None and isinstance(owner, str):
+            _refuse_wide_fields(owner)
+        return wrapped
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.charge(1)

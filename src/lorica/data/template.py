@@ -243,7 +243,7 @@ class ChatTemplate:
             raise DataError(
                 f"the chat template refuses the messages: {error}", expected=f"roles seen: {roles}"
             ) from error
-        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
             raise DataError(f"the chat template failed: {type(error).__name__}: {error}") from error
         return "".join(parts)
 

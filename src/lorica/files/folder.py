@@ -24,8 +24,9 @@ def new_folder(
 ) -> Iterator[Path]:
     """A temporary folder to write into, which becomes `folder` when the block ends well.
 
-    A reader sees the old folder, the new one or (for an instant, with `overwrite`) none, never a mixture. Files
-    get mode 0644, whatever the writer chose, and are on the disk before the name changes.
+    A reader sees the old folder, the new one or (for an instant, with `overwrite`) none, never a
+    mixture. Files get mode 0644, whatever the writer chose, and are on the disk before the name
+    changes.
 
     Args:
         marker: the file that makes a folder one of this kind; only such a folder is ever replaced.
@@ -46,6 +47,7 @@ def new_folder(
             else:
                 path.chmod(0o644)
                 sync_file(path)
+        temporary.chmod(0o755)
         sync_folder(temporary)
         _swap(temporary, target)
     except BaseException:
@@ -54,9 +56,7 @@ def new_folder(
     sync_folder(target.parent)
 
 
-def _check_target(
-    target: Path, marker: str, overwrite: bool, error: type[LoricaError]
-) -> None:
+def _check_target(target: Path, marker: str, overwrite: bool, error: type[LoricaError]) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise error(f"{target} is not a folder", mend="choose another name")
     if not target.exists() or not any(target.iterdir()):
@@ -86,9 +86,11 @@ def _swap(temporary: Path, target: Path) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading: no device, no FIFO (which would hang), no way out of its folder.
+    """Open a regular file for reading: no device, no FIFO (which would hang), no way out of its
+    folder.
 
-    Links are followed in one case: those of a Hugging Face cache, from `snapshots/REVISION/` into the
+    Links are followed in one case: those of a Hugging Face cache, from `snapshots/REVISION/` into
+        the
     `blobs/` beside it.
 
     Raises:

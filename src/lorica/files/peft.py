@@ -1,8 +1,9 @@
-"""The adapter folder of PEFT: adapter_config.json, adapter_model.safetensors, README.md; and our lorica.json beside them.
+"""The adapter folder of PEFT: adapter_config.json, adapter_model.safetensors, README.md.
 
-Writing gives the same bytes for the same adapter, whole or not at all. Reading is strict: every tensor must find its
-place and every place its tensors, names and shapes are checked before any data is read, and on any error
-the model is left as it was. No pickle is loaded and nothing that the files name is imported or fetched.
+Beside them lies our own lorica.json. Writing gives the same bytes for the same adapter, whole or
+not at all. Reading is strict: every tensor must find its place and every place its tensors, names
+and shapes are checked before any data is read, and on any error the model is left as it was. No
+pickle is loaded, and nothing that the files name is imported or fetched.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from lorica.attach.attach import Adapter, attach_tensors
 from lorica.base.load import base_of
 from lorica.errors import AdapterFileError, LoricaWarning
 from lorica.files.folder import MAX_JSON_BYTES, new_folder, read_json
-from lorica.files.peft_config import PeftConfig, parse_config, written_config
-from lorica.files.peft_layout import PREFIX, Plan, Written, modules_of, plan, to_peft
+from lorica.files.peft_config import PeftConfig, parse_config
+from lorica.files.peft_layout import PREFIX, modules_of
+from lorica.files.peft_plan import Plan, plan
+from lorica.files.peft_written import to_peft, written_config
 from lorica.files.safetensors_file import TensorFile, write_tensors
-from lorica.methods.lora import LoRA
 from lorica.methods.method import Tensors
 from lorica.records.atomic import write_file
 
@@ -38,7 +40,7 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytor
 _SHOWN = 5
 
 
-# --- writing ------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def save_adapter(
@@ -61,9 +63,11 @@ def save_adapter(
         overwrite: replace an adapter that is there.
 
     Raises:
-        AdapterFileError: the folder exists; a tensor is empty or not finite; the method has no layout in PEFT.
+        AdapterFileError: the folder exists; a tensor is empty or not finite; the method has no
+            layout in PEFT.
     """
-    written, config = _layout(adapter)
+    written = to_peft(adapter)
+    config = written_config(adapter, written)
     text = _json(config)
     if len(text) > MAX_JSON_BYTES:
         raise AdapterFileError(
@@ -77,7 +81,9 @@ def save_adapter(
             LoricaWarning,
             stacklevel=2,
         )
-    with new_folder(folder, marker=CONFIG, overwrite=overwrite, error=AdapterFileError) as temporary:
+    with new_folder(
+        folder, marker=CONFIG, overwrite=overwrite, error=AdapterFileError
+    ) as temporary:
         write_tensors(temporary / WEIGHTS, written.tensors)
         write_file(temporary / CONFIG, text)
         write_file(temporary / CARD, model_card or _card(adapter, config))
@@ -87,33 +93,10 @@ def save_adapter(
     return Path(folder)
 
 
-def _layout(adapter: Adapter) -> tuple[Written, dict[str, Any]]:
-    """The tensors and the config of an adapter as PEFT spells them."""
-    method, model = adapter.method, adapter.model
-    if not isinstance(method, LoRA):
-        raise AdapterFileError(f"{method.kind} has no layout in PEFT", expected="an adapter of LoRA")
-    written = to_peft(adapter)
-    modules = modules_of(model)
-    parameters = [
-        f"{path}.{name}" for path, module in modules.items() for name in module._parameters
-    ]
-    config = written_config(
-        method,
-        modules=written.modules,
-        parameters=written.parameters,
-        whole=written.whole,
-        all_modules=modules,
-        all_parameters=parameters,
-        fan_in_fan_out=written.has_conv1d,
-        task=adapter.base.get("task"),
-        base_name=adapter.base.get("name") or None,
-        base_class=(type(model).__name__, type(model).__module__),
-    )
-    return written, config
-
-
 def _facts(adapter: Adapter, provenance: Mapping[str, Any] | None) -> dict[str, Any]:
-    versions = {name: found for name in ("lorica", "torch", "transformers") if (found := _version(name))}
+    versions = {
+        name: found for name in ("lorica", "torch", "transformers") if (found := _version(name))
+    }
     return {
         **(provenance or {}),
         "format": 1,
@@ -163,7 +146,7 @@ def _card(adapter: Adapter, config: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# --- reading ------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def load_adapter(
@@ -177,14 +160,14 @@ def load_adapter(
 
     Args:
         model: the base that the adapter was made for. It is frozen, as by `attach`.
-        folder: holds adapter_config.json and adapter_model.safetensors. A tokenizer or template beside them is
-            not looked at.
+        folder: holds adapter_config.json and adapter_model.safetensors. A tokenizer or template
+            beside them is not looked at.
         name: the adapter's name on this model; "default" where none is given.
         allow_other_base: load although lorica.json says that the base had other weights.
 
     Raises:
-        AdapterFileError: the folder is incomplete, hostile, of another method or for another base. One error
-            for everything that is wrong.
+        AdapterFileError: the folder is incomplete, hostile, of another method or for another base.
+            One error for everything that is wrong.
         ConfigError: the name is taken or unusable.
     """
     folder = Path(folder)
@@ -216,7 +199,7 @@ def _check_folder(folder: Path) -> None:
     pickles = [name for name in _PICKLES if (folder / name).exists()]
     if pickles and not (folder / WEIGHTS).exists():
         raise AdapterFileError(
-            f"{folder / pickles[0]} is a pickle, which can run any code when it is read; it is never loaded",
+            f"{folder / pickles[0]} is a pickle, which can run code when read; none is loaded",
             expected=WEIGHTS,
             mend="convert it where you trust it: torch.load(file, weights_only=True), then "
             "safetensors.torch.save_file(tensors, 'adapter_model.safetensors')",
@@ -262,8 +245,8 @@ def _check_base(
     if here and there:
         if here != there and not allow_other_base:
             raise AdapterFileError(
-                f"{folder} was made for another base: its weights had the digest {there[:12]}, here it is "
-                f"{here[:12]}",
+                f"{folder} was made for another base: the digest of its weights was {there[:12]}, "
+                f"here it is {here[:12]}",
                 expected=f"the base {made_on.get('name') or config.base_name}",
                 mend="load that base; or pass allow_other_base=True if you know that they agree",
             )
@@ -271,7 +254,8 @@ def _check_base(
     name, own = config.base_name, known.facts().get("name")
     if name and own and _last(name) != _last(own):
         warnings.warn(
-            f"{folder} was made for the base {name}, and this is {own}; the shapes fit",
+            f"{folder} was made for the base {name}, and this is {own}: its answers may be poor "
+            "unless these are the same model",
             LoricaWarning,
             stacklevel=3,
         )
@@ -306,17 +290,23 @@ def _check_plan(found: Plan, model: nn.Module, folder: Path) -> None:
 def _prefix_hint(found: Plan, model: nn.Module) -> str | None:
     """Whether the paths would fit with more or fewer names in front."""
     stems = [text.split(":")[0] for text in found.unexpected[:50]]
-    paths = [path for path in modules_of(model) if path]
+    paths = {path for path in modules_of(model) if path}
     for stem in stems:
         path = stem.removeprefix(PREFIX).split(".lora_")[0]
         parts = path.split(".")
         for cut in range(1, len(parts) - 1):
             if ".".join(parts[cut:]) in paths:
                 extra = ".".join(parts[:cut])
-                return f"the file's paths start with {extra!r}, which this model lacks: load the class of model with it"
-        if longer := next((p for p in paths if p.endswith(f".{path}")), None):
+                return (
+                    f"the file's paths start with {extra!r}, which this model lacks: load the "
+                    "class of model that has it"
+                )
+        if longer := min((p for p in paths if p.endswith(f".{path}")), default=None):
             extra = longer.removesuffix(f".{path}")
-            return f"this model's paths start with {extra!r}, which the file lacks: load the adapter on model.{extra}"
+            return (
+                f"this model's paths start with {extra!r}, which the file lacks: load the adapter "
+                f"on model.{extra}"
+            )
         if not stem.startswith(PREFIX) and ".lora_" in stem:
             return f"keys of PEFT start with {PREFIX!r}; this file has another layout"
     return None
@@ -333,7 +323,11 @@ def _read(file: TensorFile, found: Plan) -> dict[str, Tensors]:
     tensors: dict[str, Tensors] = {}
     for path, (spot, key_A, key_B) in found.factors.items():
         A, B = _wide(file.read(key_A)), _wide(file.read(key_B))
-        if spot.core != spot.path and spot.matched in _attentions(found) and not (A.any() or B.any()):
+        if (
+            spot.core != spot.path
+            and spot.matched in _attentions(found)
+            and not (A.any() or B.any())
+        ):
             continue  # PEFT has factors for both projections of an attention; these say nothing
         tensors[path] = spot.from_file(A, B)
     for path, keys in found.copies.items():

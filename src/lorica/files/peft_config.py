@@ -1,13 +1,12 @@
-"""PEFT's adapter_config.json: read strictly, written so that PEFT's own matching selects exactly our layers.
+"""PEFT's adapter_config.json, read strictly.
 
-The keys are those of PEFT 0.21. A key that would change the arithmetic is an error unless it stands at the value
-that changes nothing. No module that the file names is imported, and no path in it is followed.
+The keys are those of PEFT 0.21. A key that would change the arithmetic is an error unless it stands
+at the value that changes nothing. No module that the file names is imported, no path is followed.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +32,7 @@ HEADS_OF_PEFT = {
 }
 """Modules that PEFT trains whole for a task by itself, whether the model has them or not."""
 
-_NEUTRAL: dict[str, Any] = {
+NEUTRAL: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "bias": "none",
@@ -54,7 +53,7 @@ _NEUTRAL: dict[str, Any] = {
 }
 """Keys of PEFT that Lorica's LoRA does not have, and the value at which they change nothing."""
 
-_NO_EFFECT = {
+NO_EFFECT = {
     "auto_mapping": None,
     "fan_in_fan_out": False,
     "inference_mode": True,
@@ -65,11 +64,12 @@ _NO_EFFECT = {
     "runtime_config": None,
     "eva_config": None,
 }
-"""Keys whose value says nothing about the arithmetic of a trained adapter. (fan_in_fan_out is seen from the layer.)"""
+"""Keys that say nothing of a trained adapter's arithmetic (the layer tells fan_in_fan_out)."""
 
 _EDITS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_PLAIN_INITS = {True: "kaiming", False: "random", "gaussian": "gaussian"}
-_OTHER_INITS = ("eva", "orthogonal", "mica")  # only the start differs, and the file holds what came of it
+PLAIN_INITS = {True: "kaiming", False: "random", "gaussian": "gaussian"}
+# Of these only the start differs, and the file holds what came of it.
+_OTHER_INITS = ("eva", "orthogonal", "mica")
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "r": (int,),
@@ -107,7 +107,8 @@ class PeftConfig:
     Attributes:
         method: the settings as Lorica writes them.
         target_modules: suffixes, one regular expression, or None where the file leaves it to PEFT.
-        exclude_modules, target_parameters, modules_to_save, layers_to_transform, layers_pattern: as in PEFT.
+        exclude_modules, target_parameters, modules_to_save, layers_to_transform, layers_pattern: as
+            in PEFT.
         task: Lorica's name of the task, or None.
         base_name: the base that the adapter was made for, or None.
     """
@@ -152,7 +153,9 @@ class PeftConfig:
         return any(_ends(head, name) for head in _heads(path) for name in self.modules_to_save)
 
     def may_save_whole(self, path: str) -> bool:
-        """Likewise by PEFT's rule for finding them, which takes "pre_classifier" for "classifier" too."""
+        """Likewise by PEFT's rule for finding them, which takes "pre_classifier" for "classifier"
+        too.
+        """
         return any(head.endswith(name) for head in _heads(path) for name in self.modules_to_save)
 
     def selects_parameter(self, path: str) -> bool:
@@ -199,13 +202,13 @@ def _kind_problems(raw: Mapping[str, Any]) -> list[str]:
             wrong_bool = isinstance(value, bool) and bool not in _KINDS[key]
             if wrong_bool or not isinstance(value, _KINDS[key]):
                 problems.append(f"{key} is {_short(value)}, of the wrong type")
-        elif key in _NO_EFFECT:
+        elif key in NO_EFFECT:
             continue
-        elif key in _NEUTRAL:
-            if value != _NEUTRAL[key] and value not in (None, False) and value != {}:
+        elif key in NEUTRAL:
+            if value != NEUTRAL[key] and value not in (None, False) and value != {}:
                 problems.append(f"{key} is {_short(value)}: {_why(key)}")
         elif value not in (None, False) and value not in ([], {}):
-            near = nearest(key, [*_KINDS, *_NEUTRAL])
+            near = nearest(key, [*_KINDS, *NEUTRAL])
             hint = f"; did the writer mean {near}?" if near else ""
             problems.append(f"unknown key {key[:60]!r} with the value {_short(value)}{hint}")
     return problems
@@ -226,7 +229,13 @@ def _why(key: str) -> str:
 
 def _value_problems(raw: Mapping[str, Any]) -> list[str]:
     problems = []
-    for key in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_pattern"):
+    for key in (
+        "target_modules",
+        "exclude_modules",
+        "target_parameters",
+        "modules_to_save",
+        "layers_pattern",
+    ):
         value = raw.get(key)
         if isinstance(value, list) and not all(isinstance(v, str) and v for v in value):
             problems.append(f"{key} holds something that is no name")
@@ -236,10 +245,10 @@ def _value_problems(raw: Mapping[str, Any]) -> list[str]:
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith(_EDITS_BASE):
         problems.append(
-            f"init_lora_weights is {init!r}: it changed the base too, so these tensors do not fit the plain base; "
-            "in PEFT, save with path_initial_model_for_weight_conversion to get a plain LoRA"
+            f"init_lora_weights is {init!r}: it changed the base too, so these tensors do not fit "
+            "the plain base; in PEFT, save with path_initial_model_for_weight_conversion instead"
         )
-    elif init not in _PLAIN_INITS and init not in _OTHER_INITS:
+    elif init not in PLAIN_INITS and init not in _OTHER_INITS:
         problems.append(f"init_lora_weights is {_short(init)}, which is not known")
     return problems
 
@@ -264,7 +273,7 @@ def _config(raw: Mapping[str, Any]) -> PeftConfig:
         use_rslora=value["use_rslora"],
         layers_to_transform=numbers or None,
         modules_to_save=whole,
-        init_lora_weights=_PLAIN_INITS.get(value["init_lora_weights"], "kaiming"),  # pyright: ignore[reportArgumentType]
+        init_lora_weights=PLAIN_INITS.get(value["init_lora_weights"], "kaiming"),  # pyright: ignore[reportArgumentType]
     )
     for text in (targets, excluded):  # refuse now what cannot be matched later
         if isinstance(text, str) and text != "all-linear":
@@ -327,96 +336,3 @@ def _value_at(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-# --- writing ------------------------------------------------------------------------------------------------
-
-
-def written_config(
-    method: LoRA,
-    *,
-    modules: Mapping[str, tuple[int, float]],
-    parameters: Mapping[str, tuple[int, float]],
-    whole: Iterable[str],
-    all_modules: Iterable[str],
-    all_parameters: Iterable[str],
-    fan_in_fan_out: bool,
-    task: str | None,
-    base_name: str | None,
-    base_class: tuple[str, str],
-) -> dict[str, Any]:
-    """The contents of an adapter_config.json.
-
-    Args:
-        method: the settings of the adapter.
-        modules, parameters: path -> (rank, alpha) of what is adapted.
-        whole: names for modules_to_save.
-        all_modules, all_parameters: every path of the model, against which PEFT will match.
-        base_class: name and module of the base's class; written where the task has no word in PEFT.
-    """
-    names, excluded = exact_names(modules, all_modules)
-    ranks = {path: rank for path, (rank, _) in {**modules, **parameters}.items()}
-    alphas = {path: alpha for path, (_, alpha) in {**modules, **parameters}.items()}
-    task_type = TASK_TYPES.get(task or "")
-    heads = HEADS_OF_PEFT.get(task_type or "", ())
-    if any(part in heads for path in (*modules, *parameters) for part in path.split(".")):
-        task_type = None  # with it, PEFT would train the head whole and drop our factors there
-    found = {
-        **_NEUTRAL,
-        **{key: value for key, value in _NO_EFFECT.items() if key != "runtime_config"},
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "auto_mapping": None
-        if task_type
-        else {"base_model_class": base_class[0], "parent_library": base_class[1]},
-        "base_model_name_or_path": base_name,
-        "r": method.r,
-        "lora_alpha": method.lora_alpha,
-        "lora_dropout": method.lora_dropout,
-        "use_rslora": method.use_rslora,
-        "init_lora_weights": next(k for k, v in _PLAIN_INITS.items() if v == method.init_lora_weights),
-        "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": names,
-        "exclude_modules": excluded or None,
-        "target_parameters": exact_names(parameters, all_parameters)[0] or None,
-        "modules_to_save": sorted(whole) or None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": _pattern(ranks, method.r),
-        "alpha_pattern": _pattern(alphas, method.lora_alpha),
-    }
-    return dict(sorted(found.items()))
-
-
-def exact_names(paths: Iterable[str], universe: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The shortest endings that select exactly `paths` by PEFT's rule, and what must be excluded besides.
-
-    The rule: a name takes the path that equals it, and every path that ends in "." + name. Where even the full
-    path is the ending of another one, that other one is excluded by name.
-    """
-    wanted = set(paths)
-    others = [path for path in universe if path not in wanted]
-    taken = {ending for path in others for ending in _endings(path)}
-    free = (
-        [e for e in _endings(path) if e not in taken and not e.isdigit()] or [path] for path in wanted
-    )
-    names = {endings[0] for endings in free}
-    caught = [path for path in others if any(e in names for e in _endings(path))]
-    excluded = exact_names(caught, wanted)[0] if caught else []
-    return sorted(names), excluded
-
-
-def _endings(path: str) -> list[str]:
-    """All endings of a path at a dot, the shortest first, the whole path last."""
-    parts = path.split(".")
-    return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-
-
-def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """A rank_pattern or alpha_pattern: exact endings for every value that is not the default."""
-    found: dict[str, Any] = {}
-    for value in {v for v in values.values() if v != default}:
-        names, ambiguous = exact_names((p for p, v in values.items() if v == value), values)
-        anchored: Callable[[str], str] = lambda name: f"^{re.escape(name)}"  # noqa: E731
-        found.update({anchored(n) if ambiguous and n in values else n: value for n in names})
-    return dict(sorted(found.items()))

@@ -1,7 +1,9 @@
-"""A safetensors file from a stranger, read strictly; and one of ours, written with the same bytes every time.
+"""A safetensors file from a stranger, read strictly; and one of ours, written with the same bytes
+every time.
 
-Layout: 8 bytes header length (little endian), a JSON header {name: {dtype, shape, data_offsets}}, then the data. Every
-number of the header is checked against the size of the file before a byte of data is read or allocated.
+Layout: 8 bytes header length (little endian), a JSON header {name: {dtype, shape, data_offsets}},
+then the data. Every number of the header is checked against the size of the file before a byte of
+data is read or allocated.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Entry:
-    """What the header says of one tensor; `start` and `end` are bytes from the start of the data."""
+    """What the header says of a tensor; `start` and `end` are bytes from the start of the data."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -94,7 +96,7 @@ class TensorFile:
         if not tensor.isfinite().all():
             bad = int((~tensor.isfinite()).sum())
             raise AdapterFileError(
-                f"{self.path}: {name} has {bad} of {tensor.numel()} elements that are NaN or infinite",
+                f"{self.path}: {bad} of {tensor.numel()} elements of {name} are NaN or infinite",
                 mend="train again from the last good checkpoint; such an adapter answers with NaN",
             )
         return tensor

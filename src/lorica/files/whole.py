@@ -18,11 +18,12 @@ WEIGHTS = "model.safetensors"
 def save_merged(
     model: nn.Module, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False
 ) -> Path:
-    """Write a model, after `merge`, in the format of its library; the base on the disk is not touched.
+    """Write a model, after `merge`, in the format of its library; the base on the disk is not
+    touched.
 
     Args:
-        model: without adapters. A model of transformers is written by its `save_pretrained`; any other
-            module as one file of its parameters and buffers.
+        model: without adapters. A model of transformers is written by its `save_pretrained`; any
+            other module as one file of its parameters and buffers.
         folder: appears whole or not at all; it may not be the folder of the base.
         tokenizer: written into the same folder, with its chat template.
         overwrite: replace a model that is there.
@@ -35,6 +36,9 @@ def save_merged(
             f"adapters are attached ({', '.join(left)}); a saved model would be the bare base",
             mend="merge them first, or detach them",
         )
+    loaded_from = Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or "-"))
+    if Path(folder).exists() and loaded_from.exists() and loaded_from.samefile(folder):
+        raise BaseModelError(f"{folder} is the folder of the base", mend="choose another name")
     save = getattr(model, "save_pretrained", None)
     marker = "config.json" if save is not None else WEIGHTS
     with new_folder(folder, marker=marker, overwrite=overwrite, error=BaseModelError) as temporary:

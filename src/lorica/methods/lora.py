@@ -45,15 +45,15 @@ class LoRA:
         "auto",
         "layers to adapt: auto, all-linear, attention, mlp, names or suffixes, or a pattern with * and {a,b}",
     )
-    exclude_modules: tuple[str, ...] = _setting((), "names, suffixes or patterns to leave out")
+    exclude_modules: str | tuple[str, ...] = _setting((), "names, suffixes or patterns to leave out")
     rank_pattern: Mapping[str, int] = _setting({}, "another rank for some layers: {suffix or pattern: r}")
     alpha_pattern: Mapping[str, float] = _setting({}, "another lora_alpha for some layers")
     use_rslora: bool = _setting(False, "scale by lora_alpha / sqrt(r) instead of lora_alpha / r")
     layers_to_transform: str | tuple[int, ...] | None = _setting(
         None, "only these layers, by number: 0,3,5 or a range such as 0-3"
     )
-    modules_to_save: tuple[str, ...] = _setting((), "modules trained whole beside the adapter, such as a new head")
-    init_lora_weights: Literal["kaiming", "gaussian", "random"] = _setting(
+    modules_to_save: str | tuple[str, ...] = _setting((), "modules trained whole beside the adapter, such as a new head")
+    init_lora_weights: bool | Literal["kaiming", "gaussian", "random"] = _setting(
         "kaiming", "start of A (B is zero); random also fills B, for debugging"
     )
 
@@ -61,30 +61,9 @@ class LoRA:
     replaces: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("exclude_modules", "modules_to_save", "target_modules", "layers_to_transform"):
-            value = getattr(self, name)
-            if isinstance(value, list | set | range):
-                object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set) else value))
-        if isinstance(self.layers_to_transform, int):
-            object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
-        for name in ("exclude_modules", "modules_to_save"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, (getattr(self, name),))
-        if isinstance(self.init_lora_weights, bool):  # PEFT's spelling of the two
-            object.__setattr__(self, "init_lora_weights", "kaiming" if self.init_lora_weights else "random")
-        found = numeric_problems(self, {"r": (1, 65536), "lora_dropout": (0.0, 0.99)})
-        found += [f"r is {self.r!r}; it must be a whole number"] if not isinstance(self.r, int) else []
-        found += _scale_problems("lora_alpha", self.lora_alpha)
-        for key, rank in self.rank_pattern.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                found.append(f"rank_pattern[{key!r}] is {rank!r}; it must be a whole number of at least 1")
-        for key, alpha in self.alpha_pattern.items():
-            found += _scale_problems(f"alpha_pattern[{key!r}]", alpha)
-        if self.init_lora_weights not in _INITS:
-            near = nearest(str(self.init_lora_weights), _INITS)
-            hint = f"; did you mean {near}?" if near else f"; there are {', '.join(_INITS)}"
-            found.append(f"init_lora_weights is {self.init_lora_weights!r}{hint}")
-        if found:
+        for name, value in _canonical(self).items():
+            object.__setattr__(self, name, value)
+        if found := _problems(self):
             raise ConfigError("LoRA's settings cannot be used", problems=found)
 
     @property
@@ -117,8 +96,6 @@ class LoRA:
         groups = layer.geometry.get("groups", 1)
         if self.r % groups:
             found.append(f"r={self.r} is not a multiple of the convolution's {groups} groups")
-        if layer.kind == "experts" and self.lora_dropout:
-            found.append("lora_dropout has no effect on expert weights: the layer's input is not seen there")
         return found
 
     def start(self, layer: Layer, generator: torch.Generator) -> Tensors:
@@ -153,6 +130,45 @@ class LoRA:
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         tensors = {name: tensor.detach().to(wide) for name, tensor in tensors.items()}
         return (weight.to(wide) + self.delta(tensors, layer)).to(weight.dtype)
+
+
+def _canonical(given: LoRA) -> dict[str, Any]:
+    """One spelling for each value, so that settings from YAML, flags, Python and files are equal."""
+    found: dict[str, Any] = {}
+    for name in ("exclude_modules", "modules_to_save", "target_modules", "layers_to_transform"):
+        value = getattr(given, name)
+        if isinstance(value, list | set | range):
+            found[name] = tuple(sorted(value) if isinstance(value, set) else value)
+        elif isinstance(value, str) and name in ("exclude_modules", "modules_to_save"):
+            found[name] = (value,)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            found[name] = (value,)
+    if isinstance(given.init_lora_weights, bool):  # PEFT's spelling of the two
+        found["init_lora_weights"] = "kaiming" if given.init_lora_weights else "random"
+    found["lora_alpha"] = _whole(given.lora_alpha)
+    found["alpha_pattern"] = {key: _whole(alpha) for key, alpha in given.alpha_pattern.items()}
+    return found
+
+
+def _whole(number: Any) -> Any:
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def _problems(given: LoRA) -> list[str]:
+    found = numeric_problems(given, {"r": (1, 65536), "lora_dropout": (0.0, 0.99)})
+    if not isinstance(given.r, int):
+        found.append(f"r is {given.r!r}; it must be a whole number")
+    found += _scale_problems("lora_alpha", given.lora_alpha)
+    for key, rank in given.rank_pattern.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            found.append(f"rank_pattern[{key!r}] is {rank!r}; it must be a whole number above 0")
+    for key, alpha in given.alpha_pattern.items():
+        found += _scale_problems(f"alpha_pattern[{key!r}]", alpha)
+    if given.init_lora_weights not in _INITS:
+        near = nearest(str(given.init_lora_weights), _INITS)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(_INITS)}"
+        found.append(f"init_lora_weights is {given.init_lora_weights!r}; {hint}")
+    return found
 
 
 def _scale_problems(name: str, value: object) -> list[str]:

@@ -7,14 +7,23 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.data.encode import Encoded, Example
+from lorica.data.encode import IGNORED, Encoded, Example
 from lorica.errors import DataError
-from lorica.tasks.causal_lm import IGNORED, references, stop_tokens
-from lorica.tasks.task import Batch, Prediction, by_length, device_of, mask_of, pad
+from lorica.tasks.causal_lm import references, stop_tokens
+from lorica.tasks.task import (
+    Batch,
+    Prediction,
+    answering,
+    by_length,
+    device_of,
+    filler,
+    mask_of,
+    pad,
+    wide,
+)
 
 
 @dataclass
@@ -25,6 +34,7 @@ class Seq2Seq:
         tokenizer: a tokenizer of transformers.
         max_length: longer sources and longer targets are cut, each; None cuts nothing.
         max_new_tokens: the longest generated answer.
+        notes: what the user should be told.
     """
 
     tokenizer: Any
@@ -34,41 +44,46 @@ class Seq2Seq:
 
     kind: ClassVar[str] = "seq2seq"
 
+    # --- records to numbers ---------------------------------------------------------------------------------
+
     def encode(self, records: Sequence[dict]) -> Encoded:
-        examples, problems = [], []
+        pairs, problems = [], []
         for row, record in enumerate(records):
-            source, target = (
-                record.get("source", record.get("prompt")),
-                record.get("target", record.get("completion")),
-            )
-            if not isinstance(source, str) or not isinstance(target, str) or not target.strip():
-                problems.append(
-                    f"record {row + 1} has the columns {', '.join(record)}, or an empty target"
-                )
-                continue
-            ids, cut_source = self._cut(self._ids(source))
-            labels, cut_target = self._cut(self._ids(target, as_target=True))
-            examples.append(Example(ids, labels, row, cut_source + cut_target, cut_target))
+            source = record.get("source", record.get("prompt"))
+            target = record.get("target", record.get("completion"))
+            if not isinstance(source, str) or not isinstance(target, str):
+                problems.append(f"record {row + 1} has the columns {', '.join(map(str, record))}")
+            elif not target.strip():
+                problems.append(f"record {row + 1} has an empty target")
+            pairs.append((source, target))
         if problems:
             raise DataError(
                 f"{len(problems):,} of {len(records):,} records lack a source or a target text",
                 problems=problems[:5],
                 mend="map the columns: --columns source=...,target=...",
             )
+        sources = self._ids(text=[source for source, _ in pairs])
+        targets = self._ids(text_target=[target for _, target in pairs])
+        examples = []
+        for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            (ids, cut_source), (labels, cut_target) = self._cut(source), self._cut(target)
+            examples.append(Example(ids, labels, row, cut_source + cut_target, cut_target))
         cut = sum(e.num_cut > 0 for e in examples)
-        return Encoded(
-            examples, [f"{cut:,} records cut to {self.max_length} tokens"] if cut else []
-        )
+        note = f"{cut:,} records cut to {self.max_length} tokens"
+        return Encoded(examples, [note] if cut else [])
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "max_length": self.max_length}
 
-    def _ids(self, text: str, *, as_target: bool = False) -> list[int]:
-        """Token ids framed as the tokenizer frames them, with exactly one end token."""
-        given = {"text_target": text} if as_target else {"text": text}
-        ids = list(self.tokenizer(**given, verbose=False)["input_ids"])
+    def _ids(self, **texts: list[str]) -> list[list[int]]:
+        """Token ids framed as the tokenizer frames them, each with exactly one end token."""
+        if not next(iter(texts.values())):
+            return []
+        rows = self.tokenizer(**texts, verbose=False)["input_ids"]
         end = self.tokenizer.eos_token_id
-        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+        return [
+            list(ids) if end is None or (ids and ids[-1] == end) else [*ids, end] for ids in rows
+        ]
 
     def _cut(self, ids: list[int]) -> tuple[list[int], int]:
         """At most `max_length` ids; the end token stays."""
@@ -79,19 +94,21 @@ class Seq2Seq:
     def shares(self, model: nn.Module) -> bool:
         return False
 
-    def collate(self, blocks: Sequence[Sequence[Example]], model: nn.Module) -> Batch:
+    def pads(self, model: nn.Module) -> bool:
+        return True
+
+    def collate(self, blocks: Sequence[Sequence[Example]], model: Any) -> Batch:
         (examples,) = blocks
-        ids = [e.input_ids for e in examples]
-        device, fill = device_of(model), self.tokenizer.pad_token_id or 0
+        ids, device = [e.input_ids for e in examples], device_of(model)
         labels = pad([e.labels for e in examples], IGNORED).to(device)
         inputs = {
-            "input_ids": pad(ids, fill).to(device),
+            "input_ids": pad(ids, filler(model, self.tokenizer)).to(device),
             "attention_mask": mask_of(ids).to(device),
             "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels),
         }
-        return Batch(
-            inputs, (labels,), num_tokens=sum(len(e.input_ids) + len(e.labels) for e in examples)
-        )
+        return Batch(inputs, (labels,))
+
+    # --- loss and predictions -------------------------------------------------------------------------------
 
     def running(self, model: nn.Module) -> AbstractContextManager:
         return nullcontext()
@@ -101,7 +118,7 @@ class Seq2Seq:
 
     def _each(self, model: nn.Module, batch: Batch) -> Tensor:
         """Negative log-likelihood of every label, (records, longest target); 0 where padded."""
-        logits = model(**batch.inputs, use_cache=False).logits.float()
+        logits = wide(model(**batch.inputs, use_cache=False).logits)
         return F.cross_entropy(
             logits.transpose(1, 2), batch.labels[0], reduction="none", ignore_index=IGNORED
         )
@@ -115,38 +132,31 @@ class Seq2Seq:
         generate: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
-        was_training = model.training
-        model.eval()
         found: dict[int, Prediction] = {}
-        try:
-            examples = self.encode(records).examples
-            for chosen in by_length([len(e.input_ids) for e in examples], batch_size):
+        examples = self.encode(records).examples
+        with answering(model):
+            for chosen in by_length([len(e) for e in examples], batch_size):
                 block = [examples[i] for i in chosen]
                 batch = self.collate([block], model)
-                with torch.no_grad():
-                    nll = self._each(model, batch).double().sum(1).tolist()
+                nll = self._each(model, batch).double().sum(1).tolist()
                 outputs = self._generate(model, batch) if generate else [None] * len(block)
                 for i, loss, output in zip(chosen, nll, outputs, strict=True):
-                    found[i] = Prediction(
-                        records[i], loss, len(examples[i].labels), output, references(records[i])
-                    )
+                    trained = examples[i].num_trained
+                    found[i] = Prediction(records[i], loss, trained, output, references(records[i]))
                 if progress is not None:
                     progress(len(found))
-        finally:
-            model.train(was_training)
         return [found[i] for i in range(len(records))]
 
-    @torch.no_grad()
-    def _generate(self, model: nn.Module, batch: Batch) -> list[str]:
-        stop = stop_tokens(model, self.tokenizer)
+    def _generate(self, model: Any, batch: Batch) -> list[str]:
+        """Greedy answers, without special tokens and outer blanks."""
         made = model.generate(
             input_ids=batch.inputs["input_ids"],
             attention_mask=batch.inputs["attention_mask"],
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             num_beams=1,
-            eos_token_id=stop or None,
+            pad_token_id=filler(model, self.tokenizer),
+            eos_token_id=stop_tokens(model, self.tokenizer) or None,
         )
-        return [
-            text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)
-        ]
+        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return [text.strip() for text in texts]

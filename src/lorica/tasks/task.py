@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -42,21 +42,25 @@ class Batch:
         labels: one tensor per block: the label of every kept row, or of every record.
         keep: one tensor per block: rows of the flattened hidden states that carry a label.
         rows: (start, end) of each block in the flat row; None where the batch is padded and has one block.
-        num_tokens: real tokens, without padding.
     """
 
     inputs: dict[str, Any]
     labels: tuple[Tensor, ...]
     keep: tuple[Tensor, ...] = ()
     rows: tuple[tuple[int, int], ...] | None = None
-    num_tokens: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Task(Protocol):
     """What an example, a loss and a score are. A block is the examples of one adapter."""
 
     kind: ClassVar[str]
+    notes: list[str]
+    """What the user should be told, found out so far."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the base."""
+        ...
 
     def encode(self, records: Sequence[dict]) -> Encoded:
         """Records as token ids and labels. Raises one DataError that names all records of no use."""
@@ -70,6 +74,10 @@ class Task(Protocol):
         """Whether the blocks of several adapters can go through `model` in one pass."""
         ...
 
+    def pads(self, model: nn.Module) -> bool:
+        """Whether short examples of a batch are filled up to its longest: then similar lengths belong together."""
+        ...
+
     def collate(self, blocks: Sequence[Sequence[Example]], model: nn.Module) -> Batch:
         """The examples of each block as one batch; more than one block only where `shares` says so."""
         ...
@@ -79,7 +87,7 @@ class Task(Protocol):
         ...
 
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:
-        """For each block the summed negative log-likelihood (nats) of its labels, float32, with gradients."""
+        """For each block the summed negative log-likelihood (nats) of its labels, in float32 or wider, with gradients."""
         ...
 
     def predict(
@@ -95,6 +103,18 @@ class Task(Protocol):
         ...
 
 
+@contextmanager
+def answering(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and without gradients, for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def pad(sequences: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
     """Sequences as one (records, longest) tensor, filled up with `value`."""
     longest = max(len(s) for s in sequences)
@@ -108,6 +128,39 @@ def pad(sequences: Sequence[Sequence[int]], value: int, *, left: bool = False) -
 def mask_of(sequences: Sequence[Sequence[int]], *, left: bool = False) -> Tensor:
     """1 where `pad` put a token of the sequence and 0 where it filled up. By position, never by token id."""
     return pad([[1] * len(s) for s in sequences], 0, left=left)
+
+
+def filler(model: nn.Module, tokenizer: Any) -> int:
+    """The token id that fills rows up. The model's own comes first: some read positions or the last token off it."""
+    config: Any = getattr(model, "config", None)
+    own = config.get_text_config().pad_token_id if config is not None else None
+    known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in known if token is not None and token >= 0), 0)
+
+
+def num_positions(model: nn.Module) -> int | None:
+    """The longest input that a model has positions for; None where it has no such limit.
+
+    RoBERTa and its like count positions from behind the filling token, whose embedding is one of the table.
+    """
+    config: Any = getattr(model, "config", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+    if not isinstance(limit, int) or limit < 1:  # DeBERTa says -1 where positions are relative
+        return None
+    offsets = (
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and name.endswith("position_embeddings")
+        and module.padding_idx is not None
+        and module.num_embeddings == limit
+    )
+    return limit - next(offsets, 0)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 where they are: what a loss is summed in."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def device_of(model: nn.Module) -> torch.device:

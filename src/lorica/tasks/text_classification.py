@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +14,29 @@ from torch.nn import functional as F
 
 from lorica.data.encode import Encoded, Example
 from lorica.errors import DataError, nearest
-from lorica.tasks.task import Batch, Prediction, by_length, device_of, mask_of, pad
+from lorica.tasks.task import (
+    Batch,
+    Prediction,
+    answering,
+    by_length,
+    device_of,
+    filler,
+    mask_of,
+    pad,
+    wide,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText(Example):
+    """An encoded text; its one label is the index of the class.
+
+    Attributes:
+        segments: 0 for tokens of the first text and 1 for those of the second; empty where the tokenizer
+            does not tell the two apart, or where there is one text only.
+    """
+
+    segments: tuple[int, ...] = ()
 
 
 @dataclass
@@ -24,6 +47,7 @@ class TextClassification:
         tokenizer: a tokenizer of transformers; its own special tokens frame the text.
         labels: names of the classes, in order of their index.
         max_length: longer texts are cut; None cuts nothing.
+        notes: what the user should be told.
     """
 
     tokenizer: Any
@@ -33,48 +57,75 @@ class TextClassification:
 
     kind: ClassVar[str] = "text-classification"
 
+    # --- records to numbers ---------------------------------------------------------------------------------
+
     def encode(self, records: Sequence[dict]) -> Encoded:
-        examples, problems = [], []
+        labels: list[int] = []
+        problems = []
         for row, record in enumerate(records):
+            if fault := _text_fault(record):
+                problems.append(f"record {row + 1}: {fault}")
+                continue
             try:
-                examples.append(self._example(record, row))
+                labels.append(self.index(record["label"]))
             except DataError as error:
                 problems.append(f"record {row + 1}: {error.what}")
         if problems:
             raise DataError(
-                f"{len(problems):,} of {len(records):,} records have no usable label",
-                expected=f"one of: {', '.join(self.labels[:20])}",
+                f"{len(problems):,} of {len(records):,} records have no usable text or label",
+                expected=f"a text, and as its label one of: {', '.join(self.labels[:20])}",
                 problems=problems[:5],
             )
+        examples = [
+            LabelledText(ids, [label], row, num_cut, segments=segments)
+            for row, ((ids, segments, num_cut), label) in enumerate(
+                zip(self._tokens(records), labels, strict=True)
+            )
+        ]
         cut = sum(e.num_cut > 0 for e in examples)
-        return Encoded(
-            examples, [f"{cut:,} records cut to {self.max_length} tokens"] if cut else []
-        )
+        note = f"{cut:,} records cut to {self.max_length} tokens"
+        return Encoded(list(examples), [note] if cut else [])
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "max_length": self.max_length, "labels": list(self.labels)}
 
-    def _example(self, record: dict, row: int) -> Example:
-        texts = (
-            (record["text"], record["text_pair"])
-            if record.get("text_pair") is not None
-            else (record["text"],)
-        )
-        ids = list(self.tokenizer(*texts, truncation=False, verbose=False)["input_ids"])
-        cut = 0
-        if self.max_length is not None and len(ids) > self.max_length:
-            cut = len(ids) - self.max_length
-            shorter = self.tokenizer(
-                *texts, truncation=True, max_length=self.max_length, verbose=False
-            )
-            ids = list(shorter["input_ids"])
-        return Example(ids, [self.index(record["label"])], row, cut)
+    def _tokens(self, records: Sequence[dict]) -> list[tuple[list[int], tuple[int, ...], int]]:
+        """Token ids, segments and the number of tokens cut off, for every record."""
+        found: list[Any] = [None] * len(records)
+        paired = [record.get("text_pair") is not None for record in records]
+        for kind in (False, True):
+            chosen = [i for i, pair in enumerate(paired) if pair is kind]
+            whole = self._tokenized([records[i] for i in chosen], kind, cut=False)
+            found_here = dict(zip(chosen, whole, strict=True))
+            limit = self.max_length or max((len(ids) for ids, _ in whole), default=0)
+            long = [i for i in chosen if len(found_here[i][0]) > limit]
+            shorter = self._tokenized([records[i] for i in long], kind, cut=True)
+            for i, (ids, segments) in found_here.items():
+                found[i] = ids, segments, 0
+            for i, (ids, segments) in zip(long, shorter, strict=True):
+                found[i] = ids, segments, len(found[i][0]) - len(ids)
+        return found
 
-    def index(self, label: str | int) -> int:
+    def _tokenized(
+        self, records: Sequence[dict], paired: bool, *, cut: bool
+    ) -> list[tuple[list[int], tuple[int, ...]]]:
+        if not records:
+            return []
+        second = [[record["text_pair"] for record in records]] if paired else []
+        how = {"truncation": True, "max_length": self.max_length} if cut else {"truncation": False}
+        made = self.tokenizer([record["text"] for record in records], *second, verbose=False, **how)
+        rows = made["input_ids"]
+        segments = made.get("token_type_ids") if paired else None
+        return [(list(ids), tuple(segments[i]) if segments else ()) for i, ids in enumerate(rows)]
+
+    def index(self, label: str | int | float | bool) -> int:
         """The index of a label given by name, or by number where the classes are numbered. Raises DataError."""
-        if str(label) in self.labels:
-            return self.labels.index(str(label))
-        near = nearest(str(label), self.labels)
+        name = _name(label)
+        if name in self.labels:
+            return self.labels.index(name)
+        if f"LABEL_{name}" in self.labels:  # what transformers calls classes without names
+            return self.labels.index(f"LABEL_{name}")
+        near = nearest(name, self.labels)
         raise DataError(
             f"the label {label!r} is none of the {len(self.labels)} classes",
             expected=f"one of: {', '.join(self.labels[:20])}",
@@ -84,15 +135,25 @@ class TextClassification:
     def shares(self, model: nn.Module) -> bool:
         return False
 
+    def pads(self, model: nn.Module) -> bool:
+        return True
+
     def collate(self, blocks: Sequence[Sequence[Example]], model: nn.Module) -> Batch:
         (examples,) = blocks
         ids = [e.input_ids for e in examples]
-        fill = self.tokenizer.pad_token_id or 0
-        inputs = {"input_ids": pad(ids, fill), "attention_mask": mask_of(ids)}
+        inputs = {
+            "input_ids": pad(ids, filler(model, self.tokenizer)),
+            "attention_mask": mask_of(ids),
+        }
+        segments = [getattr(e, "segments", ()) for e in examples]
+        if any(segments) and _takes_segments(model):
+            full = [s or (0,) * len(own) for s, own in zip(segments, ids, strict=True)]
+            inputs["token_type_ids"] = pad(full, 0)
         labels = torch.tensor([e.labels[0] for e in examples])
         device = device_of(model)
-        inputs = {k: t.to(device) for k, t in inputs.items()}
-        return Batch(inputs, (labels.to(device),), num_tokens=sum(map(len, ids)))
+        return Batch({k: t.to(device) for k, t in inputs.items()}, (labels.to(device),))
+
+    # --- loss and predictions -------------------------------------------------------------------------------
 
     def running(self, model: nn.Module) -> AbstractContextManager:
         return nullcontext()
@@ -101,10 +162,8 @@ class TextClassification:
         return [F.cross_entropy(self._logits(model, batch), batch.labels[0], reduction="sum")]
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        config = model.config
-        if config.pad_token_id is None:  # decoders find the last token by it
-            config.pad_token_id = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
-        return model(**batch.inputs).logits.float()
+        with _filled_with(model, filler(model, self.tokenizer)):
+            return wide(model(**batch.inputs).logits)
 
     def predict(
         self,
@@ -115,36 +174,66 @@ class TextClassification:
         generate: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
-        was_training = model.training
-        model.eval()
         found: dict[int, Prediction] = {}
-        try:
-            examples = self.encode(records).examples
-            for chosen in by_length([len(e.input_ids) for e in examples], batch_size):
+        examples = self.encode(records).examples
+        with answering(model):
+            for chosen in by_length([len(e) for e in examples], batch_size):
                 batch = self.collate([[examples[i] for i in chosen]], model)
-                with torch.no_grad():
-                    logits = self._logits(model, batch)
+                logits = self._logits(model, batch)
                 nll = F.cross_entropy(logits, batch.labels[0], reduction="none").tolist()
                 for i, loss, label in zip(chosen, nll, logits.argmax(-1).tolist(), strict=True):
                     found[i] = Prediction(records[i], loss, 1, label, (examples[i].labels[0],))
                 if progress is not None:
                     progress(len(found))
-        finally:
-            model.train(was_training)
         return [found[i] for i in range(len(records))]
 
 
 def label_names(records: Sequence[dict]) -> tuple[str, ...]:
     """The classes that occur: numbers in their order, else names in alphabetical order. Raises DataError."""
-    labels = {record["label"] for record in records}
+    labels = [record["label"] for record in records]
     if any(isinstance(label, float) and not label.is_integer() for label in labels):
         raise DataError("the labels are fractions: this is a regression, not a classification")
-    if len(labels) < 2:
+    names = {_name(label) for label in labels}
+    if len(names) < 2:
         raise DataError(
-            f"all {len(records)} records have the same label {next(iter(labels), None)!r}",
+            f"all {len(records)} records have the same label {next(iter(names), None)!r}",
             expected="at least two classes",
         )
     try:
-        return tuple(str(n) for n in sorted({int(label) for label in labels}))
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
     except ValueError:
-        return tuple(sorted(str(label) for label in labels))
+        return tuple(sorted(names))
+
+
+def _name(label: str | int | float | bool) -> str:
+    """A label as the name of its class: 1, 1.0 and "1" are one class."""
+    whole = isinstance(label, float) and label.is_integer()
+    return str(int(label)) if whole else str(label).strip()
+
+
+def _text_fault(record: dict) -> str | None:
+    """What a record lacks to be classified."""
+    for key in ("text", "label"):
+        if record.get(key) is None:
+            return f"it has no {key}, but the columns {', '.join(map(str, record))}"
+    texts = record["text"], record.get("text_pair") or ""
+    return None if all(isinstance(t, str) for t in texts) else "its text is no text"
+
+
+def _takes_segments(model: nn.Module) -> bool:
+    config: Any = getattr(model, "config", None)
+    known = inspect.signature(type(model).forward).parameters
+    return "token_type_ids" in known and getattr(config, "type_vocab_size", 0) > 1
+
+
+@contextmanager
+def _filled_with(model: Any, fill: int) -> Iterator[None]:
+    """Tell a decoder without a filling token which one is used here: it reads the class off the last other token."""
+    config = model.config.get_text_config()
+    before = config.pad_token_id
+    if before is None:
+        config.pad_token_id = fill
+    try:
+        yield
+    finally:
+        config.pad_token_id = before

@@ -1,21 +1,22 @@
-"""Learning-rate schedules and the optimizer of one adapter."""
+"""Learning-rate schedules, and the optimizer of one adapter with its state by name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorica.config import TrainSettings
 
 
 def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
-    """The rate of optimizer step `step` (0 is the first) of `total`. A function of the step and nothing else.
+    """The rate of optimizer step `step` (0 is the first) of `total`: a function of the step alone.
 
-    A warm-up rises linearly to the peak, reached at its last step. Then: constant; linear to 0; half a cosine
-    to 0; or wsd, the peak kept and a linear fall to 0 over the last `decay_ratio` of all steps.
+    A warm-up rises linearly to the peak, reached at its last step. Then: constant; linear to 0;
+    half a cosine to 0; or wsd, the peak kept and a linear fall to 0 over the last `decay_ratio` of
+    all steps.
     """
     peak, warmup = settings.learning_rate, num_warmup_steps(total, settings)
     if step < warmup:
@@ -24,14 +25,14 @@ def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
     if kind == "constant":
         return peak
     if kind == "wsd":
-        decay = max(1, round((settings.decay_ratio or 0.2) * total))
+        decay = max(1, round(settings.decay_ratio * total))
         return peak * min(1.0, (total - step) / decay)
     left = (total - step) / max(1, total - warmup)
     return peak * left if kind == "linear" else peak * 0.5 * (1 - math.cos(math.pi * left))
 
 
 def num_warmup_steps(total: int, settings: TrainSettings) -> int:
-    """Steps of the warm-up in a run of `total` steps: `warmup_steps`, or else `warmup_ratio` of all."""
+    """Steps of the warm-up in a run of `total`: `warmup_steps`, or else `warmup_ratio` of all."""
     if settings.warmup_steps is not None:
         return min(settings.warmup_steps, total)
     return min(total, round(settings.warmup_ratio * total))
@@ -42,8 +43,8 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over one adapter's tensors.
 
-    One tensor per parameter and one optimizer per adapter: then an adapter trains to the same bits beside
-    others as alone.
+    One tensor per parameter and one optimizer per adapter: then an adapter trains to the same bits
+    beside others as alone.
     """
     return torch.optim.AdamW(
         list(parameters),
@@ -53,3 +54,26 @@ def make_optimizer(
         weight_decay=settings.weight_decay,
         fused=True,
     )
+
+
+def moments(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimizer's tensors, by name of the parameter and of the moment."""
+    return {
+        f"{name}|{key}": value
+        for name, parameter in named.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def set_moments(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Put back what `moments` gave."""
+    for full, value in tensors.items():
+        name, _, key = full.rpartition("|")
+        parameter = named[name]
+        optimizer.state[parameter][key] = value.to(parameter.device)

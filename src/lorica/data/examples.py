@@ -1,0 +1,73 @@
+"""What records are once they are encoded: token ids and labels, as plain lists."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One encoded record, or one window of a long text.
+
+    Attributes:
+        input_ids: token ids.
+        labels: the same ids where the loss falls, -100 elsewhere; not shifted; labels[0] is -100.
+        row: index of the record.
+        num_cut: tokens cut off to fit.
+        num_trained_cut: trained tokens among them.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    row: int = 0
+    num_cut: int = 0
+    num_trained_cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens on which the loss falls."""
+        return len(self.labels) - self.labels.count(IGNORED)
+
+
+@dataclass(frozen=True)
+class Encoded(Sequence[Example]):
+    """Encoded records.
+
+    Attributes:
+        examples: in the order of the records; a text longer than max_length gives several.
+        notes: what the user should know, in words.
+    """
+
+    examples: list[Example]
+    notes: list[str]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.examples[index]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(len(example) for example in self.examples)
+
+    @cached_property
+    def num_trained_tokens(self) -> int:
+        return sum(example.num_trained for example in self.examples)
+
+    @cached_property
+    def num_truncated(self) -> int:
+        """Examples that were cut."""
+        return sum(example.num_cut > 0 for example in self.examples)
+
+    def statement(self) -> str:
+        """Tokens, the share that is trained, and what was cut, in one line."""
+        share = self.num_trained_tokens / max(1, self.num_tokens)
+        text = f"{len(self):,} examples, {self.num_tokens:,} tokens, {share:.1%} trained"
+        return "; ".join([text, *self.notes])

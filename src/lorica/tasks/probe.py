@@ -1,0 +1,95 @@
+"""What a causal model allows, found out by running it once: packed documents, and a head of its own.
+
+A table of architectures would be wrong with the next release of transformers; a comparison of logits is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorica.tasks.documents import NAME, NotSupported, lay_out
+from lorica.tasks.task import answering, device_of
+
+_LENGTHS = (7, 5, 9)
+"""Tokens of the documents that are compared: odd, different, the longest not first."""
+
+
+@contextmanager
+def attention(model: Any, name: str) -> Iterator[None]:
+    """Run the block with another attention function, and put the model's own back."""
+    before = model.config._attn_implementation
+    if before == name:
+        yield
+        return
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def packing_fault(model: Any) -> str | None:
+    """Why documents cannot share a row of `model`; None where packed equals separate on three short documents."""
+    if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
+        return "it is no model of transformers"
+    own = model.config._attn_implementation
+    generator = torch.Generator().manual_seed(0)
+    vocabulary, device = model.config.get_text_config().vocab_size, device_of(model)
+    texts = [
+        torch.randint(1, min(vocabulary, 1000), (n,), generator=generator).to(device)
+        for n in _LENGTHS
+    ]
+    try:
+        with answering(model):
+            alone = torch.cat([model(t[None], use_cache=False).logits[0] for t in texts]).float()
+            with attention(model, NAME):
+                if model.config._attn_implementation != NAME:
+                    return "it does not take another attention function"
+                documents, _, positions = lay_out([_LENGTHS])
+                ids = torch.zeros(len(positions), dtype=torch.long, device=device)
+                ids[: sum(_LENGTHS)] = torch.cat(texts)
+                layout = {
+                    "position_ids": positions[None].to(device),
+                    "documents": documents.to(device),
+                }
+                packed = model(ids[None], **layout, use_cache=False).logits[0, : sum(_LENGTHS)]
+    except (
+        NotSupported,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        AttributeError,
+    ) as error:
+        return (str(error) or type(error).__name__).splitlines()[0][:120]
+    finally:
+        if model.config._attn_implementation != own:
+            model.set_attn_implementation(own)
+    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    tolerance = (1e-4 if exact else 5e-2) * max(1.0, alone.abs().max().item())
+    worst = (packed.float() - alone).abs().max().item()
+    if not worst <= tolerance:  # also where it is NaN
+        return f"packed documents see each other (logits differ by {worst:.2g})"
+    return None
+
+
+def plain_head(model: Any) -> nn.Module | None:
+    """The output head, where logits are exactly head(hidden states); None where the model does more."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    backbone = getattr(model, "base_model", None)
+    if head is None or backbone is None or backbone is model:
+        return None
+    ids = torch.arange(1, 8, device=device_of(model))[None]
+    try:
+        with answering(model):
+            wanted = model(ids, use_cache=False).logits
+            hidden = backbone(ids, use_cache=False).last_hidden_state
+            same = torch.equal(head(hidden), wanted)
+    except (TypeError, AttributeError, RuntimeError):
+        return None
+    return head if same else None

@@ -1,0 +1,72 @@
+"""What makes a run the same run: a checkpoint of another one is refused, with every difference."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from lorica.base.load import base_of, digest_of_tensors
+from lorica.config import TrainSettings
+from lorica.data.encode import Example
+from lorica.tasks.task import Task, device_of
+from lorica.train.course import Course
+from lorica.train.measure import versions
+
+COSMETIC = frozenset({"logging_steps", "save_steps", "save_total_limit"})
+"""Settings that a resumed run may change: they change what is written, not what is learned."""
+
+
+def identity(
+    model: nn.Module, task: Task, courses: Sequence[Course], settings: TrainSettings
+) -> dict[str, str]:
+    """What must be the same for a run to go on: base, task, settings, adapters and data, by name."""
+    base = base_of(model)
+    found = {
+        "base": base.digest if base else digest_of_tensors(model),
+        "dtype of the base": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+    found |= {f"task.{key}": _text(value) for key, value in task.facts().items()}
+    values = settings.model_dump(mode="json")
+    found |= {f"settings.{k}": _text(v) for k, v in values.items() if k not in COSMETIC}
+    for course in courses:
+        adapter, name = course.trainee.adapter, course.name
+        method = {"kind": adapter.method.kind, **asdict(adapter.method)}  # type: ignore[call-overload]
+        found |= {f"{name}.{key}": _text(value) for key, value in method.items()}
+        shapes = [f"{key} {tuple(p.shape)}" for key, p in adapter.named_parameters()]
+        found[f"places of {name}"] = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
+        found[f"data of {name}"] = fingerprint(course.examples)
+        found[f"evaluation data of {name}"] = fingerprint(course.held_out)
+    return found
+
+
+def circumstances(model: nn.Module) -> dict[str, str]:
+    """What should be the same for a run to go on to the same bits."""
+    return {
+        "number of threads": str(torch.get_num_threads()),
+        "device": device_of(model).type,
+        **{f"version of {name}": version for name, version in versions().items()},
+    }
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Number and SHA-256 of encoded records: of all that a task makes numbers of, in their order."""
+    return f"{len(examples):,} examples, {digest(examples)}"
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """SHA-256 over the numbers of encoded records."""
+    found = hashlib.sha256()
+    for example in examples:
+        for numbers in (example.input_ids, example.labels, getattr(example, "segments", ())):
+            found.update(array("q", [len(numbers), *numbers]).tobytes())
+    return found.hexdigest()
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

@@ -1,0 +1,165 @@
+"""From what the caller gave to the courses of a run: who learns what, in how many steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lorica.attach.attach import Adapter, find
+from lorica.base.load import base_of
+from lorica.config import TrainSettings
+from lorica.data.encode import Example
+from lorica.errors import ConfigError, DataError
+from lorica.tasks import CausalLM, Seq2Seq, TextClassification
+from lorica.tasks.task import Task, num_positions
+from lorica.train.course import GROUP, Course
+from lorica.train.engine import Trainee
+
+Records = Sequence[dict] | Sequence[Example]
+
+
+def default_task(model: nn.Module, settings: TrainSettings) -> Task:
+    """The task that a model was loaded for. Raises ConfigError where Lorica did not load it."""
+    base = base_of(model)
+    if base is None:
+        raise ConfigError(
+            "this model was not loaded by lorica.load_model, so its task is not known",
+            mend="pass task=..., for example lorica.tasks.CausalLM.of(tokenizer)",
+        )
+    if base.task == "text-classification":
+        return TextClassification(base.tokenizer, base.labels, settings.max_length)
+    if base.task == "seq2seq":
+        return Seq2Seq(base.tokenizer, settings.max_length)
+    return CausalLM.of(base.tokenizer, max_length=settings.max_length, packing=settings.packing)
+
+
+def total_steps(num_records: int, settings: TrainSettings) -> int:
+    """Optimizer steps of a run: `max_steps`, or the epochs, whichever ends first."""
+    per_step = settings.batch_size * settings.gradient_accumulation_steps
+    limits = [settings.max_steps] if settings.max_steps else []
+    if settings.epochs:
+        steps = settings.epochs * math.ceil(num_records / per_step)
+        limits.append(math.ceil(round(steps, 6)))  # 1.1 * 10 is 11.000000000000002
+    return min(limits)
+
+
+def courses_of(
+    model: nn.Module,
+    task: Task,
+    data: Mapping[Adapter | str, Records],
+    eval_data: Mapping[Adapter | str, Records] | Records | None,
+    settings: TrainSettings,
+) -> tuple[list[Course], list[str]]:
+    """A course for each adapter, and what the user should be told about the records.
+
+    Raises:
+        ConfigError: settings without effect here, adapters that are not there or named twice.
+        DataError: records without anything to learn, or longer than the model has positions.
+    """
+    if not data:
+        raise ConfigError("there is nothing to train", expected="{adapter: records}")
+    by_name = {find(model, key).name: records for key, records in data.items()}
+    per_adapter = eval_data if isinstance(eval_data, Mapping) else None
+    held_out = {find(model, key).name: records for key, records in (per_adapter or {}).items()}
+    if per_adapter is None and eval_data is not None:
+        held_out = dict.fromkeys(by_name, eval_data)
+    strangers = sorted(held_out.keys() - by_name.keys())
+    problems = [f"there is evaluation data for {n!r}, which does not train" for n in strangers]
+    if len(by_name) < len(data):
+        problems.append("an adapter is given twice, by handle and by name")
+    problems += _settings_problems(model, task, settings, any(map(len, held_out.values())))
+    if problems:
+        raise ConfigError("this run cannot be planned", problems=problems)
+    group = GROUP if task.pads(model) else 1
+    encoder = _Encoder(task)
+    courses = []
+    for name, records in by_name.items():
+        examples = encoder(records, f"adapter {name!r}")
+        if not examples:
+            raise DataError(f"there are no records for adapter {name!r}", expected="at least one")
+        trainee = Trainee(find(model, name), settings, total_steps(len(examples), settings))
+        judged = encoder(held_out.get(name, ()), f"evaluation of {name!r}")
+        courses.append(Course(trainee, examples, judged, group))
+    _check_lengths(model, courses)
+    _check_warmup(courses, settings)
+    return courses, encoder.notes
+
+
+class _Encoder:
+    """Encodes each set of records once, however many adapters share it."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.notes: list[str] = []
+        self._known: dict[int, list[Example]] = {}
+
+    def __call__(self, records: Any, purpose: str) -> list[Example]:
+        if id(records) not in self._known:
+            self._known[id(records)] = self._encode(records, purpose)
+        return self._known[id(records)]
+
+    def _encode(self, records: Any, purpose: str) -> list[Example]:
+        if not len(records):
+            return []
+        if isinstance(records[0], Example):
+            examples = list(records)
+        else:
+            encoded = self.task.encode(records)
+            self.notes += [f"{purpose}: {note}" for note in encoded.notes]
+            examples = encoded.examples
+        empty = [i for i, e in enumerate(examples) if not e.num_trained]
+        if empty:
+            shown = ", ".join(map(str, empty[:5]))
+            raise DataError(
+                f"{purpose}: {len(empty):,} of {len(examples):,} examples have no trained token",
+                problems=[f"examples {shown}{' ...' if empty[5:] else ''}, counted from 0"],
+                expected="at least one label that is not -100 in every example",
+            )
+        return examples
+
+
+def _settings_problems(
+    model: nn.Module, task: Task, settings: TrainSettings, evaluates: bool
+) -> list[str]:
+    """Settings that would be ignored."""
+    problems = []
+    if not evaluates:
+        problems += [
+            f"{key}={value} has no effect: there are no records to evaluate on"
+            for key in ("early_stopping_patience", "eval_steps", "eval_batch_size")
+            if (value := getattr(settings, key)) is not None
+        ]
+    packing = getattr(task, "packing", False)
+    if settings.packing != "auto" and settings.packing != packing:
+        problems.append(f"packing={settings.packing} has no effect on this task ({task.kind})")
+    own = task.facts().get("max_length", settings.max_length)
+    if settings.max_length is not None and own != settings.max_length:
+        problems.append(f"max_length={settings.max_length} has no effect: the task has {own}")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if settings.dtype not in ("auto", dtype):
+        problems.append(f"dtype={settings.dtype} has no effect: the model was loaded in {dtype}")
+    return problems
+
+
+def _check_lengths(model: nn.Module, courses: Sequence[Course]) -> None:
+    limit = num_positions(model)
+    longest = max(
+        max(len(e.input_ids), len(e.labels)) for c in courses for e in [*c.examples, *c.held_out]
+    )
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"the longest record has {longest:,} tokens, but the model has {limit:,} positions",
+            mend=f"set max_length: {limit}",
+        )
+
+
+def _check_warmup(courses: Sequence[Course], settings: TrainSettings) -> None:
+    shortest = min(course.trainee.total for course in courses)
+    if settings.warmup_steps is not None and settings.warmup_steps > shortest:
+        raise ConfigError(
+            f"warmup_steps={settings.warmup_steps} is more than the {shortest} steps of the run",
+            mend="set warmup_ratio instead",
+        )

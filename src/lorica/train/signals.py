@@ -1,0 +1,68 @@
+"""The first signal lets the step end and saves; the second stops at once."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from lorica.errors import Interrupted
+
+_HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopAsked(Exception):
+    """Raised by `Stop.check` where the work at hand can be left."""
+
+
+class Stop:
+    """Whether somebody asked the run to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+
+    def check(self) -> None:
+        """Raises StopAsked where somebody asked."""
+        if self.asked is not None:
+            raise StopAsked
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is not None:  # asked twice: now
+            raise KeyboardInterrupt
+        self.asked = number
+
+    def error(self, folder: Path, *, saved: bool) -> Interrupted:
+        """What is told then; the exit code is 128 and the number of the signal."""
+        number = self.asked or signal.SIGINT
+        state = "the state was saved" if saved else "at once; the last checkpoint stands"
+        error = Interrupted(
+            f"stopped by {signal.Signals(number).name}: {state}",
+            mend=f"go on with: lorica train --resume {shlex.quote(str(folder))}",
+        )
+        error.exit_code = 128 + number  # type: ignore[misc]
+        return error
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """Listen for signals, where this is the main thread.
+
+    Those that the process was told to ignore (nohup, a shell's background jobs) stay ignored.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {n: signal.getsignal(n) for n in _HEARD}
+    heard = [n for n, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in heard:
+        signal.signal(number, stop.handle)
+    try:
+        yield stop
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
