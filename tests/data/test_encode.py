@@ -198,7 +198,7 @@ def test_text_that_spells_control_tokens(record):
     control = set(tokenizer.convert_tokens_to_ids(SPECIAL))
     encoded = CausalEncoder(tokenizer).encode([record])
     assert [i for i in encoded[0].input_ids if i in control] == [tokenizer.eos_token_id]
-    assert any("spell special tokens, which stay text" in note for note in encoded.notes)
+    assert any("special tokens spelled in 1 record stay text" in note for note in encoded.notes)
     parsed = CausalEncoder(tokenizer, parse_special_tokens=True).encode([record])
     assert sum(i in control for i in parsed[0].input_ids) > 1 and not parsed.notes
 
@@ -240,7 +240,7 @@ def test_what_was_cut_is_said():
     records = [PROMPT, {"prompt": "p", "completion": "é" * 50}]
     encoded = CausalEncoder(tokenizer, max_length=16).encode(records)
     assert encoded.num_truncated == 1
-    assert "1 records (50.0%) cut to 16 tokens" in encoded.statement()
+    assert "1 record (50.0%) cut to 16 tokens" in encoded.statement()
     assert f"{encoded[1].num_trained_cut:,} trained tokens lost" in encoded.statement()
     assert encoded.num_tokens == sum(len(e) for e in encoded)
     assert encoded.num_trained_tokens == sum(e.num_trained for e in encoded)
@@ -291,7 +291,7 @@ def test_what_a_template_dropped_is_said():
     thoughts = ("<think>\nhm\n</think>\n\nhi", "<think>\nso\n</think>\n\nbye")
     record = {"messages": conversation("u", thoughts[0], "v", thoughts[1])}
     encoded = CausalEncoder(byte_tokenizer(THINKING)).encode([record])
-    assert any("the template left out text of 1 records" in note for note in encoded.notes)
+    assert any("the template left out text of 1 record" in note for note in encoded.notes)
 
 
 def test_settings_are_checked():

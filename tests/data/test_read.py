@@ -220,6 +220,9 @@ def test_split_without_targets(tmp_path):
     splits = read_splits(tmp_path)
     assert splits["test"].rows == [{"text": "y", "label": "1"}]
     assert "test.tsv has no targets and was passed over" in splits["test"].statement
+    alone = write(tmp_path / "alone/test.tsv", "index\tsentence\n0\tx\n")
+    with pytest.raises(DataError, match="no column 'label'"):
+        read_splits(alone.parent)
     (tmp_path / "train.tsv").write_text("index\tsentence\n0\tx\n")
     with pytest.raises(DataError, match="no column 'label'"):
         read_splits(tmp_path)
@@ -406,6 +409,16 @@ def test_all_kinds_at_once_with_counts_and_first_three(tmp_path):
     assert "a.jsonl:5" not in text and "a.jsonl:10" not in text
     assert "max_bad_rows=10" in text
     assert "max_bad_rows is -1" in refused(tmp_path / "a.jsonl", max_bad_rows=-1)
+
+
+def test_the_list_of_an_object_is_the_one_at_its_top(tmp_path):
+    inner = (
+        '{"meta": {"data": [{"text": "no"}], "n": [1, "]"]}, "x" : 1 , "data": [{"text": "yes"}]}'
+    )
+    dataset = read(write(tmp_path / "a.json", inner))
+    assert dataset.rows == [{"text": "yes"}] and 'rows of "data"' in dataset.statement
+    escaped = '{"d\\u0061ta": [{"text": "yes"}]}'
+    assert read(write(tmp_path / "b.json", escaped)).rows == [{"text": "yes"}]
 
 
 def test_invalid_utf8_names_the_byte(tmp_path):

@@ -89,6 +89,15 @@ def test_template_that_moves_text_needs_the_last_turn_only():
     assert trained(template.render(talk)) == ["it is\n a test</s>"]
 
 
+def test_long_conversations():
+    talk = conversation(*(f"text {n}" for n in range(1_200)))
+    with pytest.raises(DataError, match="a conversation of 1,200 messages"):
+        ChatTemplate.of(byte_tokenizer(CHATML)).render(talk)
+    marking = ChatTemplate.of(byte_tokenizer(ALL["generation"]))
+    spans = marking.render(talk)
+    assert len(trained(spans)) == 600 and marking.dropped(talk, spans) == []
+
+
 def test_plain_fallback():
     template = ChatTemplate.of(byte_tokenizer(None))
     assert template.is_fallback

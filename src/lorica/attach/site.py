@@ -15,6 +15,7 @@ anything was built; the figures are in docs/design.md.
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ from lorica.errors import ActivationError, LoricaError, LoricaWarning
 from lorica.methods.lora import LoRA
 from lorica.methods.method import Layer, Method
 from lorica.ops.lora import Segment, lora_linear
+
+_ROUTED = re.compile(r"(^|\.)experts\.\d+\.")  # is given some of the tokens, of any row
 
 
 @dataclass(eq=False)
@@ -64,15 +67,20 @@ class Status:
         decided: whether anybody has said what is to act. Until then a forward pass warns: an adapter that
             sits on a model without effect is the mistake that nobody sees.
         owner: the thread that activated; another one would change its answers.
+        tokens: rows times positions that the newest layer with a batch was given.
     """
 
     decided: bool = False
     owner: int | None = None
+    tokens: int = 0
 
     def __getstate__(self) -> dict[str, Any]:  # a copy is inactive, and nobody's
-        return {"decided": False, "owner": None}
+        return {"decided": False, "owner": None, "tokens": 0}
 
     def warn_undecided(self) -> None:
+        """Warn, once, that nothing acts because nobody said that anything should."""
+        if self.decided or torch.compiler.is_compiling():
+            return
         self.decided = True
         warnings.warn(
             "adapters are attached to this model but none was activated, so it answers as its base does; "
@@ -111,8 +119,6 @@ class Plates:
         """
         if torch.compiler.is_compiling():
             return
-        if not self.status.decided:
-            self.status.warn_undecided()
         if torch._C._current_graph_task_id() == -1:
             self.last = self.route
             if torch.is_grad_enabled():
@@ -140,6 +146,7 @@ class Site:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plates: Plates = self.__dict__["_lorica"]
+        plates.status.warn_undecided()
         plates.note_visit()
         names = plates.acting()
         if names and _covers_all(plates) and plates.slots[names[0]].method.replaces:
@@ -234,19 +241,26 @@ def _row_gate(plates: Plates, gate: Tensor, like: Tensor) -> Tensor:
     """(N,) or (rows, N) shaped so that it broadcasts against `like`, (batch, ..., features).
 
     Beams and returned sequences repeat every row in place, so a batch of a multiple of the rows is served.
+    Some models lay all tokens of the batch in one dimension in the midst of a block (OPT, shared experts):
+    these are known by their number, which is that of the layer before.
     """
-    channels_first = plates.layer.kind in ("conv1d", "conv2d")
     if gate.dim() == 1:
         return gate
-    batched = like.dim() >= 2 + len(plates.layer.kernel_size)
-    times, rest = divmod(like.shape[0] if batched else 0, gate.shape[0])
-    if not times or rest or (times != 1 and like.dim() == 2):
+    times, rest = divmod(like.shape[0], gate.shape[0])
+    flat = like.dim() == 2
+    if not torch.compiler.is_compiling():
+        if not flat and plates.layer.kind == "linear":
+            plates.status.tokens = like.shape[:-1].numel()
+        flat = flat and like.shape[0] != plates.status.tokens
+    batched = like.dim() >= 2 + len(plates.layer.kernel_size) and not _ROUTED.search(plates.path)
+    if not batched or not times or rest or (times != 1 and flat):
         raise ActivationError(
             f"{plates.path}: {gate.shape[0]} rows are active, but this layer was given {tuple(like.shape)}",
             expected="a batch with one entry of the activation per row",
         )
     gate = gate if times == 1 else gate.repeat_interleave(times, 0)
     ones = [1] * (like.dim() - 2)
+    channels_first = plates.layer.kind in ("conv1d", "conv2d")
     return gate.view(-1, gate.shape[1], *ones) if channels_first else gate.view(-1, *ones, gate.shape[1])
 
 
@@ -319,6 +333,7 @@ class WeightSite(Site):
     """A site whose parameters are read, not called. The reading goes through a property of the class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plates_of(self)[0].status.warn_undecided()  # reading a weight alone is no forward pass
         inner = self.__dict__.get("_lorica_inner")
         return inner(*args, **kwargs) if inner else super(Site, self).forward(*args, **kwargs)
 

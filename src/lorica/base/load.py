@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from lorica.errors import BaseModelError, nearest
+from lorica.errors import BaseModelError, LoricaError, nearest
 
 EMBEDDED = Path(__file__).parent / "embedded"
 """The small language model that travels with the package; `load_model("embedded")`."""
@@ -68,61 +70,49 @@ def load_model(
     revision: str = "main",
     trust_remote_code: bool = False,
     device: str = "auto",
+    seed: int = 0,
 ) -> nn.Module:
     """Load a pretrained model and its tokenizer; `base_of(model)` knows the rest.
 
     Args:
         name: a folder, a hub id, or "embedded".
         task: one of `AUTO_CLASSES`.
-        dtype: of the frozen weights: "float32", "bfloat16", "float16", or "auto": bfloat16 where the
-            processor multiplies it natively, else float32; "as-stored": as the files have it.
-        labels: names of the classes of a classification; the model gets a head of that size.
+        dtype: of the frozen weights: "float32", "bfloat16", "float16", or "auto": bfloat16 where
+            the processor multiplies it natively, else float32; "as-stored": as the files have it.
+        labels: names of the classes of a classification; the model gets a head of that size, a new
+            one where that of the files has another.
         trust_remote_code: run Python code that comes with the model. Never on by itself.
         device: "cpu", "cuda", ..., or "auto": the first GPU where there is one.
+        seed: start of the modules that the files have no weights for.
 
     Raises:
-        BaseModelError: nothing there, no safetensors, an unknown task or dtype, weights that do not fill the model.
+        BaseModelError: nothing there, no safetensors, an unknown task or dtype, labels without a
+            classification, weights that do not fill the model.
     """
-    path = EMBEDDED if str(name) == "embedded" else name
-    _check_request(path, task, dtype)
+    path = _located(name)
+    _check_request(path, task, dtype, labels)
     target = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    transformers.utils.logging.disable_progress_bar()
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
+    base = Base(str(name), task, digest="")
+    with _reading(name, task), _seeded(seed):
         config = transformers.AutoConfig.from_pretrained(path, **options)
-        if labels:
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {label: i for i, label in enumerate(labels)}
+        base.labels = _set_labels(config, task, labels, base.notes)
         model, info = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
             path,
             config=config,
             dtype=choose_dtype(dtype, target),
             use_safetensors=True,
+            ignore_mismatched_sizes=bool(labels),
             output_loading_info=True,
             **options,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(
-            f"{name} could not be loaded for {task}: {str(error).splitlines()[0]}",
-            expected="a folder with config.json, *.safetensors and a tokenizer, or a hub id",
-            mend="check the path; for a hub id also the network, HF_HUB_OFFLINE and the access token",
-        ) from error
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-    tokenizer.padding_side = "right"
-    base = Base(
-        str(name),
-        task,
-        weights_digest(path, model),
-        tokenizer,
-        tuple(labels) or _labels(config, task),
-    )
-    base.new_modules = _new_modules(name, task, model, info, base.notes)
+        base.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+    base.tokenizer.padding_side = "right"
+    base.new_modules = _new_modules(name, base, model, info)
+    folder = _weights_folder(path, revision)
+    base.digest = digest_of_files(folder) if folder else digest_of_tensors(model)
     model.__dict__["_lorica_base"] = base
     return model.to(target).eval()
 
@@ -130,28 +120,63 @@ def load_model(
 def empty_model(
     name: str | Path, *, task: str = "causal-lm", trust_remote_code: bool = False
 ) -> nn.Module:
-    """The model as its config describes it, without weights: for counting and naming, on the meta device.
+    """The model as its config describes it, without weights: for counting and naming, on the meta
+    device.
 
     Raises:
         BaseModelError: there is no config, or none for this task.
     """
-    path = EMBEDDED if str(name) == "embedded" else Path(name) if Path(name).exists() else name
+    path = _located(name)
     if task not in AUTO_CLASSES:
         raise BaseModelError(
             f"unknown task {task!r}", expected=f"one of: {', '.join(AUTO_CLASSES)}"
         )
-    try:
+    with _reading(name, task):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return getattr(transformers, AUTO_CLASSES[task]).from_config(
                 config, trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, KeyError) as error:
+
+
+def _located(name: str | Path) -> str | Path:
+    """The embedded model's folder, a folder with ~ resolved, or the hub id as it is."""
+    if str(name) == "embedded":
+        return EMBEDDED
+    return Path(name).expanduser() if str(name).startswith("~") else name
+
+
+@contextmanager
+def _reading(name: str | Path, task: str) -> Iterator[None]:
+    """Call transformers without its bars and log lines; whatever it raises is a BaseModelError."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except LoricaError:
+        raise
+    except Exception as error:  # its readers raise what they like: OSError, Exception, RuntimeError
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BaseModelError(
-            f"{name} could not be read for {task}: {str(error).splitlines()[0]}",
-            expected="a folder with config.json, or a hub id",
-            mend="check the path, or name another --task",
+            f"{name} could not be loaded for {task}: {reason}",
+            expected="a folder with config.json, *.safetensors and a tokenizer, or a hub id",
+            mend="check the path; for a hub id also the network, HF_HUB_OFFLINE and the access "
+            "token",
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's random numbers from `seed` on; afterwards those of the caller go on."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | Literal["auto"]:
@@ -173,34 +198,56 @@ def _cpu_has_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
 
 
-def weights_digest(path: str | Path, model: nn.Module) -> str:
-    """SHA-256 over the weight files of a folder; over the parameters themselves where there is no folder."""
+def digest_of_files(folder: Path) -> str:
+    """SHA-256 over the weight files of a folder, in the order of their names."""
     digest = hashlib.sha256()
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
-    for file in files:
+    for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
-    if not files:
-        for key, tensor in sorted(model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(
-                tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            )
     return digest.hexdigest()
 
 
-def _check_request(path: str | Path, task: str, dtype: str) -> None:
+def digest_of_tensors(model: nn.Module) -> str:
+    """SHA-256 over names and bytes of all parameters and buffers that a model saves."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(key.encode())
+        digest.update(raw.numpy())
+    return digest.hexdigest()
+
+
+def _weights_folder(path: str | Path, revision: str) -> Path | None:
+    """Where the weight files lie: the folder itself, or the hub's copy of them on this machine."""
+    if Path(path).is_dir():
+        return Path(path)
+    config = transformers.utils.cached_file(
+        str(path),
+        "config.json",
+        revision=revision,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(config).parent if config else None
+
+
+def _check_request(path: str | Path, task: str, dtype: str, labels: tuple[str, ...]) -> None:
     problems = []
     if task not in AUTO_CLASSES:
         problems.append(f"unknown task {task!r}; there are {', '.join(AUTO_CLASSES)}")
+    elif labels and task != "text-classification":
+        problems.append(f"labels belong to text-classification and have no effect on {task}")
+    if len(labels) == 1 or len(set(labels)) < len(labels):
+        problems.append(f"labels must be at least two different names, not {', '.join(labels)}")
     if dtype not in (*_DTYPES, "auto", "as-stored"):
         near = nearest(dtype, _DTYPES)
         problems.append(f"unknown dtype {dtype!r}; did you mean {near or 'auto'!r}?")
     folder = Path(path)
     if folder.is_dir():
         problems += _folder_problems(folder)
-    elif folder.is_absolute() or str(path).startswith((".", "~")):
+    elif folder.is_absolute() or str(path).startswith("."):
         problems.append(f"there is no folder {path}")
     if problems:
         raise BaseModelError("the base model cannot be loaded", problems=problems)
@@ -210,9 +257,12 @@ def _folder_problems(folder: Path) -> list[str]:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             return [
-                f"{folder} is an adapter, not a base model: name the base, and load the adapter on it"
+                f"{folder} is an adapter, not a base model: name the base, and load the adapter on "
+                "it"
             ]
         return [f"{folder} has no config.json"]
+    if (folder / "adapter_config.json").is_file():  # transformers would put it on, unasked
+        return [f"{folder} holds an adapter beside the model: move it into a folder of its own"]
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -228,40 +278,62 @@ def _folder_problems(folder: Path) -> list[str]:
     return []
 
 
-def _new_modules(
-    name: str | Path, task: str, model: nn.Module, info: dict, notes: list[str]
-) -> tuple[str, ...]:
+_HEADS = frozenset({"classifier", "score", "pre_classifier", "pooler", "classification_head"})
+"""What transformers calls the modules of a classification's head."""
+
+
+def _new_modules(name: str | Path, base: Base, model: nn.Module, info: dict) -> tuple[str, ...]:
     """Modules without weights in the files. Only the head of a classification may be new."""
-    missing = sorted(info["missing_keys"])
-    heads = {"classifier", "score", "pre_classifier", "pooler", "classification_head"}
+    replaced = {str(key[0]) for key in info["mismatched_keys"]}
+    missing = sorted(set(info["missing_keys"]) | replaced)
+    classifies = base.task == "text-classification"
     wrong = [
-        key for key in missing if task != "text-classification" or not heads & set(key.split("."))
+        f"{key} (of another shape)" if key in replaced else key
+        for key in missing
+        if not classifies or not _HEADS & set(key.split("."))
     ]
-    wrong += [f"{key[0]} (of another shape)" for key in info["mismatched_keys"]]
     if wrong:
         raise BaseModelError(
-            f"the weights of {name} do not fill a {type(model).__name__}: {len(wrong)} tensors are missing",
+            f"the weights of {name} do not fill a {type(model).__name__}: {len(wrong)} tensors are "
+            "missing",
             problems=wrong[:10],
             mend="choose the task that the model was made for",
         )
     if unused := sorted(info["unexpected_keys"]):
-        notes.append(
-            f"{len(unused)} tensors of the files are not used for {task}: {', '.join(unused[:3])} ..."
+        shown = ", ".join(unused[:3]) + (" ..." if unused[3:] else "")
+        base.notes.append(
+            f"{len(unused)} tensors of the files are not used for {base.task}: {shown}"
         )
-    parts = {
-        next(
-            ".".join(key.split(".")[: i + 1])
-            for i, word in enumerate(key.split("."))
-            if word in heads
-        )
-        for key in missing
-    }
+    parts = sorted({_head_of(key) for key in missing})
     if parts:
-        notes.append(f"new, started at random, trained whole: {', '.join(sorted(parts))}")
-    return tuple(sorted(parts))
+        base.notes.append(f"new, started at random, to be trained whole: {', '.join(parts)}")
+    return tuple(parts)
 
 
-def _labels(config: Any, task: str) -> tuple[str, ...]:
+def _head_of(key: str) -> str:
+    """The path down to the module of the head that a tensor belongs to."""
+    words = key.split(".")
+    return ".".join(words[: next(i for i, word in enumerate(words) if word in _HEADS) + 1])
+
+
+def _set_labels(
+    config: Any, task: str, labels: tuple[str, ...], notes: list[str]
+) -> tuple[str, ...]:
+    """Write the classes that are wanted into the config; those that the model will have."""
     if task != "text-classification":
         return ()
-    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    own = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    if not labels:
+        if len(own) < 2:
+            raise BaseModelError(
+                "the model has a single output: a regression, not a classification",
+                mend="name the classes with labels=",
+            )
+        return own
+    named = any(name != f"LABEL_{i}" for i, name in enumerate(own))
+    if named and len(own) == len(labels) and own != tuple(labels):
+        pairs = ", ".join(f"{old} -> {new}" for old, new in zip(own, labels, strict=True))
+        notes.append(f"the classes of the model are taken for those of the data: {pairs}")
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    return tuple(labels)

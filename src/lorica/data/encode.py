@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from lorica.data.examples import IGNORED, Encoded, Example
+from lorica.data.problems import counted
 from lorica.data.template import FALLBACK_STATEMENT, ChatTemplate, Span, control_tokens
 from lorica.data.tokens import Key, Piece, PieceTokenizer, Tokenizer, pieces_of
 from lorica.errors import ConfigError, DataError
@@ -193,8 +194,6 @@ class CausalEncoder:
             expected="messages, or prompt and completion, or text",
         )
 
-    # examples
-
     @cached_property
     def _tokenizer_adds_bos(self) -> bool:
         bos = self.tokenizer.bos_token_id
@@ -271,16 +270,17 @@ class CausalEncoder:
         if cut:
             lost = sum(example.num_trained_cut for example in cut)
             notes.append(
-                f"{len(cut):,} records ({len(cut) / len(records):.1%}) cut to {self.max_length} "
-                f"tokens, {lost:,} trained tokens lost"
+                f"{counted(len(cut), 'record')} ({len(cut) / len(records):.1%}) cut to "
+                f"{self.max_length} tokens, {counted(lost, 'trained token')} lost"
             )
         if len(examples) > len(records):
-            notes.append(f"{len(records):,} texts in windows of up to {self.max_length} tokens")
+            texts = counted(len(records), "text")
+            notes.append(f"{texts} in windows of up to {self.max_length} tokens")
         if self._literal:
             spelled = sum(self._spells_control(record) for record in records)
             if spelled:
                 notes.append(
-                    f"{spelled:,} records spell special tokens, which stay text "
+                    f"special tokens spelled in {counted(spelled, 'record')} stay text "
                     "(parse_special_tokens reads them as tokens)"
                 )
         if any(self._is_chat(record) for record in records) and self._chat_template.is_fallback:
@@ -383,4 +383,5 @@ def _refused(problems: list[str], total: int, why: str) -> DataError:
 
 def _dropped_note(dropped: list[str]) -> Iterator[str]:
     if dropped:
-        yield f"the template left out text of {len(dropped):,} records, first {dropped[0]}"
+        count = counted(len(dropped), "record")
+        yield f"the template left out text of {count}, first {dropped[0]}"

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lorica.data.problems import counted
+
 IGNORED = -100
 
 
@@ -69,5 +71,5 @@ class Encoded(Sequence[Example]):
     def statement(self) -> str:
         """Tokens, the share that is trained, and what was cut, in one line."""
         share = self.num_trained_tokens / max(1, self.num_tokens)
-        text = f"{len(self):,} examples, {self.num_tokens:,} tokens, {share:.1%} trained"
+        text = f"{counted(len(self), 'example')}, {self.num_tokens:,} tokens, {share:.1%} trained"
         return "; ".join([text, *self.notes])

@@ -167,21 +167,32 @@ def read_json(file: BinaryIO, name: str, wish: Wish, problems: Problems) -> Tabl
 
 
 def _read_listed(value: Any, text: str, name: str, wish: Wish, problems: Problems) -> Table:
-    keys = [
-        key for key in _LIST_KEYS if isinstance(value, dict) and isinstance(value.get(key), list)
-    ]
+    lists = _lists_in(text) if isinstance(value, dict) else {}
+    keys = [key for key in _LIST_KEYS if key in lists]
     if len(keys) != 1:
         found = ", ".join(list(value)[:10]) if isinstance(value, dict) else type(value).__name__
         raise DataError(
             f"{name} holds no list of rows; found: {found}",
             expected='an array of objects, or {"data": [...]}',
         )
-    opening = re.search(rf'"{keys[0]}"\s*:\s*\[', text)
-    if opening is None:  # the key is written with escapes
-        raise DataError(f'{name}: write the key "{keys[0]}" without escapes')
-    table = _read_array(text, opening.end() - 1, name, wish, problems)
+    table = _read_array(text, lists[keys[0]], name, wish, problems)
     table.notes.append(f'rows of "{keys[0]}"')
     return table
+
+
+def _lists_in(text: str) -> dict[str, int]:
+    """Where the lists of an object begin; `text` is known to be valid."""
+    found: dict[str, int] = {}
+    position = _match_end(_GAP, text, text.index("{") + 1)
+    while text[position] != "}":
+        key, position = _LENIENT.raw_decode(text, position)
+        begin = _match_end(_GAP, text, _match_end(_GAP, text, position) + 1)  # behind the colon
+        if text[begin] == "[":
+            found[key] = begin
+        position = _match_end(_GAP, text, _LENIENT.raw_decode(text, begin)[1])
+        if text[position] == ",":
+            position = _match_end(_GAP, text, position + 1)
+    return found
 
 
 def _match_end(pattern: re.Pattern, text: str, start: int) -> int:

@@ -48,10 +48,11 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         raise DataError(
             f"{path}: {_reason(error)}", mend="give the path of a readable file"
         ) from error
+    before = os.fstat(descriptor)
+    if not stat.S_ISREG(before.st_mode):
+        os.close(descriptor)
+        raise DataError(f"{path} is {_kind(before.st_mode)}", expected="a regular file")
     with os.fdopen(descriptor, "rb") as file:
-        before = os.fstat(descriptor)
-        if not stat.S_ISREG(before.st_mode):
-            raise DataError(f"{path} is {_kind(before.st_mode)}", expected="a regular file")
         head = file.peek(8)
         for magic, name in _PACKED:
             if head.startswith(magic):

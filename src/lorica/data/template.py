@@ -44,6 +44,7 @@ FALLBACK_STATEMENT = (
     'the tokenizer has no chat template; plain turns are used: "User: ...", "Assistant: ...", '
     "each answer ended by the EOS token"
 )
+_MAX_MESSAGES = 1_000
 _MAX_OUTPUT = 64 * 2**20  # characters
 
 Message = Mapping[str, Any]
@@ -91,7 +92,7 @@ class ChatTemplate:
                 f"the chat template has {size:,} bytes", expected=f"at most {MAX_TEMPLATE_BYTES:,}"
             )
         try:
-            self._environment.compiled(self.source)
+            _ = self._compiled
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template is no valid jinja2, line {error.lineno}: {error.message}"
@@ -182,11 +183,16 @@ class ChatTemplate:
         Templates of reasoning models drop the thinking of earlier turns, some drop system messages.
         """
         text = "".join(span.text for span in spans)
-        lost = []
+        lost, position = [], 0
         for number, message in enumerate(messages, start=1):
             for key in ("content", "reasoning_content", "thinking"):
                 value = message.get(key)
-                if isinstance(value, str) and value.strip() not in text:
+                if not isinstance(value, str):
+                    continue
+                found = text.find(value.strip(), position)  # mostly in order, so that this is fast
+                if found >= 0:
+                    position = found
+                elif value.strip() not in text:
                     lost.append(f"message {number} ({message['role']}, {key}): {show(value)}")
         return lost
 
@@ -276,6 +282,13 @@ class ChatTemplate:
         self, full: str, messages: Sequence[Message], marked: list[dict[str, Any]], tools: Any
     ) -> list[_Interval]:
         """What each assistant's message adds to the rendering of the conversation before it."""
+        if len(messages) > _MAX_MESSAGES:
+            raise DataError(
+                f"a conversation of {len(messages):,} messages",
+                expected=f"at most {_MAX_MESSAGES:,}, since the template does not mark what the "
+                "assistant says and has to be rendered for each of its messages",
+                mend="divide the conversation, or put {% generation %} into the template",
+            )
         intervals = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or not message.get("train", True):

@@ -1,26 +1,31 @@
 """Checkpoints that are whole or absent.
 
     checkpoints/step-00000120/
-        adapters/NAME.safetensors     what trains           optimizers/NAME.safetensors   moments of AdamW
-        best/NAME.safetensors         the best so far       state.json                    counters of every adapter
-        MANIFEST.json                 written last: size and SHA-256 of every file, and what run this belongs to
+        adapters/NAME.safetensors   what trains        optimizers/NAME.safetensors  moments of AdamW
+        best/NAME.safetensors       the best so far    state.json          counters of every adapter
+        MANIFEST.json               written last: size and SHA-256 of every file and of itself, and
+                                    what run this belongs to
 
-A checkpoint is written into a temporary folder, every file is fsynced, the manifest comes last, then the folder
-is renamed and its parent fsynced. Reading goes from the newest to the oldest and trusts nothing but the hashes:
-no "latest" pointer, no file times. A damaged checkpoint is set aside under another name and the next older one
-is taken. Older ones are removed only after the new one was read back. There is no pickle in a checkpoint, and no
-state of a random generator either: everything drawn in a step is seeded by the step.
+A checkpoint is written into a temporary folder, every file is fsynced, the manifest comes last,
+then the folder is renamed and its parent fsynced. Reading goes from the highest step to the lowest
+and trusts nothing but the hashes: no "latest" pointer, no file times. A damaged checkpoint is set
+aside under another name and the next older one is taken. Older ones are removed only after the new
+one was read back. There is no pickle in a checkpoint, and no state of a random generator either:
+everything drawn in a step is seeded by the step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -31,7 +36,10 @@ from lorica.records.atomic import sync_folder, write_file
 
 SCHEMA = 1
 MANIFEST = "MANIFEST.json"
+_STATE = "state.json"
 _PREFIX, _TEMPORARY, _BAD = "step-", ".tmp-step-", ".bad-step-"
+_NAME = re.compile(rf"{_PREFIX}(\d+)")
+_GROUPS = ("adapters", "optimizers", "best")
 
 
 @dataclass
@@ -41,14 +49,18 @@ class State:
     Attributes:
         step: turns of the loop done.
         identity: what must be the same for the run to go on: digests and settings, by name.
-        setting: what should be the same for the same bits (threads, versions), by name.
+        circumstances: what should be the same for the same bits (threads, versions), by name.
+        unjudged: the step was made, but its evaluation was left.
+        seconds: spent in optimizer steps.
         counters: plain numbers of every adapter, by its name.
         adapters, optimizers, best: tensors by adapter and by name of the tensor.
     """
 
     step: int
     identity: dict[str, str]
-    setting: dict[str, str] = field(default_factory=dict)
+    circumstances: dict[str, str] = field(default_factory=dict)
+    unjudged: bool = False
+    seconds: float = 0.0
     counters: dict[str, dict] = field(default_factory=dict)
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     optimizers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -56,60 +68,76 @@ class State:
 
 
 def save(folder: Path, state: State, *, keep: int = 2) -> Path:
-    """Write a checkpoint, read it back, then remove all but the newest `keep` (never fewer than 2).
+    """Write a checkpoint, read it back, then remove all but the newest `keep` (never below 2).
+
+    A whole checkpoint of the same step stays as it is: a run writes the same bits again.
 
     Raises:
         CheckpointError: it could not be written or does not read back; earlier ones are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{_PREFIX}{state.step:08d}"
     temporary = folder / f"{_TEMPORARY}{state.step:08d}-{secrets.token_hex(4)}"
-    if target.exists() and _verify(target) is None:
-        return target
     try:
-        _write(temporary, state)
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            sync_folder(folder.parent)
         if target.exists():
-            os.rename(target, folder / f"{_BAD}{state.step:08d}-{secrets.token_hex(4)}")
+            if _verify(target) is None:
+                return target
+            _set_aside(target)
+        _write(temporary, state)
         os.rename(temporary, target)
         sync_folder(folder)
     except OSError as error:
-        free = shutil.disk_usage(folder).free
         raise CheckpointError(
-            f"the checkpoint of step {state.step} could not be written in {folder}: {error.strerror}",
-            expected=f"space on the disk ({free:,} bytes are free)",
+            f"the checkpoint of step {state.step} could not be written in {folder}: "
+            f"{error.strerror or error}",
+            expected=f"space on the disk ({_free_bytes(folder)})",
             mend="free space and resume; earlier checkpoints are untouched",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if fault := _verify(target):
         raise CheckpointError(f"the checkpoint of step {state.step} does not read back: {fault}")
-    _prune(folder, max(2, keep))
+    with contextlib.suppress(OSError):  # one too many is no reason to stop
+        _prune(folder, max(2, keep))
     return target
 
 
 def load(
-    folder: Path, identity: dict[str, str], *, setting: dict[str, str] | None = None
+    folder: Path, identity: dict[str, str], *, circumstances: dict[str, str] | None = None
 ) -> tuple[State | None, list[str]]:
-    """The newest whole checkpoint, or None where there is none; and what the user should be told.
+    """The newest whole checkpoint, and what the user should be told.
+
+    Returns:
+        None as the state where no checkpoint was ever written.
 
     Raises:
-        CheckpointError: the checkpoint belongs to a run of other data, another base or other settings.
+        CheckpointError: the checkpoint belongs to a run of other data, another base or other
+            settings, or to another version of Lorica; or there are checkpoints, but none is whole.
     """
     notes: list[str] = []
-    for path in sorted(folder.glob(f"{_PREFIX}*"), reverse=True) if folder.is_dir() else []:
+    for path in _newest_first(folder):
         if fault := _verify(path):
-            aside = folder / f"{_BAD}{path.name.removeprefix(_PREFIX)}-{secrets.token_hex(4)}"
-            os.rename(path, aside)
+            aside = _set_aside(path)
             notes.append(f"{path.name} is damaged ({fault}); it was set aside as {aside.name}")
             continue
         state = _read(path)
         _check_identity(state.identity, identity)
-        changed = [k for k, v in (setting or {}).items() if state.setting.get(k) != v]
+        changed = [k for k, v in (circumstances or {}).items() if state.circumstances.get(k) != v]
         if changed:
             notes.append(
-                f"going on with another {', '.join(changed)}: the result will not be the same to the bit"
+                f"going on with another {', '.join(changed)}: the result will not be the same to "
+                "the bit"
             )
         return state, notes
+    bad = sorted(path.name for path in folder.glob(f"{_BAD}*")) if folder.is_dir() else []
+    if bad:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is whole",
+            problems=notes or [f"{name} was set aside earlier" for name in bad],
+            mend="start the run anew, or remove what was set aside to begin at step 0",
+        )
     return None, notes
 
 
@@ -119,16 +147,28 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _newest_first(folder: Path) -> list[Path]:
+    """Checkpoints by falling step, whatever their file times."""
+    found = folder.iterdir() if folder.is_dir() else []
+    steps = {int(m[1]): path for path in found if (m := _NAME.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def _set_aside(path: Path) -> Path:
+    number = path.name.removeprefix(_PREFIX)
+    aside = path.with_name(f"{_BAD}{number}-{secrets.token_hex(4)}")
+    os.rename(path, aside)
+    return aside
+
+
 def _write(temporary: Path, state: State) -> None:
-    groups = {"adapters": state.adapters, "optimizers": state.optimizers, "best": state.best}
     files: dict[str, bytes] = {}
-    for group, by_name in groups.items():
-        for name, tensors in by_name.items():
+    for group in _GROUPS:
+        for name, tensors in getattr(state, group).items():
             plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
             files[f"{group}/{name}.safetensors"] = safetensors.torch.save(plain)
-    files["state.json"] = json.dumps(
-        {"counters": state.counters}, indent=1, sort_keys=True
-    ).encode()
+    numbers = {"counters": state.counters, "unjudged": state.unjudged, "seconds": state.seconds}
+    files[_STATE] = json.dumps(numbers, indent=1, sort_keys=True).encode()
     for name, content in files.items():
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(temporary / name, content)
@@ -136,41 +176,60 @@ def _write(temporary: Path, state: State) -> None:
         "schema": SCHEMA,
         "step": state.step,
         "identity": state.identity,
-        "setting": state.setting,
+        "circumstances": state.circumstances,
         "files": {
-            n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()
+            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in files.items()
         },
     }
+    manifest["sha256"] = _own_digest(manifest)
     write_file(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
     sync_folder(temporary)
 
 
+def _own_digest(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None where every file is as its manifest says."""
+    """What is wrong with a checkpoint; None where every file is as its manifest says.
+
+    Raises:
+        CheckpointError: another version of Lorica wrote it; that is no damage.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
+        if manifest["sha256"] != _own_digest(manifest):
+            return f"{MANIFEST} is not as it was written"
         if manifest["schema"] != SCHEMA:
-            return f"its schema is {manifest['schema']}, this version reads {SCHEMA}"
+            raise CheckpointError(
+                f"{path} has the schema {manifest['schema']}; this version of Lorica reads "
+                f"{SCHEMA}",
+                mend="resume with the version that began the run",
+            )
+        if path.name != f"{_PREFIX}{manifest['step']:08d}":
+            return f"it is the checkpoint of step {manifest['step']}"
         for name, entry in manifest["files"].items():
             content = (path / name).read_bytes()
-            if (
-                len(content) != entry["bytes"]
-                or hashlib.sha256(content).hexdigest() != entry["sha256"]
-            ):
+            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
                 return f"{name} is not as it was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def _read(path: Path) -> State:
+    """A checkpoint that `_verify` found whole: the files of its manifest and no others."""
     manifest = json.loads((path / MANIFEST).read_bytes())
-    state = State(manifest["step"], manifest["identity"], manifest["setting"])
-    state.counters = json.loads((path / "state.json").read_bytes())["counters"]
+    numbers = json.loads((path / _STATE).read_bytes())
+    state = State(manifest["step"], manifest["identity"], manifest["circumstances"], **numbers)
     try:
-        for group in ("adapters", "optimizers", "best"):
-            for file in sorted((path / group).glob("*.safetensors")):
-                getattr(state, group)[file.stem] = safetensors.torch.load(file.read_bytes())
+        for name in manifest["files"]:
+            group, _, file = name.rpartition("/")
+            if group in _GROUPS:
+                tensors = safetensors.torch.load((path / name).read_bytes())
+                getattr(state, group)[file.removesuffix(".safetensors")] = tensors
     except SafetensorError as error:
         raise CheckpointError(f"{path} holds a file that is no safetensors: {error}") from error
     return state
@@ -186,7 +245,8 @@ def _check_identity(found: dict[str, str], wanted: dict[str, str]) -> None:
         raise CheckpointError(
             "the checkpoint belongs to another run",
             problems=problems,
-            mend="resume with the same model, data and settings, or start anew in another --output-dir",
+            mend="resume with the same model, data and settings, or start anew in another "
+            "--output-dir",
         )
 
 
@@ -194,11 +254,16 @@ def _short(value: str | None) -> str:
     return "nothing" if value is None else value if len(value) <= 60 else value[:57] + "..."
 
 
+def _free_bytes(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,} bytes are free"
+    except OSError:
+        return "free bytes are unknown"
+
+
 def _prune(folder: Path, keep: int) -> None:
-    whole = sorted(folder.glob(f"{_PREFIX}*"), reverse=True)
-    for path in whole[keep:]:
-        doomed = folder / f"{_TEMPORARY}{path.name.removeprefix(_PREFIX)}-{secrets.token_hex(4)}"
-        os.rename(
-            path, doomed
-        )  # a crash while deleting must not leave half a checkpoint under its name
+    for path in _newest_first(folder)[keep:]:
+        number = path.name.removeprefix(_PREFIX)
+        doomed = folder / f"{_TEMPORARY}{number}-{secrets.token_hex(4)}"
+        os.rename(path, doomed)  # a crash while deleting must not leave half of it under its name
         shutil.rmtree(doomed, ignore_errors=True)

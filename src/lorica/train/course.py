@@ -62,7 +62,7 @@ class Course:
         stopped: why it ended before its last step, or None.
         eval_loss: of the newest evaluation.
         last_loss: training loss of the newest logged window.
-        tokens, trained_tokens, seconds: seen and spent in all its steps.
+        tokens, trained_tokens: seen in all its steps.
         window: what happened since the last logged step.
     """
 
@@ -79,7 +79,6 @@ class Course:
     last_loss: float | None = None
     tokens: int = 0
     trained_tokens: int = 0
-    seconds: float = 0.0
     window: Window = field(default_factory=Window)
 
     def __post_init__(self) -> None:
@@ -131,7 +130,6 @@ class Course:
         self.window.add(result, seconds)
         self.tokens += result.tokens
         self.trained_tokens += result.trained_tokens
-        self.seconds += seconds
 
     def judge(self, eval_loss: float) -> bool:
         """Take an evaluation; whether it is the best so far. It may end the course.
@@ -178,7 +176,6 @@ class Course:
         "last_loss",
         "tokens",
         "trained_tokens",
-        "seconds",
     )
 
     def save_into(self, state: State) -> None:

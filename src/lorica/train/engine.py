@@ -16,10 +16,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from lorica.attach.activate import Activation, activate
 from lorica.attach.attach import Adapter
@@ -91,8 +93,15 @@ class Engine:
         self._checked: set[str] = set()
         with activate(model, None):
             self._shares = task.shares(model)
-        if gradient_checkpointing:
+        self._checkpoints = gradient_checkpointing and not _checkpoints(model)
+        if self._checkpoints:
             _turn_on_checkpointing(model)
+
+    def close(self) -> None:
+        """Leave the model as it was before: without checkpointing."""
+        if self._checkpoints:
+            self.model.activation_checkpointing_disable()  # type: ignore[operator]
+            self._checkpoints = False
 
     def step(
         self, trainees: Sequence[Trainee], work: Sequence[Sequence[Sequence[Example]]]
@@ -107,9 +116,17 @@ class Engine:
             TrainingError: an adapter sits on layers that the model passed by.
         """
         self.model.train()
+        for trainee in trainees:  # a step that failed may have left some
+            trainee.optimizer.zero_grad(set_to_none=True)
         together = len(trainees) == 1 or self._can_share(trainees)
         groups = [list(range(len(trainees)))] if together else [[i] for i in range(len(trainees))]
         totals = [_Totals(sum(_num_labels(b) for b in batches)) for batches in work]
+        for trainee, total in zip(trainees, totals, strict=True):
+            if not total.labels:
+                raise TrainingError(
+                    f"adapter {trainee.adapter.name!r}, step {trainee.step + 1}: no token to learn",
+                    expected="at least one label that is not -100",
+                )
         for group in groups:
             for micro in range(max(len(work[i]) for i in group)):
                 present = [i for i in group if micro < len(work[i])]
@@ -153,9 +170,7 @@ class Engine:
         batch = self.task.collate(blocks, self.model)
         first = trainees[0]
         seed = derive_seed(first.settings.seed, first.step, micro)
-        torch.manual_seed(
-            seed
-        )  # dropout of the base; several adapters share a pass only where there is none
+        torch.manual_seed(seed)  # dropout of the base; where there is any, no pass is shared
         names = tuple(t.adapter.name for t in trainees)
         segments = None
         if len(trainees) > 1:
@@ -171,8 +186,11 @@ class Engine:
             assert isinstance(total, torch.Tensor)
             total.backward()
         for loss, t, block in zip(losses, totals, blocks, strict=True):
-            t.loss += loss.item() / t.labels
-            t.tokens += sum(len(e.input_ids) for e in block)
+            value = loss.item()
+            t.loss += value / t.labels
+            t.tokens += sum(len(e) for e in block)
+            if not math.isfinite(value):
+                t.suspects += [e.row + 1 for e in block]
 
     def _refuse_unvisited(self, names: set[str]) -> None:
         self._checked |= names
@@ -186,9 +204,12 @@ class Engine:
 
 @dataclass
 class _Totals:
+    """Sums over the micro-batches of a step; `suspects` are the records of those without a loss."""
+
     labels: int
     loss: float = 0.0
     tokens: int = 0
+    suspects: list[int] = field(default_factory=list)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -202,24 +223,27 @@ def _num_labels(block: Sequence[Example]) -> int:
 
 
 def _clip(trainee: Trainee, total: _Totals) -> float:
-    """Clip the gradients of one adapter together; returns their norm before."""
-    parameters = list(trainee.adapter.parameters())
+    """Clip the gradients of one adapter together; returns their norm before.
+
+    Raises:
+        NonFiniteError: the loss or the norm is NaN or infinite.
+    """
     limit = trainee.settings.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
-    if not math.isfinite(norm) or not math.isfinite(total.loss):
-        for parameter in parameters:
-            parameter.grad = None
-        what = (
-            f"the loss is {total.loss}"
-            if not math.isfinite(total.loss)
-            else f"the gradient norm is {norm}"
-        )
-        raise NonFiniteError(
-            f"adapter {trainee.adapter.name!r}, step {trainee.step + 1}: {what}",
-            expected="finite numbers; the adapter is as it was before this step",
-            mend="lower learning_rate, set max_grad_norm, or use dtype: float32",
-        )
-    return norm
+    norm = torch.nn.utils.clip_grad_norm_(list(trainee.adapter.parameters()), limit).item()
+    if math.isfinite(norm) and math.isfinite(total.loss):
+        return norm
+    broken = "gradient norm" if math.isfinite(total.loss) else "loss"
+    records = ", ".join(map(str, total.suspects[:20]))
+    raise NonFiniteError(
+        f"adapter {trainee.adapter.name!r}, step {trainee.step + 1}: the {broken} is not finite",
+        problems=[
+            f"loss {total.loss:.6g}, gradient norm {norm:.6g}, learning rate "
+            f"{trainee.learning_rate:.3g}",
+            *([f"records of the micro-batch, counted from 1: {records}"] if records else []),
+        ],
+        expected="finite numbers; the adapter is as it was before this step",
+        mend="lower learning_rate, set max_grad_norm, or use dtype: float32",
+    )
 
 
 def _update(trainee: Trainee, total: _Totals, norm: float) -> StepResult:
@@ -234,25 +258,22 @@ def _update(trainee: Trainee, total: _Totals, norm: float) -> StepResult:
 
 def _draws(model: nn.Module) -> bool:
     """Whether the base itself uses dropout in training."""
-    own = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-    configured = getattr(model, "config", None)
-    names = (
-        "attention_dropout",
-        "attn_pdrop",
-        "resid_pdrop",
-        "embd_pdrop",
-        "hidden_dropout",
-        "dropout",
-        "activation_dropout",
+    layers = any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules())
+    config: Any = getattr(model, "config", None)
+    values = vars(config.get_text_config()) if config is not None else {}
+    return layers or any(
+        "drop" in name and isinstance(value, float) and value > 0 for name, value in values.items()
     )
-    return own or any(isinstance(v := getattr(configured, n, None), float) and v > 0 for n in names)
 
 
-def _turn_on_checkpointing(model: nn.Module) -> None:
-    turn_on = getattr(model, "activation_checkpointing_enable", None)
-    if turn_on is None or not getattr(model, "supports_gradient_checkpointing", False):
+def _checkpoints(model: Any) -> bool:
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def _turn_on_checkpointing(model: Any) -> None:
+    if not getattr(model, "supports_gradient_checkpointing", False):
         raise TrainingError(
             f"{type(model).__name__} has no gradient checkpointing",
             mend="set gradient_checkpointing: false",
         )
-    turn_on({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})

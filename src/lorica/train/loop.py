@@ -15,11 +15,11 @@ from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter
 from lorica.base.load import base_of
 from lorica.config import TrainSettings
-from lorica.errors import LoricaError
+from lorica.errors import Interrupted, LoricaError
 from lorica.files.peft import save_adapter
 from lorica.records.folder import RunFolder
 from lorica.records.write import Recorder, RunRecorder
-from lorica.tasks.task import Task, device_of
+from lorica.tasks.task import Task, answering, device_of
 from lorica.train import checkpoint
 from lorica.train.course import Course, Window
 from lorica.train.engine import Engine
@@ -132,6 +132,7 @@ class _Run:
         turn: turns of the loop done: steps of every adapter that has not ended before.
         unjudged: the newest turn was not evaluated and logged yet: it was stopped in between.
         saved: the turn of the newest checkpoint.
+        seconds: spent in optimizer steps, over all tries.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class _Run:
         self.model, self.task = engine.model, engine.task
         self.folder, self.evaluator = folder, evaluator
         self.identity = identity(self.model, self.task, courses, settings)
-        self.turn, self.unjudged, self.saved = 0, False, 0
+        self.turn, self.unjudged, self.saved, self.seconds = 0, False, 0, 0.0
         self.eval_batch = settings.eval_batch_size or settings.batch_size
         self.save_every = settings.save_steps or min(map(self._eval_every, courses))
 
@@ -154,26 +155,233 @@ class _Run:
         self, make: MakeRecorder | None, manifest: dict[str, Any], notes: list[str], *, resume: bool
     ) -> TrainReport:
         """Everything from the first line of run.json to the last."""
-        notes = [*self._resume()] + notes if resume else notes
-        gone = (self.turn - self.unjudged) if resume else None
-        self.recorder: Recorder = (make or self._own_recorder)(gone)
+        checkpoint.clean(self.folder.checkpoints)
+        told = [*self._resume(), *notes] if resume else notes
+        gone = self.turn - self.unjudged if resume else None
+        make_one = make or (lambda step: RunRecorder(self.folder, resumed_step=step))
+        self.recorder: Recorder = make_one(gone)
         self.recorder.start({**self._manifest(), **manifest})
-        for note in [*notes, *self.task.notes]:
+        for note in [*told, *self.task.notes]:
             self.recorder.event("info", note)
         try:
             with stopping() as stop:
-                self._train(stop)
-            report = self._end()
+                report = self._train(stop)
+        except (Interrupted, KeyboardInterrupt):
+            self.recorder.finish({"status": "interrupted"})
+            raise
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt) or hasattr(error, "resumable")
-            self._note_failure(error)
+            kind = "" if isinstance(error, LoricaError) else f"{type(error).__name__}: "
+            self.recorder.finish({"status": "failed", "error": f"{kind}{error}"})
             raise
         if make is None:
-            self.recorder.finish(
-                {
-                    "status": "finished",
-                    "resources": report.resources,
-                    "training": report.summary(),
-                }
-            )
+            outcome = {"resources": report.resources, "training": report.summary()}
+            self.recorder.finish({"status": "finished", **outcome})
         return report
+
+    def _train(self, stop: Stop) -> TrainReport:
+        try:
+            if self.unjudged:
+                self._judge(stop)
+            while not self._done:
+                stop.check()
+                self._turn(stop)
+            stop.check()
+            report = self._end()
+            stop.check()
+        except StopAsked:
+            self._save()
+            raise stop.error(self.folder.path, saved=True) from None
+        except KeyboardInterrupt:
+            if stop.asked is None:  # not from our own handler
+                raise
+            raise stop.error(self.folder.path, saved=False) from None
+        return report
+
+    @property
+    def _done(self) -> bool:
+        return all(course.done for course in self.courses)
+
+    def _turn(self, stop: Stop) -> None:
+        """One step of every adapter that has not ended, and what is due after it."""
+        working = [c for c in self.courses if not c.done]
+        began = time.monotonic()
+        results = self.engine.step(
+            [c.trainee for c in working], [c.micro_batches() for c in working]
+        )
+        seconds = time.monotonic() - began
+        for course, result in zip(working, results, strict=True):
+            course.add(result, seconds)
+        self.seconds += seconds
+        self.turn += 1
+        self.unjudged = True
+        self._judge(stop)
+        if self._done or self.turn % self.save_every == 0:
+            self._save()
+
+    def _judge(self, stop: Stop) -> None:
+        """Evaluate and log what is due. Nothing changes until all evaluations are through, so that
+        a stop in between leaves the state of the finished step.
+        """
+        fresh = [c for c in self.courses if c.step == self.turn]  # those that took part in the turn
+        due = [c for c in fresh if c.held_out and c.due(self._eval_every(c))]
+        found = {c.name: self._evaluate(c, stop) for c in due}
+        self.unjudged = False
+        for course in fresh:
+            scores = found.get(course.name, {})
+            if scores:
+                self._take(course, scores["eval_loss"])
+            if scores or course.due(self.settings.logging_steps):
+                self._log(course, scores)
+
+    def _eval_every(self, course: Course) -> int:
+        """Steps between evaluations: as set, or an epoch."""
+        return self.settings.eval_steps or course.steps_per_epoch
+
+    def _evaluate(self, course: Course, stop: Stop) -> dict[str, float]:
+        adapter = course.trainee.adapter
+        with activate(self.model, adapter), answering(self.model):
+            loss = mean_loss(
+                self.model, self.task, course.held_out, self.eval_batch, between=stop.check
+            )
+            stop.check()
+            more = self.evaluator(self.model, adapter) if self.evaluator else {}
+        return {"eval_loss": loss, **{f"eval_{name}": value for name, value in more.items()}}
+
+    def _take(self, course: Course, eval_loss: float) -> None:
+        if course.judge(eval_loss):
+            text = f"best so far, step {course.step}, eval loss {eval_loss:.4f}"
+            self.recorder.event("best", f"{course.name}: {text}")
+        elif course.stopped:
+            self.recorder.event("info", f"{course.name}: {course.stopped}")
+
+    def _log(self, course: Course, scores: dict[str, float]) -> None:
+        window, course.window = course.window, Window()
+        course.last_loss = window.loss
+        self.recorder.step(
+            {
+                "step": course.step,
+                "epoch": round(course.step / course.steps_per_epoch, 4),
+                "adapter": course.name,
+                "loss": window.loss,
+                **scores,
+                "learning_rate": window.learning_rate,
+                "grad_norm": window.grad_norm,
+                "tokens": course.tokens,
+                "tokens_per_second": window.rate,
+                "memory_bytes": memory_bytes(),
+            }
+        )
+
+    # checkpoints
+
+    def _save(self) -> None:
+        if self.saved == self.turn:
+            return
+        state = checkpoint.State(
+            self.turn,
+            self.identity,
+            circumstances(self.model),
+            unjudged=self.unjudged,
+            seconds=self.seconds,
+        )
+        for course in self.courses:
+            course.save_into(state)
+        checkpoint.save(self.folder.checkpoints, state, keep=self.settings.save_total_limit)
+        self.saved = self.turn
+        self.recorder.event("checkpoint", f"checkpoint of step {self.turn} written")
+
+    def _resume(self) -> list[str]:
+        """Go on from the newest whole checkpoint; returns what the user should be told."""
+        state, notes = checkpoint.load(
+            self.folder.checkpoints, self.identity, circumstances=circumstances(self.model)
+        )
+        if state is None:
+            return [*notes, "there is no checkpoint yet: starting from the beginning"]
+        for course in self.courses:
+            course.restore(state)
+        self.turn = self.saved = state.step
+        self.unjudged, self.seconds = state.unjudged, state.seconds
+        return [*notes, f"going on from step {state.step}"]
+
+    # the end
+
+    def _end(self) -> TrainReport:
+        """Write the adapters, the best ones where that is wanted."""
+        folders = {}
+        for c in self.courses:
+            c.keep_best()
+            folders[c.name] = save_adapter(
+                c.trainee.adapter, self._target(c), overwrite=True, provenance=self._provenance(c)
+            )
+        seconds, tokens = self.seconds, sum(c.tokens for c in self.courses)
+        report = TrainReport(
+            steps={c.name: c.step for c in self.courses},
+            loss={c.name: c.last_loss for c in self.courses},
+            eval_loss={c.name: c.best_loss if c.keeps_best else c.eval_loss for c in self.courses},
+            best_step={c.name: c.best_step if c.keeps_best else c.step for c in self.courses},
+            stopped={c.name: c.stopped for c in self.courses},
+            folders=folders,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds if seconds else 0.0,
+            peak_memory_bytes=memory_bytes(),
+        )
+        files = [f for folder in folders.values() for f in folder.glob("*.safetensors")]
+        report.resources.update(
+            seconds=seconds,
+            tokens_per_second=report.tokens_per_second,
+            peak_memory_bytes=report.peak_memory_bytes,
+            num_threads=torch.get_num_threads(),
+            device=str(device_of(self.model)),
+            adapter_bytes=sum(f.stat().st_size for f in files),
+        )
+        return report
+
+    def _target(self, course: Course) -> Path:
+        return self.folder.adapter(None if len(self.courses) == 1 else course.name)
+
+    def _provenance(self, course: Course) -> dict[str, Any]:
+        """Where an adapter comes from, and how its base must be asked."""
+        return {
+            "task": self.task.facts(),
+            "versions": versions(),
+            "data_digest": digest(course.examples),
+            "steps": course.step,
+            "settings": self.settings.model_dump(mode="json"),
+        }
+
+    def _manifest(self) -> dict[str, Any]:
+        base, first = base_of(self.model), self.courses[0]
+        name = type(self.model).__name__
+        return {
+            "versions": versions(),
+            "base": {
+                "name": base.name if base else name,
+                "digest": base.digest if base else None,
+                "num_parameters": sum(p.numel() for p in self.model.parameters()),
+                "dtype": self.identity["dtype of the base"],
+                "architecture": name,
+            },
+            "task": self.task.kind,
+            "seed": self.settings.seed,
+            "method": _method(first),
+            "adapters": {
+                c.name: {
+                    "num_parameters": c.trainee.adapter.num_parameters,
+                    "num_places": len(c.trainee.adapter.slots),
+                    "reason": c.trainee.adapter.reason,
+                    "method": _method(c),
+                    "path": str(self._target(c)),
+                }
+                for c in self.courses
+            },
+            "plan": {
+                "max_steps": max(c.trainee.total for c in self.courses),
+                "epochs": max(c.trainee.total / c.steps_per_epoch for c in self.courses),
+                "batch_size": first.per_step,
+            },
+        }
+
+
+def _method(course: Course) -> dict[str, Any]:
+    method = course.trainee.adapter.method
+    return {"kind": method.kind, **asdict(method)}  # type: ignore[call-overload]
