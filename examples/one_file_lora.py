@@ -1,9 +1,12 @@
 """LoRA fine-tuning of a language model in one file, to read from top to bottom.
 
-It does what `lorica train` does for one adapter on a causal language model, with the loop written out and
-nothing around it: no packing, no checkpoints, no display. A test holds its adapter equal to the engine's.
+It does what `lorica train` does for one adapter on a causal language model, with the loop written
+out and nothing around it: no packing, no checkpoints, no display. A test holds its adapter equal to
+the engine's.
 
-    python examples/one_file_lora.py MODEL_FOLDER prompts.jsonl     (rows of {"prompt": ..., "completion": ...})
+    python examples/one_file_lora.py MODEL_FOLDER prompts.jsonl
+
+with rows of {"prompt": ..., "completion": ...}.
 """
 
 import hashlib
@@ -24,7 +27,7 @@ LEARNING_RATE, BATCH_SIZE, STEPS, SEED = 2e-4, 16, 100, 0
 IGNORED = -100
 
 
-# --- the adapter: y = W x + (alpha / r) B A x --------------------------------------------------------------
+# --- the adapter: y = W x + (alpha / r) B A x -----------------------------------------------------
 
 
 class LoraLinear(nn.Module):
@@ -69,7 +72,7 @@ def generator_for(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-# --- the data: only the completion is trained, and it ends with the end token -------------------------------
+# --- the data: only the completion is trained, and it ends with the end token ---------------------
 
 
 def encode(tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
@@ -79,7 +82,7 @@ def encode(tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int
     return asked + answer, [IGNORED] * len(asked) + answer
 
 
-# --- one optimizer step ------------------------------------------------------------------------------------
+# --- one optimizer step ---------------------------------------------------------------------------
 
 
 def train_step(
@@ -87,8 +90,8 @@ def train_step(
 ) -> float:
     """One step on some documents; returns the mean loss per trained token.
 
-    The sum over all trained tokens of the step is divided by their number: averaging per document first
-    would weigh the tokens of short documents more.
+    The sum over all trained tokens of the step is divided by their number: averaging per document
+    first would weigh the tokens of short documents more.
     """
     count = sum(label != IGNORED for _, labels in documents for label in labels[1:])
     total = 0.0
@@ -130,7 +133,7 @@ def train(
     return losses
 
 
-# --- the file that PEFT reads ------------------------------------------------------------------------------
+# --- the file that PEFT reads ---------------------------------------------------------------------
 
 
 def save(trained: dict[str, nn.Parameter], folder: str, base: str) -> None:

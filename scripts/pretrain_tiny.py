@@ -11,6 +11,8 @@ the one that the adapter of a demonstration builds on: to copy what stands in it
   language helps, come again and again in a new order. The share falls to almost nothing while the
   learning rate decays, so that the finished base goes on with prose and does not parrot its prompt:
   copying on demand is what the adapter has to teach.
+- A second stage at half the rate makes the copying precise: its invented words are blends that no
+  text holds, or tokens drawn evenly, so that the rarest piece of a word is copied as surely as any.
 - Training starts from a copying circuit (see `start_with_copying`), or else most of it would be
   spent waiting for one.
 - The matrices are trained with Muon (Jordan 2024), the rest with AdamW.
@@ -28,7 +30,6 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,8 +50,12 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 ROPE_THETA = 10000.0
 # sizes of the starting circuit: embedding, note of the token before, query and key, copy
 EMBED, NOTE, MATCH, COPY = 0.04, 0.2, 4.0, 0.6
+# of a stage: steps, share of the learning rates, are the invented words blends and bare tokens
+STAGES = ((500, 1.0, False), (300, 0.5, True))
 # GPT-2's pattern, but every digit is a word
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# what stands between the pieces of a recall window
+MARKS = [*",;:.!\n", "--", " |", " and", " of", " in", " was", " is", " the", " by"]
 PLAIN = str.maketrans(
     {"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "…": "...", "\ufeff": "", "_": ""}
 )
@@ -115,7 +120,13 @@ class Windows:
     """Draws windows (num_rows, length) of token ids from the texts, all from one generator."""
 
     def __init__(
-        self, texts: list[list[str]], tokenizer: Tokenizer, *, length: int, seed: int
+        self,
+        texts: list[list[str]],
+        tokenizer: Tokenizer,
+        *,
+        length: int,
+        strange: bool,
+        seed: int,
     ) -> None:
         encoded = [
             tokenizer.encode_batch([p + "\n" for p in t], add_special_tokens=False) for t in texts
@@ -123,33 +134,14 @@ class Windows:
         self.texts = [[e.ids for e in paragraphs] for paragraphs in encoded]
         self.weights = [sum(map(len, paragraphs)) for paragraphs in self.texts]
         self.flat = [[i for ids in paragraphs for i in ids] for paragraphs in self.texts]
-        self.random = random.Random(seed)
+        self.random, self.strange = random.Random(seed), strange
         words = sorted({w for t in texts for p in t for w in re.findall(r"[A-Za-z]{2,}", p)})
-        blends = [self.blend(words) for _ in words]
-        encoded_words = tokenizer.encode_batch(
-            [" " + w for w in words + blends], add_special_tokens=False
-        )
-        self.words = [e.ids for e in encoded_words]
-        marks = [
-            ",",
-            ";",
-            ":",
-            ".",
-            "--",
-            "\n",
-            " and",
-            " of",
-            " in",
-            " was",
-            "!",
-            " |",
-            " is",
-            " the",
-            " by",
-        ]
-        self.marks = [tokenizer.encode(mark, add_special_tokens=False).ids for mark in marks]
+        words += [self.blend(words) for _ in words] if strange else []
+        spaced = tokenizer.encode_batch([" " + w for w in words], add_special_tokens=False)
+        self.words = [e.ids for e in spaced]
+        self.marks = [tokenizer.encode(mark, add_special_tokens=False).ids for mark in MARKS]
         self.bos, self.eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-        self.length = length
+        self.num_tokens, self.length = tokenizer.get_vocab_size(), length
 
     def blend(self, words: list[str]) -> str:
         """The head of a word with the tail of another, so that only copying can spell it."""
@@ -170,7 +162,11 @@ class Windows:
         return ids[: self.length]
 
     def piece(self, *, invented: bool) -> list[int]:
-        """A few words: drawn from the vocabulary, or a cutting of a text."""
+        """A few words or tokens drawn evenly from the vocabulary, or a cutting of a text."""
+        if invented and self.strange and self.random.random() < 0.5:
+            return self.random.choices(
+                range(self.eos + 1, self.num_tokens), k=self.random.randint(2, 8)
+            )
         if invented:
             words = self.random.choices(self.words, k=self.random.randint(1, 4))
             return [i for word in words for i in word]
@@ -304,8 +300,8 @@ def schedule(step: int, *, num_steps: int) -> tuple[float, float]:
     """(share of the learning rate, share of recall windows) at a step: flat, then falling."""
     done = step / num_steps
     rate = min(1.0, (step + 1) / 20, max(0.02, 2 * (1 - done)))
-    recall = 0.7 if done < 0.5 else 0.7 - 1.6 * (done - 0.5) if done < 0.9 else 0.05
-    return rate, max(0.05, recall)
+    recall = 0.7 - 1.6 * max(0.0, done - 0.5) if done < 0.9 else 0.05
+    return rate, recall
 
 
 def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -335,36 +331,41 @@ def recall_accuracy(model: torch.nn.Module, windows: Windows, *, num_rows: int =
 
 
 def train(
-    model: LlamaForCausalLM, windows: Windows, held_out: Windows, arguments: argparse.Namespace
+    model: LlamaForCausalLM,
+    windows: Windows,
+    held_out: Windows,
+    *,
+    num_steps: int,
+    share: float,
+    arguments: argparse.Namespace,
 ) -> None:
-    matrices = [p for n, p in model.model.layers.named_parameters() if p.ndim == 2]
+    """One stage, at `share` of the learning rates; prints the state every 50 steps."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    muon = Muon(matrices, lr=arguments.matrix_learning_rate, weight_decay=0.1)
-    adamw = torch.optim.AdamW(
-        others, lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
-    )
-    optimizers = [(muon, muon.defaults["lr"]), (adamw, adamw.defaults["lr"])]
+    rates = share * arguments.matrix_learning_rate, share * arguments.learning_rate
+    muon = Muon(matrices, lr=rates[0], weight_decay=0.1)
+    adamw = torch.optim.AdamW(others, lr=rates[1], betas=(0.9, 0.95), weight_decay=0.01)
     fast = torch.compile(model) if arguments.compile else model
     prose = held_out.batch(32, recall_share=0.0)
     began = time.monotonic()
-    for step in range(arguments.max_steps):
-        rate, recall_share = schedule(step, num_steps=arguments.max_steps)
+    for step in range(num_steps):
+        rate, recall_share = schedule(step, num_steps=num_steps)
         loss = loss_of(fast, windows.batch(arguments.batch_size, recall_share=recall_share))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in optimizers:
+        for optimizer, peak in zip((muon, adamw), rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate
             optimizer.step()
         model.zero_grad(set_to_none=True)
-        if step % 50 == 49 or step + 1 == arguments.max_steps:
+        if step % 50 == 49 or step + 1 == num_steps:
             with torch.no_grad():
                 prose_loss = loss_of(model, prose).item()
             print(
-                f"step {step + 1}/{arguments.max_steps}  loss {loss.item():.3f}  "
-                f"held-out prose {prose_loss:.3f}  "
-                f"recall {recall_accuracy(model, held_out):.3f}  {time.monotonic() - began:.0f} s",
+                f"step {step + 1}/{num_steps}  loss {loss.item():.3f}  held-out prose "
+                f"{prose_loss:.3f}  recall {recall_accuracy(model, held_out):.3f}  "
+                f"{time.monotonic() - began:.0f} s",
                 flush=True,
             )
             if not math.isfinite(prose_loss):
@@ -428,7 +429,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--intermediate-size", type=int, default=432)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--num-heads", type=int, default=4)
-    parser.add_argument("--max-steps", type=int, default=1200)
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=[stage[0] for stage in STAGES], help="of each stage"
+    )
     parser.add_argument("--batch-size", type=int, default=24, help="windows per step")
     parser.add_argument("--length", type=int, default=128, help="tokens per window")
     parser.add_argument(
@@ -438,7 +441,6 @@ def parse() -> argparse.Namespace:
         "--matrix-learning-rate", type=float, default=0.02, help="Muon: the matrices"
     )
     parser.add_argument("--copying-start", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--continue-from", type=Path, help="start from a folder this script wrote")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile: a quarter faster where it works"
@@ -453,18 +455,15 @@ def main() -> None:
     tokenizer = train_tokenizer(texts, vocab_size=arguments.vocab_size)
     kept = [t[: max(1, math.floor(0.98 * len(t)))] for t in texts]
     last = [t[math.floor(0.98 * len(t)) :] for t in texts]
-    windows = Windows(kept, tokenizer, length=arguments.length + 1, seed=arguments.seed)
-    held_out = Windows(last, tokenizer, length=arguments.length + 1, seed=arguments.seed + 1)
     model = make_model(arguments, tokenizer)
-    if arguments.continue_from:
-        weights = load_file(arguments.continue_from / "model.safetensors")
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        assert missing == ["lm_head.weight"] and not unexpected, "the two shapes differ"
-    print(
-        f"{sum(windows.weights):,} tokens of text, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters"
-    )
-    train(model, windows, held_out, arguments)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    for i, (num_steps, (_, share, strange)) in enumerate(zip(arguments.steps, STAGES, strict=True)):
+        windows, held_out = (
+            Windows(part, tokenizer, length=arguments.length + 1, strange=strange, seed=seed)
+            for part, seed in ((kept, arguments.seed + i), (last, arguments.seed + i + 1))
+        )
+        print(f"stage {i + 1}: {sum(windows.weights):,} tokens of text")
+        train(model, windows, held_out, num_steps=num_steps, share=share, arguments=arguments)
     write_model(arguments.output_dir, model, tokenizer)
 
 

@@ -36,7 +36,7 @@ _PUBLIC = {
     # data
     "read": "lorica.data.read",
     "read_splits": "lorica.data.read",
-    "Dataset": "lorica.data.read",
+    "Dataset": "lorica.data.dataset",
     # doing
     "train": "lorica.train.loop",
     "merge": "lorica.mix",
@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # the same for editors and type checkers; a test holds both e
     from lorica.attach.survey import survey as survey
     from lorica.base.load import load_model as load_model
     from lorica.config.settings import TrainSettings as TrainSettings
-    from lorica.data.read import Dataset as Dataset
+    from lorica.data.dataset import Dataset as Dataset
     from lorica.data.read import read as read
     from lorica.data.read import read_splits as read_splits
     from lorica.errors import LoricaError as LoricaError

@@ -1,20 +1,20 @@
 """The exceptions of Lorica. Every one says what happened, what was expected and how to mend it.
 
-    LoricaError                    exit code 1
-    ├── ConfigError                2   a setting is unknown, of the wrong type, out of range or without effect
-    ├── DataError                  2   a record, a file or a template cannot be used
-    ├── TargetError                2   a target matched nothing, or a module cannot carry the adapter
-    ├── ActivationError            1   an activation that the model in hand cannot serve
-    ├── AdapterFileError           2   an adapter folder is missing, malformed, hostile or of another base
-    ├── BaseModelError             2   a base model cannot be loaded or does not fit
-    ├── MergeError                 1   an adapter cannot become a weight, or the damage is too large
-    ├── CheckRefused               3   a check found something that cannot work
-    ├── CheckpointError            1   a checkpoint is missing, torn or of another run
-    ├── RunLocked                  1   another process holds the run folder
-    ├── TrainingError              1   training cannot go on
-    │   └── NonFiniteError         1   a loss or a gradient is NaN or infinite
-    ├── Interrupted                130 stopped by the user, resumable
-    └── MissingPackage             2   an optional package is needed; the message is the install command
+LoricaError                  1   (the exit code)
+├── ConfigError              2   a setting is unknown, of a wrong type, out of range or in vain
+├── DataError                2   a record, a file or a template cannot be used
+├── TargetError              2   a target matched nothing, or a module cannot carry the adapter
+├── ActivationError          1   an activation that the model in hand cannot serve
+├── AdapterFileError         2   an adapter folder is missing, malformed, hostile or of another base
+├── BaseModelError           2   a base model cannot be loaded or does not fit
+├── MergeError               1   an adapter cannot become a weight, or the damage is too large
+├── CheckRefused             3   a check found something that cannot work
+├── CheckpointError          1   a checkpoint is missing, torn or of another run
+├── RunLocked                1   another process holds the run folder
+├── TrainingError            1   training cannot go on
+│   └── NonFiniteError       1   a loss or a gradient is NaN or infinite
+├── Interrupted              130 stopped by the user, resumable
+└── MissingPackage           2   an optional package is needed; the message is the install command
 """
 
 from collections.abc import Iterable, Sequence
@@ -59,7 +59,9 @@ class LoricaError(Exception):
         return _rebuild, (type(self), self.what, self.expected, self.mend, self.problems)
 
 
-def _rebuild(kind: type[LoricaError], what: str, expected: str, mend: str, problems: tuple) -> LoricaError:
+def _rebuild(
+    kind: type[LoricaError], what: str, expected: str, mend: str, problems: tuple
+) -> LoricaError:
     return kind(what, expected=expected, mend=mend, problems=problems)
 
 

@@ -34,8 +34,8 @@ def test_the_first_record_never_changes():
     """Scores of different releases are only comparable on the same records."""
     (row,) = facts("test", num_records=1)
     assert row["prompt"] == (
-        "name: The White Button | kind: cake-shop | place: Midnight Lane"
-        " | keeper: Beatrice Hargreaves\n"
+        "name: The White Button | kind: tidy teahouse | place: Abbey Street"
+        " | keeper: Phoebe Slater\n"
     )
 
 
@@ -66,8 +66,8 @@ def test_every_template_is_used_and_articles_fit():
     fields = {tuple(part.split(": ")[0] for part in row["prompt"].split(" | ")) for row in rows}
     assert fields == set(TEMPLATES)
     text = "\n".join(row["completion"] for row in rows)
-    assert " an alehouse" in text and " a bakery" in text
-    assert " a alehouse" not in text and " an bakery" not in text
+    assert " an ancient " in text and " a quiet " in text
+    assert " a ancient " not in text and " an quiet " not in text
 
 
 def test_an_unknown_split_names_the_nearest():

@@ -375,7 +375,7 @@ BAD_LINES = [
     ('{"text": 7}', "write it in quotes"),
     ('{"text": ["x"]}', "'text' is list instead of text"),
     ('{"Text": "x"}', "no column 'text'"),
-    ('{"txt": "x", "other": 1}', "found: txt, other; 'txt' is near"),
+    ('{"txt": "x", "other": 1}', "found: txt, other; 'txt' may be meant"),
     ("{}", "no column 'text'"),
 ]
 
@@ -412,13 +412,11 @@ def test_all_kinds_at_once_with_counts_and_first_three(tmp_path):
 
 
 def test_the_list_of_an_object_is_the_one_at_its_top(tmp_path):
-    inner = (
-        '{"meta": {"data": [{"text": "no"}], "n": [1, "]"]}, "x" : 1 , "data": [{"text": "yes"}]}'
-    )
+    inner = '{"meta": {"data": [{"text": "n"}], "n": [1, "]"]}, "x" : 1 , "data": [{"text": "y"}]}'
     dataset = read(write(tmp_path / "a.json", inner))
-    assert dataset.rows == [{"text": "yes"}] and 'rows of "data"' in dataset.statement
-    escaped = '{"d\\u0061ta": [{"text": "yes"}]}'
-    assert read(write(tmp_path / "b.json", escaped)).rows == [{"text": "yes"}]
+    assert dataset.rows == [{"text": "y"}] and 'rows of "data"' in dataset.statement
+    escaped = '{"d\\u0061ta": [{"text": "y"}]}'
+    assert read(write(tmp_path / "b.json", escaped)).rows == [{"text": "y"}]
 
 
 def test_invalid_utf8_names_the_byte(tmp_path):

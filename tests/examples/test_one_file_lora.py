@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
 
+from architectures import ARCHITECTURES
 from lorica.attach.attach import attach
 from lorica.config import TrainSettings
 from lorica.data.encode import Example

@@ -79,7 +79,7 @@ def run_in_terminal(tmp_path, *, adapters: str = "e2e", hang_up: bool = False, *
 
 def test_plain_lines(tmp_path):
     lines = run(tmp_path).splitlines()
-    assert lines[0] == "info: read 4,207 records"
+    assert lines[0] == "read 4,207 records"
     assert lines[1] == "training e2e on models/stories260k → runs/e2e"
     assert lines[2].startswith("step 5/200  epoch 0.05  loss 3.")
     assert "lr 4.88e-3" in lines[2] and "tokens/s 4,700" in lines[2] and "1.1 GiB" in lines[2]
@@ -196,7 +196,7 @@ def test_text_from_data_cannot_steer_the_terminal():
     stream = io.StringIO()
     display = PlainLines(stream)
     display.event("info", "a\x1b[2Jb\x07\nc\u202e")
-    assert stream.getvalue() == "info: a�[2Jb� c�\n"
+    assert stream.getvalue() == "a�[2Jb� c�\n"
 
 
 def test_choice_of_the_display():

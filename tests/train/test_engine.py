@@ -14,18 +14,7 @@ from lorica.errors import NonFiniteError, TrainingError
 from lorica.methods.lora import LoRA
 from lorica.tasks.causal_lm import CausalLM
 from lorica.train.engine import Engine, Trainee
-from train.words import WordTokenizer
-
-
-def examples(seed, count, longest=23, vocabulary=90):
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(count):
-        length = int(torch.randint(3, longest, (1,), generator=generator))
-        ids = torch.randint(1, vocabulary, (length,), generator=generator).tolist()
-        prompt = int(torch.randint(1, length - 1, (1,), generator=generator))
-        made.append(Example(ids, [-100] * prompt + ids[prompt:]))
-    return made
+from train.words import WordTokenizer, examples
 
 
 def build(name="llama", dtype=torch.float32):

@@ -24,7 +24,7 @@ class Activation:
     def __init__(self, model: nn.Module, route: Route | None) -> None:
         self._plates: list[Plates] = [p for m in model.modules() for p in plates_of(m)]
         self._status = attached_to(model).status
-        self._before = [p.route for p in self._plates]
+        self._before = [(p.route, p.recorded) for p in self._plates]
         self._owner_before = self._status.owner
         thread = threading.get_ident()
         running = {other.ident for other in threading.enumerate()}
@@ -37,16 +37,21 @@ class Activation:
         self._status.owner = None if route is None else thread
         self._status.decided = True
         for plates in self._plates:
-            plates.route = route
+            plates.route, plates.recorded = route, None
 
     def __enter__(self) -> Activation:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
-        for plates, route in zip(self._plates, self._before, strict=True):
+        for plates, (route, recorded) in zip(self._plates, self._before, strict=True):
             plates.route = route
+            if plates.recorded is None:  # nothing here can be recomputed, so what was before counts
+                plates.recorded = recorded
         self._status.owner = self._owner_before
 
 
@@ -54,11 +59,13 @@ def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture]) -> Activati
     """Let adapters act on everything that `model` computes from now on.
 
     Args:
-        mixture: a name or handle; `{"sql": 0.7, "style": 0.3}` for the weighted sum of their updates, which is
-            exact; None for the bare base. A list gives one such entry per row of the batch.
+        mixture: a name or handle; `{"sql": 0.7, "style": 0.3}` for the weighted sum of their
+            updates, which is exact; None for the bare base. A list gives one such entry per row of
+            the batch.
 
     Returns:
-        an object that is also a context manager: `with activate(model, "sql"): ...` puts back what was
+        an object that is also a context manager: `with activate(model, "sql"): ...` puts back what
+            was
         active before; without `with` it stays.
 
     Raises:
@@ -70,9 +77,12 @@ def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture]) -> Activati
     rows = list(mixture) if isinstance(mixture, Sequence) and not isinstance(mixture, str) else None
     if rows == []:
         raise ConfigError("this activation is not possible", problems=["the list has no rows"])
-    entries = [_weights(entry) for entry in (rows if rows is not None else [mixture])]
+    entries = [_weights(entry) for entry in (rows if rows is not None else [mixture])]  # pyright: ignore
     names = tuple(dict.fromkeys(name for entry in entries for name in entry))
     _check(model, names, entries)
+    names = tuple(
+        name for name in adapters(model) if name in names
+    )  # one order: fewer compilations
     if rows is None and len(names) == 1 and entries[0][names[0]] == 1.0:
         return Activation(model, Route(names))
     if not names:
@@ -92,7 +102,8 @@ def _weights(entry: Mixture) -> dict[str, float]:
         return {entry: 1.0}
     if not isinstance(entry, Mapping):
         raise ConfigError(
-            f"{entry!r} is no mixture", expected="a name, a handle, {name: weight}, None, or a list of these"
+            f"{entry!r} is no mixture",
+            expected="a name, a handle, {name: weight}, None, or a list of these",
         )
     return {key.name if isinstance(key, Adapter) else key: weight for key, weight in entry.items()}
 
@@ -104,12 +115,20 @@ def _check(model: nn.Module, names: tuple[str, ...], entries: list[dict[str, flo
     for name in names:
         if name not in known:
             near = nearest(name, known)
-            problems.append(f"no adapter {name!r} is attached" + (f"; did you mean {near!r}?" if near else ""))
+            problems.append(
+                f"no adapter {name!r} is attached" + (f"; did you mean {near!r}?" if near else "")
+            )
     for row, entry in enumerate(entries):
         for name, weight in entry.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            if (
+                isinstance(weight, bool)
+                or not isinstance(weight, int | float)
+                or not math.isfinite(weight)
+            ):
                 where = "" if single else f"row {row}: "
-                problems.append(f"{where}the weight of {name!r} is {weight!r}; it must be a finite number")
+                problems.append(
+                    f"{where}the weight of {name!r} is {weight!r}; it must be a finite number"
+                )
     if problems:
         raise ConfigError(
             "this activation is not possible",

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ class Adapter:
         return sum(tensor.numel() for tensor in self.parameters())
 
     def __repr__(self) -> str:
-        return f"Adapter({self.name!r}, {self.method.kind}, {len(self.slots)} places, {self.num_parameters:,} parameters)"
+        size = f"{len(self.slots)} places, {self.num_parameters:,} parameters"
+        return f"Adapter({self.name!r}, {self.method.kind}, {size})"
 
 
 @dataclass(eq=False)
@@ -75,9 +77,10 @@ class Attached:
 def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int = 0) -> Adapter:
     """Put a fresh adapter on `model` and freeze the base.
 
-    The model answers as before until the adapter is activated, and at its start it is the identity even then.
-    Module paths, `state_dict()`, `parameters()` and `isinstance` are as they were: the tensors that train are
-    reached through the returned handle, and saving the model saves the bare base.
+    The model answers as before until the adapter is activated, and at its start it is the identity
+    even then. Module paths, `state_dict()`, `parameters()` and `isinstance` are as they were: the
+    tensors that train are reached through the returned handle, and saving the model saves the bare
+    base.
 
     Args:
         model: any module.
@@ -86,7 +89,8 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
         seed: the start of every tensor depends on the seed and on the name of its place only.
 
     Raises:
-        TargetError: a target matched nothing, or a layer cannot carry the adapter. The model is unchanged.
+        TargetError: a target matched nothing, or a layer cannot carry the adapter. The model is
+            unchanged.
         ConfigError: the name is taken or unusable; a pattern of the settings matched nothing.
     """
     model = unwrap(model)
@@ -155,7 +159,8 @@ def _put(
 
 
 def detach(model: nn.Module, adapter: str | Adapter) -> None:
-    """Take an adapter off. With the last one gone the model is what it was: the same objects, the same bits.
+    """Take an adapter off. With the last one gone the model is what it was: the same objects, the
+    same bits.
 
     An activation in which it takes part ends.
 
@@ -182,14 +187,16 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 def find(model: nn.Module, adapter: str | Adapter) -> Adapter:
-    """The handle of an adapter given by name or by handle. Raises ConfigError with the nearest name."""
+    """The handle of an adapter by name or handle. Raises ConfigError with the nearest name."""
     name = adapter.name if isinstance(adapter, Adapter) else adapter
     known = attached_to(model).adapters
     if name not in known:
         near = nearest(str(name), known)
         there = ", ".join(known) or "none"
         raise ConfigError(
-            f"no adapter {name!r} is attached to this model", expected=f"one of: {there}", mend=f"did you mean {near!r}?" if near else None
+            f"no adapter {name!r} is attached to this model",
+            expected=f"one of: {there}",
+            mend=f"did you mean {near!r}?" if near else None,
         )
     return known[name]
 
@@ -202,10 +209,14 @@ def attached_to(model: nn.Module) -> Attached:
 def _check_name(name: str, attached: Attached) -> None:
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} cannot be the name of an adapter", expected="letters, digits, '.', '_' and '-', at most 64 of them"
+            f"{name!r} cannot be the name of an adapter",
+            expected="letters, digits, '.', '_' and '-', at most 64 of them",
         )
     if name in attached.adapters:
-        raise ConfigError(f"an adapter {name!r} is attached already", mend="choose another name, or detach it first")
+        raise ConfigError(
+            f"an adapter {name!r} is attached already",
+            mend="choose another name, or detach it first",
+        )
 
 
 Places = dict[str, tuple[nn.Module, str | None, Method]]
@@ -213,7 +224,7 @@ Places = dict[str, tuple[nn.Module, str | None, Method]]
 
 
 def seat(modules: Mapping[str, nn.Module], path: str) -> tuple[str, str | None]:
-    """Path of the place that a layer offers, and its parameter where other code reads the weight."""
+    """Path of the place that a layer offers, and its parameter where other code reads that."""
     parent, _, last = path.rpartition(".")
     if weight_read(modules.get(parent), last):
         return f"{path}.weight", "weight"
@@ -223,11 +234,12 @@ def seat(modules: Mapping[str, nn.Module], path: str) -> tuple[str, str | None]:
 def _places(model: nn.Module, method: Method) -> tuple[Places, str]:
     """Where the adapter goes, in the order of the model."""
     copied = _copied(model, getattr(method, "modules_to_save", ()))
+    settings: Any = method  # those of a method that is placed by name
     targets = resolve(
         model,
-        target_modules=method.target_modules,
-        exclude_modules=method.exclude_modules,
-        layers_to_transform=method.layers_to_transform,
+        target_modules=settings.target_modules,
+        exclude_modules=settings.exclude_modules,
+        layers_to_transform=settings.layers_to_transform,
     )
     names = dict(model.named_modules(remove_duplicate=False))
     found: Places = {}
@@ -242,8 +254,9 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, str]:
     for setting in ("rank_pattern", "alpha_pattern"):
         paths = [p.removesuffix(".weight") if own[1] == "weight" else p for p, own in found.items()]
         if missed := unmatched_patterns(getattr(method, setting, {}), paths):
+            listed = ", ".join(map(repr, missed))
             raise ConfigError(
-                f"{setting} has keys that match none of the adapted layers: {', '.join(map(repr, missed))}",
+                f"{setting} has keys that match none of the adapted layers: {listed}",
                 mend="give names as they end in the list of adapted layers, for example 'q_proj'",
             )
     return found, targets.reason
@@ -258,11 +271,20 @@ def _copied(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
         roots = [path for path in every if path == name or path.endswith(f".{name}")]
         if not roots:
             near = nearest(name, {path.rpartition(".")[2] for path in every})
-            problems.append(f"modules_to_save: {name!r} matches no module" + (f"; did you mean {near!r}?" if near else ""))
+            problems.append(
+                f"modules_to_save: {name!r} matches no module"
+                + (f"; did you mean {near!r}?" if near else "")
+            )
         for root in roots:
             inside = {p: m for p, m in every.items() if p == root or p.startswith(f"{root}.")}
-            owners = {p: m for p, m in inside.items() if any(q is not None for q in m._parameters.values())}
-            problems += [f"modules_to_save: {root} has no parameters to train"] if not owners else []
+            owners = {
+                p: m
+                for p, m in inside.items()
+                if any(q is not None for q in m._parameters.values())
+            }
+            problems += (
+                [f"modules_to_save: {root} has no parameters to train"] if not owners else []
+            )
             problems += [
                 f"modules_to_save: other code reads the weights of {path} instead of calling it"
                 for path in owners
@@ -278,7 +300,9 @@ def _check_places(places: Places, method: Method) -> None:
     problems = []
     for path, (module, parameter, own) in places.items():
         if parameter is not None and module._parameters.get(parameter) is None:
-            problems.append(f"{path}: a parametrization computes this weight, and other code reads it")
+            problems.append(
+                f"{path}: a parametrization computes this weight, and other code reads it"
+            )
             continue
         layer = describe(module, parameter)
         found = own.problems(layer)
@@ -301,9 +325,13 @@ def _read_problems(method: Method, layer: Layer, weight: Tensor) -> list[str]:
     if not hasattr(method, "delta"):
         found.append(f"{method.kind} cannot become a weight, and other code reads this one")
     if layer.geometry.get("groups", 1) > 1:
-        found.append("other code reads this weight, and the update of a grouped convolution is none")
+        found.append(
+            "other code reads this weight, and the update of a grouped convolution is none"
+        )
     if method.dropout:
-        found.append("dropout has no effect: other code reads this weight, so the layer's input is not seen")
+        found.append(
+            "dropout has no effect: other code reads this weight, so the layer's input is not seen"
+        )
     if not weight.is_floating_point():
         found.append(f"other code reads this weight, and it is packed ({weight.dtype})")
     return found
@@ -323,7 +351,7 @@ def _withdraw(model: nn.Module, name: str) -> None:
 
 
 def _end_activation(model: nn.Module, name: str, status: Status) -> None:
-    """Let nothing act, if this adapter was to: a later one of its name must not act in its place."""
+    """Let nothing act, if this adapter was to: a later one of its name must not step in."""
     places = [p for m in model.modules() for p in plates_of(m)]
     if any(p.route is not None and name in p.route.names for p in places):
         status.owner = None
@@ -332,7 +360,9 @@ def _end_activation(model: nn.Module, name: str, status: Status) -> None:
 
 
 def _parameters(tensors: Tensors, module: nn.Module) -> dict[str, nn.Parameter]:
-    device = next((p.device for p in module._parameters.values() if p is not None), torch.device("cpu"))
+    device = next(
+        (p.device for p in module._parameters.values() if p is not None), torch.device("cpu")
+    )
     if device.type == "meta":  # values that cannot be made again are kept
         device = torch.device("cpu")
     return {key: nn.Parameter(tensor.to(device)) for key, tensor in tensors.items()}

@@ -13,7 +13,8 @@ from lorica.methods.method import Layer
 
 
 def describe(module: nn.Module, parameter: str | None = None) -> Layer:
-    """The layer that `module` is, or the one that its `parameter` is (3-D expert weights, read weights).
+    """The layer that `module` is, or the one that its `parameter` is (3-D expert weights, read
+    weights).
 
     A module of an unknown class is of kind "other": it can be copied, nothing else.
     """
@@ -22,22 +23,23 @@ def describe(module: nn.Module, parameter: str | None = None) -> Layer:
         return _experts(module, parameter)
     # Partials and no closures: a copied model then reads its own weights, and can be pickled.
     weight = partial(_plain, module, parameter or "weight")
-    own = {"parameters": partial(_copies, module)}
+    copies = partial(_copies, module)
     if isinstance(module, nn.Linear):
         width_in, width_out = module.in_features, module.out_features
-        return Layer("linear", width_in, width_out, weight, module.bias is not None, **own)
+        bias = module.bias is not None
+        return Layer("linear", width_in, width_out, weight, bias, parameters=copies)
     if isinstance(module, Conv1D):  # GPT-2's: the weight is stored (in, out)
-        return Layer("linear", module.nx, module.nf, weight, True, **own)
+        return Layer("linear", module.nx, module.nf, weight, True, parameters=copies)
     if isinstance(module, nn.Embedding):
         scale = float(getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0)))
         vocabulary, width = module.num_embeddings, module.embedding_dim
-        return Layer("embedding", vocabulary, width, weight, output_scale=scale, **own)
+        return Layer("embedding", vocabulary, width, weight, output_scale=scale, parameters=copies)
     if convolution:
         return _convolution(module, weight)
     if parameter is not None:  # a bare 2-D parameter, (out, in)
         width_out, width_in = _stored(module, parameter).shape
-        return Layer("linear", width_in, width_out, weight, **own)
-    return Layer("other", 0, 0, partial(torch.empty, 0), **own)
+        return Layer("linear", width_in, width_out, weight, parameters=copies)
+    return Layer("other", 0, 0, partial(torch.empty, 0), parameters=copies)
 
 
 def is_transposed(module: nn.Module, parameter: str = "weight") -> bool:
@@ -82,9 +84,11 @@ def _convolution(module: nn.Conv1d | nn.Conv2d, weight: Callable[[], Tensor]) ->
 
 
 def _stored(module: nn.Module, parameter: str) -> Tensor:
-    """The parameter as the base has it, also where reading it by its name gives an adapted weight."""
+    """The parameter as the base has it, also where its name gives an adapted weight."""
     found = module._parameters.get(parameter)
-    return getattr(module, parameter) if found is None else found  # else: computed, as by weight_norm
+    if found is None:  # computed, as by weight_norm
+        found = getattr(module, parameter)
+    return found
 
 
 def _plain(module: nn.Module, parameter: str) -> Tensor:

@@ -1,8 +1,9 @@
 """Which layers are called and which only have their weights read; and who was passed by.
 
-A layer whose weight is read by other code never runs its own forward, so an adapter that adds to its output is
-silently without effect. `weight_read` knows the places in torch and transformers where that happens;
-`probe` finds out by running the model once; `unvisited` names, after a forward pass, the sites that it missed.
+A layer whose weight is read by other code never runs its own forward, so an adapter that adds to
+its output is silently without effect. `weight_read` knows the places in torch and transformers
+where that happens; `probe` finds out by running the model once; `unvisited` names, after a forward
+pass, the sites that it missed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +23,8 @@ def weight_read(parent: nn.Module | None, name: str) -> bool:
     """Whether `parent` reads the weight of its child `name` instead of calling the child.
 
     Known places: the output projection of `nn.MultiheadAttention`; the two linear layers of
-    `nn.TransformerEncoderLayer`, which its fast path in evaluation reads; the step projection and the
-    convolution of Mamba mixers, which fused kernels read.
+    `nn.TransformerEncoderLayer`, which its fast path in evaluation reads; the step projection and
+    the convolution of Mamba mixers, which fused kernels read.
     """
     if isinstance(parent, nn.MultiheadAttention):
         return name == "out_proj"
@@ -40,21 +42,23 @@ class Visit:
 
     @property
     def kind(self) -> str:
-        """"called", "read", "both" or "never"."""
+        """ "called", "read", "both" or "never"."""
         return {(True, False): "called", (False, True): "read", (True, True): "both"}.get(
             (self.calls > 0, self.reads > 0), "never"
         )
 
 
-def probe(model: nn.Module, run: Callable[[], object], modules: dict[str, nn.Module]) -> dict[str, Visit]:
+def probe(
+    model: nn.Module, run: Callable[[], object], modules: dict[str, nn.Module]
+) -> dict[str, Visit]:
     """Run the model once and count calls and outside reads of the weight for each module.
 
     Args:
         run: runs one forward pass of `model`.
         modules: the layers to watch, by path. None of them may be a site.
 
-    A read of `.weight` while the layer itself is running is its own; a read in which nothing but an attribute
-    such as `dtype` is asked counts as a read too, so "both" means: look closer.
+    A read of `.weight` while the layer itself is running is its own; a read in which nothing but an
+    attribute such as `dtype` is asked counts as a read too, so "both" means: look closer.
     """
     visits = {path: Visit() for path in modules}
     classes: dict[nn.Module, type] = {module: type(module) for module in modules.values()}
@@ -83,14 +87,22 @@ def _watching(base: type[nn.Module], visit: Visit) -> type:
 
     def weight(self: nn.Module) -> object:
         visit.reads += inside == 0
-        return self._parameters["weight"]
+        if "weight" in self._parameters:
+            return self._parameters["weight"]
+        computed: Any = base.weight  # by a parametrization
+        return computed.fget(self)
 
     return type(base.__name__, (base,), {"forward": forward, "weight": property(weight)})
 
 
 def unvisited(model: nn.Module) -> list[str]:
-    """After a forward pass in eager mode under `activate`: the places with an acting adapter it passed by."""
-    return [p.path for m in model.modules() for p in plates_of(m) if p.acting() and p.last is not p.route]
+    """After a forward pass in eager mode under `activate`: the acting places that it passed by."""
+    return [
+        p.path
+        for m in model.modules()
+        for p in plates_of(m)
+        if p.acting() and p.last is not p.route
+    ]
 
 
 @contextlib.contextmanager
@@ -106,10 +118,14 @@ def _routes(model: nn.Module, routes: list) -> Iterator[None]:
             place.route, place.recorded = route, recorded
 
 
-def checkpoint_contexts(model: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+def checkpoint_contexts(
+    model: nn.Module,
+) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """The `context_fn` of `torch.utils.checkpoint(use_reentrant=False)`.
 
-    The recomputation in the backward pass then runs under the routes of its forward pass, whatever is
-    active by then.
+    The recomputation in the backward pass then runs under the routes of its forward pass, whatever
+    is active by then.
     """
-    return contextlib.nullcontext(), _routes(model, [p.route for m in model.modules() for p in plates_of(m)])
+    return contextlib.nullcontext(), _routes(
+        model, [p.route for m in model.modules() for p in plates_of(m)]
+    )

@@ -1,15 +1,16 @@
 """A site: a layer of the base whose class was swapped for one that adds the adapters put there.
 
-The layer stays the same object under the same path: `state_dict`, `parameters()` and `isinstance` answer as
-before, and leaving is one assignment back. The adapters' tensors lie in `Plates`, one per site, in the module's
-`__dict__` and not in the module tree. Which adapters act is the `Route` that `activate` writes at every site; it
-is plain data on the plates, because context variables break compiled graphs and autograd's own threads do not
-carry them.
+The layer stays the same object under the same path: `state_dict`, `parameters()` and `isinstance`
+answer as before, and leaving is one assignment back. The adapters' tensors lie in `Plates`, one per
+site, in the module's `__dict__` and not in the module tree. Which adapters act is the `Route` that
+`activate` writes at every site; it is plain data on the plates, because context variables break
+compiled graphs and autograd's own threads do not carry them.
 
-Two kinds of site. A *forward site* is a layer that its parent calls: it adds to the output. A *weight site* is a
-layer, or a bare parameter, whose weight other code reads (attention modules of torch, expert weights in one 3-D
-parameter): reading the parameter gives W + s B A. Why this mechanism and none of four others was measured before
-anything was built; the figures are in docs/design.md.
+Two kinds of site. A *forward site* is a layer that its parent calls: it adds to the output. A
+*weight site* is a layer, or a bare parameter, whose weight other code reads (attention modules of
+torch, expert weights in one 3-D parameter): reading the parameter gives W + s B A. Why this
+mechanism and none of four others was measured before anything was built; the figures are in
+docs/design.md.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ class Route:
 
     Attributes:
         names: the adapters that take part, in the order of the columns of `weights`.
-        weights: None where the one adapter of `names` acts on all rows with weight 1; (N,) for a mixture on
-            all rows; (rows, N) for one mixture per row of the batch.
-        segments: instead of weights, for training: (start, end, name) over the rows of the flattened batch.
+        weights: None where the one adapter of `names` acts on all rows with weight 1; (N,) for a
+            mixture on all rows; (rows, N) for one mixture per row of the batch.
+        segments: instead of weights, for training: (start, end, name) over the rows of the
+            flattened batch.
         dropout_seed: makes the adapters' dropout repeatable; None draws from torch's global state.
     """
 
@@ -64,8 +66,8 @@ class Status:
     """What all sites of one model share.
 
     Attributes:
-        decided: whether anybody has said what is to act. Until then a forward pass warns: an adapter that
-            sits on a model without effect is the mistake that nobody sees.
+        decided: whether anybody has said what is to act. Until then a forward pass warns: an
+            adapter that sits on a model without effect is the mistake that nobody sees.
         owner: the thread that activated; another one would change its answers.
         tokens: rows times positions that the newest layer with a batch was given.
     """
@@ -83,8 +85,9 @@ class Status:
             return
         self.decided = True
         warnings.warn(
-            "adapters are attached to this model but none was activated, so it answers as its base does; "
-            "call lorica.activate(model, NAME), or lorica.activate(model, None) if that is meant",
+            "adapters are attached to this model but none was activated, so it answers as its base "
+            "does; call lorica.activate(model, NAME), or lorica.activate(model, None) if that is "
+            "meant",
             LoricaWarning,
             stacklevel=4,
         )
@@ -114,8 +117,9 @@ class Plates:
     def note_visit(self) -> None:
         """Remember the route of this pass; refuse a recomputation that runs under another one.
 
-        A pass without gradients in between, such as that of a reference model, does not count. Reentrant
-        checkpointing runs its forward pass so, and nothing was recorded then: the newest pass counts.
+        A pass without gradients in between, such as that of a reference model, does not count.
+        Reentrant checkpointing runs its own forward pass so, and nothing is recorded then: the
+        newest pass counts.
         """
         if torch.compiler.is_compiling():
             return
@@ -125,7 +129,8 @@ class Plates:
                 self.recorded = (self.route,)
         elif (self.recorded[0] if self.recorded else self.last) is not self.route:
             raise ActivationError(
-                f"{self.path} was recomputed in the backward pass under another activation than its forward pass",
+                f"{self.path} was recomputed in the backward pass under another activation than "
+                "its forward pass",
                 mend="run backward inside the same activate(...) as the forward pass",
             )
 
@@ -151,12 +156,14 @@ class Site:
         names = plates.acting()
         if names and _covers_all(plates) and plates.slots[names[0]].method.replaces:
             return _run_copy(self, plates.slots[names[0]], *args, **kwargs)
-        inner = self.__dict__.get("_lorica_inner")  # accelerate and others put a forward on the instance
+        # accelerate and others put a forward on the instance
+        inner = self.__dict__.get("_lorica_inner")
         y = inner(*args, **kwargs) if inner else super().forward(*args, **kwargs)  # pyright: ignore
         return _add_adapters(self, plates, names, y, args, kwargs) if names else y
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # the plates follow the device, never the dtype
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """The plates follow the device, never the dtype."""
+        super()._apply(fn, recurse)  # pyright: ignore
         for plates in plates_of(self):
             for slot in plates.slots.values():
                 for tensor in slot.tensors.values():
@@ -169,7 +176,9 @@ class Site:
         return _rebuild, (own._lorica_base, _read_parameters(own)), self.__dict__.copy()
 
 
-def _add_adapters(module: Any, plates: Plates, names: list[str], y: Any, args: tuple, kwargs: dict) -> Tensor:
+def _add_adapters(
+    module: Any, plates: Plates, names: list[str], y: Any, args: tuple, kwargs: dict
+) -> Tensor:
     """The base output `y` plus what the acting adapters add for the arguments of this call."""
     route, training = plates.route, module.training
     assert route is not None
@@ -184,11 +193,12 @@ def _add_adapters(module: Any, plates: Plates, names: list[str], y: Any, args: t
     if route.segments is not None:
         return _add_segments(plates, x, y)
     slots = [plates.slots[n] for n in names]
+    first: Any = slots[0].method
     stack = plates.layer.kind == "linear" and all(
         isinstance(s.method, LoRA) and not (training and s.method.dropout) for s in slots
     )
     if route.weights is None and stack:
-        return lora_linear(x, y, [slots[0].method.segment(slots[0].tensors)])
+        return lora_linear(x, y, [first.segment(slots[0].tensors)])
     if stack:
         return _add_stack(plates, slots, x, y)
     result = y
@@ -208,41 +218,48 @@ def _add_adapters(module: Any, plates: Plates, names: list[str], y: Any, args: t
 
 def _add_segments(plates: Plates, x: Tensor, y: Tensor) -> Tensor:
     """Training: every adapter has rows of its own; its products see those rows alone."""
-    rows, width = y.shape[:-1].numel(), plates.route.segments[-1][1]
+    route = plates.route
+    assert route is not None and route.segments is not None
+    rows, width = y.shape[:-1].numel(), route.segments[-1][1]
     if rows != width:
         raise ActivationError(
             f"{plates.path}: the segments cover {width} rows, but the layer was given {rows}",
             mend="adapt this layer with one adapter at a time",
         )
     segments: list[Segment] = []
-    for start, end, name in plates.route.segments:
+    for start, end, name in route.segments:
         if slot := plates.slots.get(name):
-            segments.append(slot.method.segment(slot.tensors, start, end))
+            method: Any = slot.method
+            segments.append(method.segment(slot.tensors, start, end))
     return lora_linear(x, y, segments) if segments else y
 
 
 def _add_stack(plates: Plates, slots: list[Slot], x: Tensor, y: Tensor) -> Tensor:
-    """A mixture of LoRA adapters as one product: stacked factors, and a gate of scale times weight."""
+    """A mixture of LoRA adapters as one product: stacked factors, a gate of scale times weight."""
     route = plates.route
+    assert route is not None and route.weights is not None
+    methods: list[Any] = [slot.method for slot in slots]
     columns = [i for i, n in enumerate(route.names) if n in plates.slots]
     A = torch.cat([s.tensors["A"] for s in slots])
     B = torch.cat([s.tensors["B"] for s in slots], dim=1)
     parts = [
-        route.weights[..., i : i + 1].expand(*route.weights.shape[:-1], s.tensors["A"].shape[0]) * s.method.scale
-        for i, s in zip(columns, slots, strict=True)
+        route.weights[..., i : i + 1].expand(*route.weights.shape[:-1], s.tensors["A"].shape[0])
+        * method.scale
+        for i, s, method in zip(columns, slots, methods, strict=True)
     ]
     gate = torch.cat(parts, dim=-1)
     if gate.dim() == 2:
-        gate = _row_gate(plates, gate, x).expand(*x.shape[:-1], gate.shape[1]).reshape(-1, gate.shape[1])
+        width = gate.shape[1]
+        gate = _row_gate(plates, gate, x).expand(*x.shape[:-1], width).reshape(-1, width)
     return lora_linear(x, y, [Segment(0, None, A, B, gate=gate)])
 
 
 def _row_gate(plates: Plates, gate: Tensor, like: Tensor) -> Tensor:
     """(N,) or (rows, N) shaped so that it broadcasts against `like`, (batch, ..., features).
 
-    Beams and returned sequences repeat every row in place, so a batch of a multiple of the rows is served.
-    Some models lay all tokens of the batch in one dimension in the midst of a block (OPT, shared experts):
-    these are known by their number, which is that of the layer before.
+    Beams and returned sequences repeat every row in place, so a batch of a multiple of the rows is
+    served. Some models lay all tokens of the batch in one dimension in the midst of a block (OPT,
+    shared experts): these are known by their number, which is that of the layer before.
     """
     if gate.dim() == 1:
         return gate
@@ -255,13 +272,15 @@ def _row_gate(plates: Plates, gate: Tensor, like: Tensor) -> Tensor:
     batched = like.dim() >= 2 + len(plates.layer.kernel_size) and not _ROUTED.search(plates.path)
     if not batched or not times or rest or (times != 1 and flat):
         raise ActivationError(
-            f"{plates.path}: {gate.shape[0]} rows are active, but this layer was given {tuple(like.shape)}",
+            f"{plates.path}: {gate.shape[0]} rows are active, but this layer was given "
+            f"{tuple(like.shape)}",
             expected="a batch with one entry of the activation per row",
         )
     gate = gate if times == 1 else gate.repeat_interleave(times, 0)
     ones = [1] * (like.dim() - 2)
-    channels_first = plates.layer.kind in ("conv1d", "conv2d")
-    return gate.view(-1, gate.shape[1], *ones) if channels_first else gate.view(-1, *ones, gate.shape[1])
+    if plates.layer.kind in ("conv1d", "conv2d"):  # channels first
+        return gate.view(-1, gate.shape[1], *ones)
+    return gate.view(-1, *ones, gate.shape[1])
 
 
 def _dropout(x: Tensor, share: float, plates: Plates) -> Tensor:
@@ -283,24 +302,31 @@ def _dropout(x: Tensor, share: float, plates: Plates) -> Tensor:
 def _covers_all(plates: Plates) -> bool:
     """Whether one adapter acts on all rows, with weight 1."""
     route = plates.route
-    return route is not None and route.weights is None and route.segments is None and len(route.names) == 1
+    return (
+        route is not None
+        and route.weights is None
+        and route.segments is None
+        and len(route.names) == 1
+    )
 
 
 def _run_copy(module: Any, slot: Slot, *args: Any, **kwargs: Any) -> Any:
     """The layer's own forward over the copied parameters.
 
-    The stand-in shares everything with the layer but its class, which is the original, and its parameters.
+    The stand-in shares everything with the layer but its class, which is the original, and its
+    parameters.
     """
     base = type(module)._lorica_base
     stand_in = base.__new__(base)
     parameters = {
-        name: slot.tensors[name].to(p.dtype) if name in slot.tensors else p for name, p in module._parameters.items()
+        name: slot.tensors[name].to(p.dtype) if name in slot.tensors else p
+        for name, p in module._parameters.items()
     }
     stand_in.__dict__.update(module.__dict__, _parameters=parameters)
     return base.forward(stand_in, *args, **kwargs)
 
 
-# --- weight sites -------------------------------------------------------------------------------------------
+# --- weight sites ---------------------------------------------------------------------------------
 
 
 def adapted_weight(module: Any, parameter: str) -> Tensor:
@@ -312,6 +338,7 @@ def adapted_weight(module: Any, parameter: str) -> Tensor:
     if not names:
         return weight
     route = plates.route
+    assert route is not None
     if route.segments is not None or (route.weights is not None and route.weights.dim() > 1):
         raise ActivationError(
             f"{plates.path}: its weight is read as a whole, so all rows share one mixture here",
@@ -320,25 +347,25 @@ def adapted_weight(module: Any, parameter: str) -> Tensor:
     result = weight
     for name in names:
         slot = plates.slots[name]
-        if slot.method.replaces:
-            delta = slot.tensors[parameter].to(weight.dtype) - weight
-        else:
-            delta = to_stored(module, parameter, slot.method.delta(slot.tensors, plates.layer)).to(weight.dtype)
-        share = 1.0 if route.weights is None else route.weights[route.names.index(name)].to(weight.dtype)
-        result = result + delta * share
+        method: Any = slot.method  # one that has a delta, as was checked when it was attached
+        delta = to_stored(module, parameter, method.delta(slot.tensors, plates.layer))
+        delta = delta.to(weight.dtype)
+        if route.weights is not None:
+            delta = delta * route.weights[route.names.index(name)].to(weight.dtype)
+        result = result + delta
     return result
 
 
 class WeightSite(Site):
-    """A site whose parameters are read, not called. The reading goes through a property of the class."""
+    """A site whose parameters are read, not called: through a property of the class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plates_of(self)[0].status.warn_undecided()  # reading a weight alone is no forward pass
         inner = self.__dict__.get("_lorica_inner")
-        return inner(*args, **kwargs) if inner else super(Site, self).forward(*args, **kwargs)
+        return inner(*args, **kwargs) if inner else super(Site, self).forward(*args, **kwargs)  # pyright: ignore
 
 
-# --- entering and leaving -----------------------------------------------------------------------------------
+# --- entering and leaving -------------------------------------------------------------------------
 
 _CLASSES: dict[tuple[type, tuple[str, ...]], type] = {}
 
@@ -351,7 +378,8 @@ def site_class(base: type[nn.Module], parameters: tuple[str, ...] = ()) -> type:
     key = base, parameters
     if key not in _CLASSES:
         reads = {
-            name: property(lambda self, name=name: adapted_weight(self, name)) for name in parameters
+            name: property(lambda self, name=name: adapted_weight(self, name))
+            for name in parameters
         }
         _CLASSES[key] = type(
             base.__name__,
@@ -371,7 +399,7 @@ def _read_parameters(own: type) -> tuple[str, ...]:
     return own._lorica_reads
 
 
-def _rebuild(base: type[nn.Module], parameters: tuple[str, ...]) -> nn.Module:
+def _rebuild(base: Any, parameters: tuple[str, ...]) -> nn.Module:
     module = base.__new__(base)
     module.__class__ = site_class(base, parameters)
     return module
@@ -401,12 +429,16 @@ def enter(module: nn.Module, path: str, status: Status, parameter: str | None = 
     """
     if is_site(module):
         if (parameter is None) != ("_lorica" in module.__dict__):
-            raise LoricaError(f"{path}: adapters sit here in another way already", mend="detach them first")
+            raise LoricaError(
+                f"{path}: adapters sit here in another way already", mend="detach them first"
+            )
         if parameter is None:
             return module.__dict__["_lorica"]
     base = getattr(type(module), "_lorica_base", type(module))
     if base.__reduce_ex__ is not object.__reduce_ex__:
-        raise LoricaError(f"{path}: {base.__name__} has a way of its own to be copied, which a site would break")
+        raise LoricaError(
+            f"{path}: {base.__name__} has a way of its own to be copied, which a site would break"
+        )
     if parameter is None:
         plates = Plates(path, describe(module), status)
         if "forward" in module.__dict__:
@@ -426,10 +458,17 @@ def check_unchanged(module: nn.Module) -> None:
     own = type(module)
     base = getattr(own, "_lorica_base", None)
     if base is None or _CLASSES.get((base, own._lorica_reads)) is not own:
-        raise LoricaError(f"{own.__name__}: its class was changed again after attaching", mend="undo that first")
+        raise LoricaError(
+            f"{own.__name__}: its class was changed again after attaching", mend="undo that first"
+        )
     forward = module.__dict__.get("forward")
-    if forward is not None and getattr(forward, "__func__", None) not in (Site.forward, WeightSite.forward):
-        raise LoricaError(f"{own.__name__}: its forward was replaced after attaching", mend="undo that first")
+    if forward is not None and getattr(forward, "__func__", None) not in (
+        Site.forward,
+        WeightSite.forward,
+    ):
+        raise LoricaError(
+            f"{own.__name__}: its forward was replaced after attaching", mend="undo that first"
+        )
 
 
 def leave(module: nn.Module) -> None:

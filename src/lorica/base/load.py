@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
+from transformers.utils.hub import cached_file
 
 from lorica.errors import BaseModelError, LoricaError, nearest
 
@@ -39,7 +40,8 @@ class Base:
         digest: SHA-256 over the weight files.
         tokenizer: as transformers loads it, padding on the right.
         labels: names of the classes, in order of their index; empty for other tasks.
-        new_modules: modules that the weight files lack and that were started at random: they must be trained.
+        new_modules: modules that the weight files lack and that were started at random: they must
+            be trained.
         notes: what the user should be told.
     """
 
@@ -104,13 +106,13 @@ def load_model(
             config=config,
             dtype=choose_dtype(dtype, target),
             use_safetensors=True,
-            ignore_mismatched_sizes=bool(labels),
+            ignore_mismatched_sizes=True,  # judged below, by name
             output_loading_info=True,
             **options,
         )
         base.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     base.tokenizer.padding_side = "right"
-    base.new_modules = _new_modules(name, base, model, info)
+    base.new_modules = _new_modules(base, model, info, relabelled=bool(labels))
     folder = _weights_folder(path, revision)
     base.digest = digest_of_files(folder) if folder else digest_of_tensors(model)
     model.__dict__["_lorica_base"] = base
@@ -180,7 +182,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | Literal["auto"]:
-    """The dtype of the frozen weights; see `load_model`. "as-stored" leaves the choice to the files."""
+    """The dtype of the frozen weights; see `load_model`. "as-stored" leaves the choice to the
+    files.
+    """
     if dtype == "as-stored":
         return "auto"
     if dtype != "auto":
@@ -222,7 +226,7 @@ def _weights_folder(path: str | Path, revision: str) -> Path | None:
     """Where the weight files lie: the folder itself, or the hub's copy of them on this machine."""
     if Path(path).is_dir():
         return Path(path)
-    config = transformers.utils.cached_file(
+    config = cached_file(
         str(path),
         "config.json",
         revision=revision,
@@ -282,20 +286,26 @@ _HEADS = frozenset({"classifier", "score", "pre_classifier", "pooler", "classifi
 """What transformers calls the modules of a classification's head."""
 
 
-def _new_modules(name: str | Path, base: Base, model: nn.Module, info: dict) -> tuple[str, ...]:
-    """Modules without weights in the files. Only the head of a classification may be new."""
+def _new_modules(base: Base, model: nn.Module, info: dict, *, relabelled: bool) -> tuple[str, ...]:
+    """Modules without weights in the files. Only the head of a classification may be new, and
+    replace that of the files only where other classes are wanted.
+    """
     replaced = {str(key[0]) for key in info["mismatched_keys"]}
     missing = sorted(set(info["missing_keys"]) | replaced)
-    classifies = base.task == "text-classification"
+
+    def may_be_new(key: str) -> bool:
+        is_head = base.task == "text-classification" and bool(_HEADS & set(key.split(".")))
+        return is_head and (relabelled or key not in replaced)
+
     wrong = [
         f"{key} (of another shape)" if key in replaced else key
         for key in missing
-        if not classifies or not _HEADS & set(key.split("."))
+        if not may_be_new(key)
     ]
     if wrong:
         raise BaseModelError(
-            f"the weights of {name} do not fill a {type(model).__name__}: {len(wrong)} tensors are "
-            "missing",
+            f"the weights of {base.name} do not fill a {type(model).__name__}: {len(wrong)} "
+            "tensors are missing",
             problems=wrong[:10],
             mend="choose the task that the model was made for",
         )

@@ -1,28 +1,45 @@
 """The command line: one file per command, and each loads what it needs when it is called."""
 
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 COMMANDS = {
-    "demo": "train the embedded base on embedded data, offline, in under three minutes",
-    "train": "train an adapter on your records; judge it against the base",
-    "inspect": "what a model consists of, and what each choice of targets would train",
+    "demo": "the whole way on an embedded base and data, offline, in minutes",
+    "train": "train an adapter on your records, and judge it against the base",
+    "inspect": "what a model consists of, and what could train in it",
     "eval": "score a run, an adapter or a base on records",
     "chat": "talk to a base or an adapter",
     "merge": "write an adapter into its base: a plain model for any tool",
     "report": "make the page of a run anew",
-    "config": "the settings that there are, or their JSON Schema",
+    "config": "a settings file to start from, or the JSON Schema",
 }
 """Command -> its line in `lorica --help`. A command lives in the file of its name."""
 
+OPTIONS = {
+    "--version": "print the version",
+    "--debug": "show where an error came from",
+    "--help, -h": "show this; lorica COMMAND --help tells of one of them",
+}
+_HELP = {"help_option_names": ["--help", "-h"]}
 
 UsageError = typer.BadParameter.__bases__[0]
 """What typer raises for a command line that it cannot read."""
+
+
+class _Command(TyperCommand):
+    """A command whose help page looks like all others."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from lorica.cli.pages import page
+
+        formatter.write(page(ctx))
 
 
 class _LateGroup(TyperGroup):
@@ -36,62 +53,68 @@ class _LateGroup(TyperGroup):
             return None
         module = import_module(f"lorica.cli.{cmd_name}")
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        single.command(
-            cmd_name, help=module.__doc__, context_settings=getattr(module, "CONTEXT", {})
-        )(module.command)
+        settings = {**_HELP, **getattr(module, "CONTEXT", {})}
+        how = {"help": module.__doc__, "context_settings": settings, "cls": _Command}
+        single.command(cmd_name, **how)(module.command)
         command = typer.main.get_command(single)
         command.name = cmd_name
         return command
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        from lorica.errors import ConfigError, nearest
+
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            near = nearest(args[0], COMMANDS)
+            raise ConfigError(
+                f"there is no command {args[0]!r}",
+                expected=f"one of: {', '.join(COMMANDS)}",
+                mend=f"did you mean {near}?" if near else None,
+            )
+        return super().resolve_command(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """The list of commands, without importing any of them."""
-        formatter.write_usage("lorica", "COMMAND ...")
-        formatter.write_paragraph()
-        formatter.write_text("Adapt large pretrained models with few parameters.")
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, text in COMMANDS.items()])
-        with formatter.section("Options"):
-            formatter.write_dl(
-                [
-                    ("--version", "print the version"),
-                    ("--debug", "show where an error came from"),
-                    ("--help", "show this"),
-                ]
-            )
-        formatter.write_text("lorica COMMAND --help tells more about one of them.")
+        width = max(map(len, [*COMMANDS, *OPTIONS])) + 2
+        lines = ["Usage: lorica COMMAND ...", ""]
+        lines += ["Adapt large pretrained models with few parameters."]
+        for title, entries in (("Commands", COMMANDS), ("Options", OPTIONS)):
+            lines += ["", f"{title}:", *(f"  {k.ljust(width)}{v}" for k, v in entries.items())]
+        formatter.write("\n".join(lines) + "\n")
 
 
 app = typer.Typer(
-    cls=_LateGroup, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True
+    cls=_LateGroup, add_completion=False, pretty_exceptions_enable=False, context_settings=_HELP
 )
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", help="print the version", is_eager=True),
     debug: bool = typer.Option(False, "--debug", help="show where an error came from"),
 ) -> None:
-    context.obj = {"debug": debug}
     if version:
         from lorica import __version__
 
         print(f"lorica {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     """Run a command line and end the process with its exit code.
 
-    0 fine, 1 failed, 2 usage or settings, 3 a check refused, 128 + n stopped by signal n and resumable.
+    0 fine, 1 failed, 2 usage or settings, 3 a check refused, 128 + n stopped by signal n and
+    resumable.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(
-        _guarded(
-            lambda: app(arguments, standalone_mode=False, prog_name="lorica"),
-            "--debug" in arguments,
-        )
-    )
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given  # wherever it stands
+    rest = [word for word in given if word != "--debug"]
+    with warnings.catch_warnings():
+        warnings.showwarning = _shown(warnings.showwarning)
+        code = _guarded(lambda: app(rest, standalone_mode=False, prog_name="lorica"), debug)
+    sys.exit(code)
 
 
 def _guarded(call: Callable[[], Any], debug: bool) -> int:
@@ -99,6 +122,7 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
 
     try:
         result = call()
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except LoricaError as error:
         if debug:
@@ -108,11 +132,33 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
     except typer.Exit as error:
         return error.exit_code
     except UsageError as error:
-        error.show()  # type: ignore[attr-defined]
+        _print_usage(error)
         return 2
     except (KeyboardInterrupt, typer.Abort):
+        if debug:
+            raise
         print("lorica: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
-        sys.stderr.close()
-        return 1
+    except BrokenPipeError:  # the reader of our output has gone, as in `lorica eval ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _print_usage(error: Any) -> None:
+    """What is wrong with a command line, as all other errors are told."""
+    name = error.ctx.command_path if getattr(error, "ctx", None) else "lorica"
+    print(f"lorica: {error.format_message()}", file=sys.stderr)
+    print(f"  mend: see {name} --help", file=sys.stderr)
+
+
+def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Shows Lorica's own warnings as sentences, and leaves those of others as they are."""
+    from lorica.errors import LoricaWarning
+
+    def show(message: Any, category: Any, *rest: Any, **named: Any) -> None:
+        if issubclass(category, LoricaWarning):
+            print(f"lorica: warning: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *rest, **named)
+
+    return show

@@ -1,7 +1,7 @@
-"""Train the embedded base on embedded data, offline, in under three minutes: the whole way, end to end.
+"""Train the embedded base on embedded data, offline, in under three minutes: the whole way.
 
-The base is a small language model that travels with the package and has only read old books. It learns to turn
-facts into a sentence; names and places of the test records never occur in training.
+The base is a small language model that travels with the package and has only read old books. It
+learns to turn facts into a sentence; names and places of the test records never occur in training.
 """
 
 from __future__ import annotations
@@ -31,31 +31,50 @@ SETTINGS = {
 
 
 def command(
-    output_dir: Annotated[str, typer.Option(help="folder of the run; an earlier demo there is replaced")] = "runs/demo",
-    max_steps: Annotated[int | None, typer.Option(help="optimizer steps, for a shorter look", show_default=False)] = None,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object per line on standard output")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="warnings and the result only")] = False,
+    output_dir: Annotated[
+        str,
+        typer.Option(help="folder of the run; an earlier demo in it is replaced", metavar="PATH"),
+    ] = "runs/demo",
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="optimizer steps, for a shorter look", show_default=False, min=1, metavar="N"
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="one JSON object per line on standard output")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="say nothing but warnings and the result")
+    ] = False,
 ) -> None:
     from lorica.cli.run import execute
+    from lorica.cli.showing import closing_lines
     from lorica.config import Layer, resolve
     from lorica.methods import METHODS
 
+    _spare_other_runs(output_dir)
     values = {**SETTINGS, "output_dir": output_dir}
     if max_steps is not None:
-        values |= {"max_steps": max_steps, "eval_steps": min(max_steps, int(SETTINGS["eval_steps"]))}
+        every = min(max_steps, int(SETTINGS["eval_steps"]))
+        values |= {"max_steps": max_steps, "eval_steps": every}
     settings = resolve(Layer("demo", values, {}), methods=METHODS)
     outcome = execute(settings, discard=True, json=json, quiet=quiet)
-    if json:
+    if not (json or quiet):
+        print("\n".join(closing_lines(outcome.folder, outcome.samples, most=3)))
+
+
+def _spare_other_runs(output_dir: str) -> None:
+    """Raises ConfigError where the run in the folder is no demo: it would be thrown away."""
+    from pathlib import Path
+
+    from lorica.errors import ConfigError
+    from lorica.records.folder import RunFolder
+    from lorica.records.read import read_run
+
+    if not (Path(output_dir) / "run.json").is_file():
         return
-    for sample in outcome.samples[:3]:
-        print(f"\n  facts      {sample['input'].strip()}")
-        print(f"  before     {_line(sample['before'])}")
-        print(f"  after      {_line(sample['after'])}")
-        print(f"  reference  {_line(sample['references'][0])}")
-    print(f"\nreport: {outcome.folder}/report.html    adapter: {outcome.folder}/adapter")
-    print(f"next:   lorica chat {outcome.folder}    lorica train --help")
-
-
-def _line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 160 else text[:157] + "..."
+    used = {setting.key: setting.value for setting in read_run(output_dir).settings}
+    if used.get("data") != SETTINGS["data"] or used.get("model") != SETTINGS["model"]:
+        RunFolder.check(output_dir)
+        raise ConfigError(f"{output_dir} holds a run that is no demo")

@@ -1,41 +1,70 @@
-"""Score a run, an adapter or a base on records. An adapter is set beside its base, with an interval."""
+"""Score a run, an adapter or a base on records; an adapter beside its base, with intervals."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def command(
-    subject: Annotated[str, typer.Argument(help="run folder, adapter folder, or base model")],
-    data: Annotated[str, typer.Option(help="records to score on")],
+    subject: Annotated[str, typer.Argument(help="a run folder, an adapter folder or a base model")],
+    data: Annotated[
+        str, typer.Option(help="records to score on: a file, a folder or a hub id", metavar="PATH")
+    ],
     model: Annotated[
         str | None,
-        typer.Option(help="the adapter's base, where it is not where it was", show_default=False),
+        typer.Option(
+            help="base of the adapter, where it has moved", show_default=False, metavar="PATH"
+        ),
     ] = None,
     task: Annotated[
-        str, typer.Option(help="of a bare base; an adapter knows its own")
-    ] = "causal-lm",
+        str,
+        typer.Option(
+            help="of a bare base: causal-lm, text-classification or seq2seq; auto: as its config "
+            "says. An adapter knows its own"
+        ),
+    ] = "auto",
     metrics: Annotated[
-        str | None, typer.Option(help="scores, separated by commas", show_default=False)
+        str | None,
+        typer.Option(
+            help="scores, with commas between; those of the task otherwise", show_default=False
+        ),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="format of the records; detected otherwise", show_default=False),
     ] = None,
     columns: Annotated[
         str | None,
-        typer.Option(help="columns by part: prompt=question,completion=answer", show_default=False),
+        typer.Option(
+            help="columns of the data by their part: prompt=question,completion=answer",
+            show_default=False,
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="score so many records at most", show_default=False)
+        int | None,
+        typer.Option(
+            help="score at most so many records, drawn at random",
+            show_default=False,
+            min=1,
+            metavar="N",
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="records per batch")] = 32,
+    seed: Annotated[int, typer.Option(help="seed of that draw", min=0, metavar="N")] = 0,
+    batch_size: Annotated[int, typer.Option(help="records per batch", min=1, metavar="N")] = 32,
     max_new_tokens: Annotated[
-        int, typer.Option(help="tokens to generate at most per record")
+        int, typer.Option(help="tokens to generate at most per record", min=1, metavar="N")
     ] = 128,
-    dtype: Annotated[str, typer.Option(help="of the base: auto, float32, bfloat16")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="precision of the base: auto, float32 or bfloat16")
+    ] = "auto",
     output: Annotated[
         Path | None,
-        typer.Option(help="write every prediction to this JSONL file", show_default=False),
+        typer.Option(
+            help="write every prediction to this JSONL file", show_default=False, metavar="PATH"
+        ),
     ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="one JSON object on standard output")
@@ -43,52 +72,90 @@ def command(
 ) -> None:
     import json as jsonlib
     import sys
+
+    from lorica.cli.judge import tell_of_chance
+    from lorica.cli.material import (
+        Material,
+        check_format,
+        class_names,
+        for_scoring,
+        with_system,
+    )
+    from lorica.cli.opening import open_subject
+    from lorica.cli.prepare import known
+    from lorica.cli.voice import Voice
+    from lorica.config import known_settings
+    from lorica.config.text import parse_flag
+    from lorica.data.read import read
+    from lorica.evaluate.metrics import find_metrics
+
+    voice = Voice(quiet=json, stream=sys.stderr)
+    names = [name.strip() for name in metrics.split(",")] if metrics else []
+    find_metrics(names or ["loss"])  # a wrong name is told before anything is loaded
+    mapping = parse_flag("columns", columns, known_settings()) if columns else None
+    records = read(data, columns=mapping, format=format)
+    voice.say(f"data: {records.statement}")
+    with voice.work(f"loading {subject}"):
+        opened = open_subject(
+            subject,
+            base=model,
+            task=task,
+            dtype=dtype,
+            max_new_tokens=max_new_tokens,
+            labels=class_names(records),
+        )
+    check_format(records, opened.task.kind)
+    chosen, why = for_scoring(with_system(records, opened.system), limit, seed)
+    if why:
+        voice.say(f"scores: on {why}")
+    tell_of_chance(known(opened.model), voice, alone=opened.adapter is None)
+    material = Material(records, scored=chosen)
+    scores, lines, found = _scores(opened, material, names, batch_size, voice)
+    if output is not None:
+        _write(output, found, getattr(opened.task, "labels", ()))
+        voice.say(f"predictions: {output}")
+    if json:
+        head = {"subject": subject, "data": data, "digest": chosen.digest}
+        print(jsonlib.dumps({**head, "num_records": len(chosen), "scores": scores}))
+    else:
+        print("\n".join(lines))
+
+
+def _scores(
+    opened: Any, material: Any, names: list[str], batch_size: int, voice: Any
+) -> tuple[dict[str, Any], list[str], list[Any]]:
+    """The scores as plain values and as lines, and what the subject said."""
     from dataclasses import asdict
 
-    from lorica.attach.activate import activate
-    from lorica.cli.material import GENERATING, Material
-    from lorica.cli.opening import open_subject
-    from lorica.data.read import group_references, read
+    from lorica.cli.judge import predictions
+    from lorica.cli.showing import comparison_lines, score_lines
     from lorica.evaluate.compare import compare
     from lorica.evaluate.score import score
-    from lorica.records.atomic import write_file
 
-    mapping = dict(part.split("=", 1) for part in columns.split(",")) if columns else None
-    records = read(data, columns=mapping)
-    if records.format in GENERATING:
-        records = group_references(records)
-    material = Material(records, scored=records, most=limit)
-    print(f"{len(records):,} records; {records.statement.splitlines()[0]}", file=sys.stderr)
-    opened = open_subject(
-        subject, base=model, task=task, dtype=dtype, max_new_tokens=max_new_tokens
-    )
-    material.task(opened.task.kind, subject)
-    names = metrics.split(",") if metrics else list(material.metrics(opened.task.kind))
-    how = {"batch_size": batch_size, "generate": material.generates}
-    found = opened.task.predict(opened.model, material.test, **how)
-    result: dict = {
-        "subject": subject,
-        "data": data,
-        "digest": records.digest,
-        "num_records": len(material.test),
-    }
+    how = {"generate": material.generates, "batch_size": batch_size}
+    given = (opened.task, material.test, voice)
+    metrics = names or list(material.metrics(opened.task.kind))
+    found = predictions(opened.model, opened.adapter, *given, **how)
     if opened.adapter is None:
-        scores = score(found, names)
-        result["scores"] = {name: asdict(value) for name, value in scores.items()}
-        lines = [
-            f"{n}  {s.value:.4g}" + ("" if s.low is None else f"  ({s.low:.4g} to {s.high:.4g})")
-            for n, s in scores.items()
-        ]
-    else:
-        with activate(opened.model, None):
-            before = opened.task.predict(opened.model, material.test, **how)
-        pairs = compare(before, found, names)
-        result["scores"] = {name: asdict(value) for name, value in pairs.items()}
-        lines = [pair.sentence(name) for name, pair in pairs.items()]
-    if output is not None:
-        rows = [
-            {"record": p.record, "output": p.output, "references": list(p.references), "nll": p.nll}
-            for p in found
-        ]
-        write_file(output, "".join(jsonlib.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(jsonlib.dumps(result) if json else "\n".join(lines))
+        alone = score(found, metrics)
+        return {name: asdict(value) for name, value in alone.items()}, score_lines(alone), found
+    before = predictions(opened.model, None, *given, **how)
+    pairs = compare(before, found, metrics)
+    return {name: asdict(value) for name, value in pairs.items()}, comparison_lines(pairs), found
+
+
+def _write(file: Path, found: list[Any], labels: tuple[str, ...]) -> None:
+    from lorica.cli.judge import output_text
+    from lorica.records.atomic import write_file
+    from lorica.records.folder import json_line
+
+    rows = [
+        {
+            "record": p.record,
+            "output": None if p.output is None else output_text(p.output, labels),
+            "references": [output_text(reference, labels) for reference in p.references],
+            "nll": p.nll,
+        }
+        for p in found
+    ]
+    write_file(file, b"".join(json_line(row) for row in rows))

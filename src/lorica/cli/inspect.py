@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,73 +10,70 @@ import typer
 def command(
     model: Annotated[str, typer.Argument(help="a folder, a hub id, or embedded")],
     task: Annotated[
-        str, typer.Option(help="causal-lm, text-classification or seq2seq")
-    ] = "causal-lm",
-    r: Annotated[int, typer.Option("--r", help="rank to count with")] = 8,
+        str,
+        typer.Option(
+            help="causal-lm, text-classification or seq2seq; auto: as the model's config says"
+        ),
+    ] = "auto",
+    r: Annotated[int, typer.Option("--r", help="rank with which to count", metavar="N", min=1)] = 8,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run Python code that comes with it")
+        bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="one JSON object on standard output")
+    ] = False,
 ) -> None:
     import json as jsonlib
 
     from lorica.attach.inspect import inspect
     from lorica.base.load import empty_model
+    from lorica.cli.kinds import checked_kind
 
-    found = inspect(empty_model(model, task=task, trust_remote_code=trust_remote_code), r=r)
+    kind = checked_kind(task, model)
+    found = inspect(empty_model(model, task=kind, trust_remote_code=trust_remote_code), r=r)
     if json:
-        print(jsonlib.dumps(found.as_dict()))
-        return
-    _show(found)
+        print(jsonlib.dumps({"task": kind, **found.as_dict()}))
+    else:
+        print("\n".join(_lines(found, kind)))
 
 
-def _show(found) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+def _lines(found: Any, kind: str) -> list[str]:
+    """Modules, then choices, then remarks."""
+    from lorica.records.lines import aligned
+    from lorica.records.phrases import count, parameters
 
-    console = Console(highlight=False)
-    console.print(
-        f"[bold]{found.model_class}[/] ({found.model_type}): {found.num_parameters:,} parameters, "
-        f"{found.num_modules:,} modules, {found.num_blocks} layers\n"
-    )
-    table = Table("name", "class", "part", "shape", "count", "parameters", box=None, pad_edge=False)
+    head = [found.model_class, f"{parameters(found.num_parameters)} parameters"]
+    head += [f"{found.num_blocks} layers", f"loaded for {kind}"]
+    modules = [["count", "shape", "parameters", "part", "class", "name"]]
     for group in found.groups:
         shape = " x ".join(map(str, group.shape))
-        table.add_row(
-            group.suffix,
-            group.kind,
-            group.role,
-            shape,
-            f"{group.count}",
-            f"{group.num_parameters:,}",
-        )
-    console.print(table, "")
-    choices = Table(
-        f"target_modules, r={found.rank}",
-        "places",
-        "trains",
-        "share",
-        "which",
-        box=None,
-        pad_edge=False,
-    )
+        numbers = [count(group.count), shape, count(group.num_parameters)]
+        modules.append([*numbers, group.role, group.kind, group.suffix])
+    choices = [["target_modules", "places", f"parameters at r={found.rank}", "of the base"]]
     for choice in found.choices:
-        names = ", ".join(f"{name} x {count}" for name, count in choice.suffixes.items())
-        choices.add_row(
-            choice.choice,
-            f"{choice.num_places}",
-            f"{choice.num_parameters:,}",
-            f"{choice.percent:.2f} %",
-            escape(names),
-        )
-    console.print(choices, "")
-    for choice in found.choices:
-        console.print(f"{choice.choice}: {escape(choice.reason)}")
-    for paths in found.shared:
-        console.print(f"one parameter under several names: {escape(', '.join(paths))}")
+        size = count(choice.num_parameters)
+        choices.append([choice.choice, count(choice.num_places), size, f"{choice.percent:.2f} %"])
+    return [
+        ", ".join(head),
+        "",
+        *aligned(modules, left=("part", "class", "name")),
+        "",
+        *aligned(choices),
+        "",
+        *_remarks(found),
+    ]
+
+
+def _remarks(found: Any) -> list[str]:
+    """Why each choice takes what it takes, and what no adapter can sit on."""
+    import shutil
+    import textwrap
+
+    remarks = [f"{c.choice}: {c.reason.removeprefix(f'{c.choice}: ')}" for c in found.choices]
+    remarks += [f"one parameter under several names: {', '.join(p)}" for p in found.shared]
     if found.uncovered:
-        console.print(
-            "no adapter can sit on: "
-            + escape(", ".join(f"{p} {tuple(s)}" for p, s in found.uncovered.items()))
-        )
+        places = (f"{path} {tuple(shape)}" for path, shape in found.uncovered.items())
+        remarks.append(f"no adapter can sit on: {', '.join(places)}")
+    width = min(shutil.get_terminal_size().columns, 100)
+    how = {"subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
+    return [line for remark in remarks for line in textwrap.wrap(remark, width, **how)]

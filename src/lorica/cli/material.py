@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
-from lorica.base.load import EMBEDDED
+from lorica.cli.kinds import is_encoder_decoder
 from lorica.config import RunConfig
+from lorica.data.dataset import Dataset, group_references
 from lorica.data.facts import facts
 from lorica.data.pack import order
-from lorica.data.read import Dataset, from_rows, group_references, read, read_splits
+from lorica.data.read import from_rows, read, read_splits
 from lorica.errors import DataError
 from lorica.tasks.text_classification import label_names
 
 GENERATING = ("prompt", "chat", "seq2seq")
 """Formats whose records have an output that a model can be asked for."""
+
+FITTING = {
+    "text-classification": ("classification",),
+    "causal-lm": ("prompt", "chat", "text"),
+    "seq2seq": ("seq2seq", "prompt"),
+}
+"""Task -> the formats that it takes."""
 
 FACTS = {"train": 8000, "valid": 200, "test": 200}
 """Records of the embedded data."""
@@ -29,22 +36,22 @@ class Material:
     Attributes:
         train: what trains.
         valid: held-out records for the evaluation loss; None without any.
-        scored: what base and tuned are scored on, in full; None without any.
-        most: at most so many of `scored` and of `valid` are used; None for all.
+        scored: what base and tuned are scored on; None without any.
+        statements: what was read and how it was parted, for the user.
     """
 
     train: Dataset
     valid: Dataset | None = None
     scored: Dataset | None = None
-    most: int | None = None
+    statements: list[str] = field(default_factory=list)
 
     @property
     def held_out(self) -> Sequence[dict]:
-        return self.valid.rows[: self.most] if self.valid else ()
+        return self.valid.rows if self.valid else ()
 
     @property
     def test(self) -> Sequence[dict]:
-        return self.scored.rows[: self.most] if self.scored else ()
+        return self.scored.rows if self.scored else ()
 
     @property
     def generates(self) -> bool:
@@ -58,7 +65,7 @@ class Material:
         )
 
     def task(self, wanted: str, model: str) -> str:
-        """The task: as set, or as data and model say. Raises DataError where the two do not go together."""
+        """The task: as set, or as data and model say. Raises DataError where the two disagree."""
         found = wanted
         if wanted == "auto":
             found = "text-classification" if self.train.format == "classification" else "causal-lm"
@@ -66,17 +73,7 @@ class Material:
                 self.train.format == "seq2seq" or is_encoder_decoder(model)
             ):
                 found = "seq2seq"
-        fitting = {
-            "text-classification": ("classification",),
-            "causal-lm": ("prompt", "chat", "text"),
-            "seq2seq": ("seq2seq", "prompt"),
-        }[found]
-        if self.train.format not in fitting:
-            raise DataError(
-                f"records of the format {self.train.format!r} cannot be used for {found}",
-                expected=f"one of: {', '.join(fitting)}",
-                mend="set another task, or map the columns with --columns",
-            )
+        check_format(self.train, found)
         return found
 
     def metrics(self, task: str) -> tuple[str, ...]:
@@ -85,17 +82,27 @@ class Material:
             return ("accuracy", "macro_f1", "loss")
         if not self.generates:
             return ("perplexity",)
-        slots = ("slot_accuracy",) if all("slots" in row for row in self.test) else ()
+        slots = ("slot_accuracy",) if self.test and all("slots" in r for r in self.test) else ()
         return (*slots, "chrf", "bleu", "rouge_l", "exact_match", "perplexity")
 
-    def statements(self) -> list[str]:
-        """What was read, for the user."""
-        parts = (("train", self.train), ("evaluation", self.valid), ("scoring", self.scored))
-        lines = []
-        for name, part in parts:
-            if part is not None and (name != "scoring" or part is not self.valid):
-                lines.append(f"{name}: {len(part):,} records; {part.statement.splitlines()[0]}")
-        return lines
+
+def class_names(records: Dataset) -> tuple[str, ...]:
+    """The classes of records that have names for them; numbers need none."""
+    if records.format != "classification":
+        return ()
+    names = label_names(records.rows)
+    return () if all(name.isdigit() for name in names) else names
+
+
+def check_format(records: Dataset, task: str) -> None:
+    """Raises DataError where a task cannot use records of this format."""
+    if records.format not in FITTING[task]:
+        fit = [name for name, formats in FITTING.items() if records.format in formats]
+        raise DataError(
+            f"records of the format {records.format!r} cannot be used for {task}",
+            expected=f"the format {' or '.join(FITTING[task])}",
+            mend=f"set --task {fit[0]}, or map the columns with --columns",
+        )
 
 
 def gather(run: RunConfig, *, seed: int) -> Material:
@@ -103,38 +110,110 @@ def gather(run: RunConfig, *, seed: int) -> Material:
 
     The data "embedded" is the set that `lorica.data.facts` makes.
     """
-    if run.data == "embedded":
-        parts = {split: from_rows(facts(split, num_records=n), name=f"facts, {split}") for split, n in FACTS.items()}
-        return Material(parts["train"], parts["valid"], parts["test"], run.eval_records)
-    how = {"format": run.format, "columns": run.columns}
-    parts = read_splits(run.data, **how)
+    parts = _embedded() if run.data == "embedded" else _read(run)
     if "train" not in parts:
         raise DataError(
             f"{run.data} has no training part",
             expected="train.jsonl or the like",
             mend="name the file",
         )
-    train = parts["train"]
-    valid = read(run.eval_data, **how) if run.eval_data else parts.get("valid")
-    scored = read(run.test_data, **how) if run.test_data else parts.get("test")
-    if valid is None and run.num_held_out(len(train)) and len(train) > 1:
-        train, valid = _hold_out(train, run.num_held_out(len(train)), seed)
-    if scored is None:
-        scored = valid
-    if scored is not None and scored.format in GENERATING:
-        scored = group_references(scored)
-    return Material(train, valid, scored, run.eval_records)
+    told = _told(parts)
+    train, valid, scored = parts["train"], parts.get("valid"), parts.get("test")
+    number = run.num_held_out(len(train))
+    if valid is None and number and len(train) > 1:
+        total = len(train)
+        train, valid = _hold_out(train, number, seed)
+        told.append(
+            f"{len(train):,} of {total:,} records train; {len(valid):,} are held out by their "
+            "input, so that no input is on both sides"
+        )
+    material = Material(train, valid, None, told)
+    if valid is not None:
+        material.valid, why = drawn(valid, run.eval_records, seed)
+        told += [f"evaluation loss: on {why}"] if why else []
+    scored = valid if scored is None else scored
+    if scored is not None:
+        material.scored, why = for_scoring(scored, run.eval_records, seed)
+        told += [f"scores: on {why}"] if why else []
+    else:
+        told.append("nothing is held out: base and tuned will not be compared")
+    return material
+
+
+def for_scoring(records: Dataset, most: int | None, seed: int) -> tuple[Dataset, str]:
+    """Records with all references of an input together, at most so many; and what was done."""
+    if records.format not in GENERATING:
+        return drawn(records, most, seed)
+    grouped = group_references(records)
+    chosen, why = drawn(grouped, most, seed, "inputs")
+    if len(grouped) == len(records):
+        return chosen, why.replace("inputs", "records")
+    references = f", which have {len(records):,} references in all"
+    return chosen, (why or f"{len(grouped):,} inputs") + references
+
+
+def drawn(records: Dataset, most: int | None, seed: int, what: str = "records") -> tuple:
+    """At most so many records, drawn rather than the first, which may all be of one class."""
+    if most is None or len(records) <= most:
+        return records, ""
+    chosen = sorted(int(i) for i in order(len(records), seed=seed)[:most])
+    why = f"{most:,} of {len(records):,} {what}, drawn with seed {seed}"
+    return records.subset(chosen, why), why
+
+
+def with_system(dataset: Dataset, system: str | None) -> Dataset:
+    """Chat records, each with a system message; those that have one keep it."""
+    if system is None or dataset.format != "chat":
+        return dataset
+    first = {"role": "system", "content": system}
+    rows = [
+        row
+        if row["messages"][0]["role"] == "system"
+        else {**row, "messages": [first, *row["messages"]]}
+        for row in dataset.rows
+    ]
+    return replace(dataset, rows=rows)
+
+
+def _embedded() -> dict[str, Dataset]:
+    return {
+        split: from_rows(facts(split, num_records=number), name=f"embedded facts, {split}")
+        for split, number in FACTS.items()
+    }
+
+
+def _read(run: RunConfig) -> dict[str, Dataset]:
+    how = {"format": run.format, "columns": run.columns}
+    parts = read_splits(run.data, **how)
+    if run.eval_data:
+        parts["valid"] = read(run.eval_data, **how)
+    if run.test_data:
+        parts["test"] = read(run.test_data, **how)
+    return {name: with_system(part, run.system) for name, part in parts.items()}
+
+
+def _told(parts: dict[str, Dataset]) -> list[str]:
+    """What was read. What holds for all parts is told once."""
+    if len(parts) == 1:
+        return [f"data: {part.statement}" for part in parts.values()]
+    names = {"train": "training", "valid": "evaluation", "test": "scoring"}
+    clauses = {names[name]: part.statement.split("; ") for name, part in parts.items()}
+    shared = [c for c in clauses["training"][1:] if all(c in own for own in clauses.values())]
+    lines = [
+        f"{name} data: {'; '.join(c for c in own if c not in shared)}"
+        for name, own in clauses.items()
+    ]
+    return [*lines, f"all of them: {'; '.join(shared)}"] if shared else lines
 
 
 def _hold_out(dataset: Dataset, number: int, seed: int) -> tuple[Dataset, Dataset]:
     """Split off records by their input, so that no prompt is on both sides."""
     chosen: set[int] = set()
-    inputs = [_input(row) for row in dataset.rows]
     groups: dict[str, list[int]] = {}
-    for index, text in enumerate(inputs):
-        groups.setdefault(text, []).append(index)
+    for index, row in enumerate(dataset.rows):
+        groups.setdefault(_input(row), []).append(index)
     keys = list(groups)
-    for place in order(len(keys), seed=seed, epoch=0):
+    for place in order(len(keys), seed=seed):
         if len(chosen) >= min(number, len(dataset) - 1):
             break
         chosen.update(groups[keys[int(place)]])
@@ -154,19 +233,3 @@ def _input(row: dict) -> str:
         if key in row:
             return str(row[key])
     return f"{row['text']}\n{row.get('text_pair', '')}"
-
-
-def is_encoder_decoder(model: str) -> bool:
-    """Whether the config of a base says that it is an encoder-decoder model."""
-    folder = EMBEDDED if model == "embedded" else Path(model)
-    if (folder / "config.json").is_file():
-        return bool(
-            json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
-                "is_encoder_decoder"
-            )
-        )
-    if folder.exists():
-        return False
-    from transformers import AutoConfig
-
-    return bool(getattr(AutoConfig.from_pretrained(model), "is_encoder_decoder", False))

@@ -1,4 +1,4 @@
-"""What a command is given: a run folder, an adapter folder or a base model. It opens any of the three."""
+"""Opens what a command is given: a run folder, an adapter folder or a base model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import nn
 
 from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter
-from lorica.base.load import EMBEDDED, base_of, load_model
+from lorica.base.load import base_of, load_model
+from lorica.cli.kinds import checked_kind, names_classes
+from lorica.config import load_yaml
 from lorica.errors import AdapterFileError, ConfigError
 from lorica.files.peft import load_adapter
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
@@ -27,29 +29,34 @@ class Subject:
         model: with the adapter attached and active, where there is one.
         adapter: its handle; None for a bare base.
         task: asks the model as it was asked in training.
+        format: of the records of its training ("chat", "prompt" ...); None where that is not known.
+        system: the system message of its training; None without one.
     """
 
     name: str
     model: nn.Module
     adapter: Adapter | None
     task: Task
+    format: str | None = None
+    system: str | None = None
 
 
 def open_subject(
     path: str,
     *,
     base: str | None = None,
-    task: str = "causal-lm",
+    task: str = "auto",
     dtype: str = "auto",
     max_new_tokens: int = 128,
-    allow_other_base: bool = False,
+    labels: tuple[str, ...] = (),
 ) -> Subject:
     """Open a run, an adapter or a base.
 
     Args:
         path: a run folder, an adapter folder, or a base: a folder or a hub id.
         base: for an adapter, another place of its base.
-        task: of a bare base. An adapter knows its own.
+        task: of a bare base; auto: as its config suggests. An adapter knows its own.
+        labels: names of the classes of a bare base that has none.
 
     Raises:
         AdapterFileError, BaseModelError: what is there cannot be opened.
@@ -58,17 +65,29 @@ def open_subject(
     if folder is None:
         if base is not None:
             raise ConfigError(f"--model goes with an adapter, but {path} is none")
-        model = load_model(path, task=task, dtype=dtype)
+        kind = checked_kind(task, path)
+        named = kind != "text-classification" or names_classes(path)
+        model = load_model(path, task=kind, dtype=dtype, labels=() if named else labels)
         return Subject(path, model, None, _task(model, {}, max_new_tokens))
     facts = adapter_facts(folder)
-    asked = facts.get("task") if isinstance(facts.get("task"), dict) else {}
-    known = facts.get("base", {})
+    asked, known = (_object(facts.get(key)) for key in ("task", "base"))
     name = base or known.get("name") or _configured_base(folder)
-    kind = asked.get("kind") or known.get("task") or task
+    kind = asked.get("kind") or known.get("task") or checked_kind(task, name)
     model = load_model(name, task=kind, dtype=dtype, labels=tuple(asked.get("labels", ())))
-    adapter = load_adapter(model, folder, allow_other_base=allow_other_base)
+    _take_template(model, folder)
+    adapter = load_adapter(model, folder)
     activate(model, adapter)
-    return Subject(path, model, adapter, _task(model, asked, max_new_tokens))
+    run = folder.parent
+    return Subject(
+        path,
+        model,
+        adapter,
+        _task(model, asked, max_new_tokens),
+        _object(_object(_json(run / "run.json").get("data")).get("train")).get("format"),
+        load_yaml(run / "config.yaml").values.get("system")
+        if (run / "config.yaml").is_file()
+        else None,
+    )
 
 
 def adapter_folder(path: Path) -> Path | None:
@@ -94,19 +113,36 @@ def adapter_folder(path: Path) -> Path | None:
 
 def adapter_facts(folder: Path) -> dict[str, Any]:
     """What Lorica noted beside an adapter; empty for an adapter of another tool."""
-    file = folder / "lorica.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return _json(folder / "lorica.json")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is no file, or something else in it."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return _object(found)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _take_template(model: nn.Module, folder: Path) -> None:
+    """The chat template beside an adapter is that of its training, and comes before the base's."""
+    file, base = folder / "chat_template.jinja", base_of(model)
+    if base is not None and file.is_file():
+        base.tokenizer.chat_template = file.read_text(encoding="utf-8")
 
 
 def _configured_base(folder: Path) -> str:
-    name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get(
-        "base_model_name_or_path"
-    )
+    name = _json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not name:
         raise AdapterFileError(
             f"{folder} does not say what its base is", mend="name the base with --model"
         )
-    return EMBEDDED.name if name == "embedded" else name
+    return str(name)
 
 
 def _task(model: nn.Module, facts: dict[str, Any], max_new_tokens: int) -> Task:

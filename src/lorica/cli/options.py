@@ -1,97 +1,125 @@
-"""Flags that are made from the settings: parsing them, and the help page of `lorica train`."""
+"""Reading the flags of `lorica train`, which are made from the settings."""
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import typer
-
-from lorica.config.settings import REQUIRED, Setting
+from lorica.config.names import ALIASES
+from lorica.config.settings import Setting
 from lorica.errors import ConfigError, nearest
 
+_TRUTHS = ("true", "false", "yes", "no", "on", "off", "null", "1", "0")
+_SETTINGS_FILES = (".yaml", ".yml")
 
-def read_flags(given: Sequence[str], known: Mapping[str, Setting]) -> dict[str, str]:
-    """`--key value`, `--key=value`, `key=value` and, for truths, `--key` and `--no-key` -> name -> text.
+
+@dataclass
+class CommandLine:
+    """What stood behind `lorica train`, but for the options of the command itself.
+
+    Attributes:
+        flags: name of the setting (or an alias) -> its text.
+        files: words that are settings files.
+    """
+
+    flags: dict[str, str] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+
+def read_flags(
+    given: Sequence[str], known: Mapping[str, Setting], own: Sequence[str] = ()
+) -> CommandLine:
+    """`--key value`, `--key=value`, `key=value`, for truths also `--key` and `--no-key`; files.
+
+    Args:
+        own: options of the command itself, for the nearest name.
 
     Raises:
-        ConfigError: something that is none of these, or a flag without its value; all at once.
+        ConfigError: something that is none of these, a flag without its value or given twice; all
+            at once.
     """
-    found: dict[str, str] = {}
+    found = CommandLine()
     problems: list[str] = []
     rest = list(given)
     while rest:
         word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        plain = name.lstrip("-").replace("-", "_")
-        if not name.startswith("--") and not equals:
-            near = nearest(word, [s.flag for s in known.values()])
-            problems.append(f"{word!r} is no flag" + (f"; did you mean {near}?" if near else ""))
-        elif equals:
-            found[plain] = value
-        elif plain.startswith("no_") and _is_truth(plain[3:], known):
-            found[plain[3:]] = "false"
-        elif rest and not (rest[0].startswith("--") and len(rest[0]) > 2):
-            found[plain] = rest.pop(0)
-        elif _is_truth(plain, known):
-            found[plain] = "true"
-        else:
-            problems.append(f"{name} needs a value")
+        if not word.startswith("-") and "=" not in word:
+            if word.endswith(_SETTINGS_FILES) or Path(word).is_file():
+                found.files.append(Path(word))
+            else:
+                problems.append(f"{word!r} is neither a flag nor a settings file")
+            continue
+        problem = _read_one(word, rest, known, own, found.flags)
+        problems += [problem] if problem else []
+    if len(found.files) > 1:
+        problems.append(f"there are several settings files: {', '.join(map(str, found.files))}")
     if problems:
         raise ConfigError(
-            "the command line cannot be read", problems=problems, mend="see lorica train --help"
+            "the command line cannot be read",
+            problems=problems,
+            mend="lorica train --help lists what there is",
         )
     return found
 
 
-def _is_truth(name: str, known: Mapping[str, Setting]) -> bool:
-    return name in known and bool in known[name].kinds
+def _read_one(
+    word: str,
+    rest: list[str],
+    known: Mapping[str, Setting],
+    own: Sequence[str],
+    flags: dict[str, str],
+) -> str | None:
+    """Put one flag into `flags`, with its value taken off `rest`; returns what is wrong with it."""
+    name, equals, value = word.partition("=")
+    plain = name.lstrip("-").replace("-", "_")
+    setting = known.get(ALIASES.get(plain, plain))
+    follows = bool(rest) and not (rest[0].startswith("--") and len(rest[0]) > 2)
+    if name.startswith("-") and not name.startswith("--"):
+        if follows and not equals:
+            rest.pop(0)
+        return _unknown(name, known, own)
+    if not equals:
+        positive = known.get(ALIASES.get(plain[3:], plain[3:]))
+        if setting is None and plain.startswith("no_") and _is_truth(positive):
+            plain, value = plain[3:], "false"
+        elif _is_truth(setting) and not (follows and _fits(rest[0], setting)):
+            value = "true"
+        elif follows:
+            value = rest.pop(0)
+        elif setting is None:
+            return _unknown(name, known, own)
+        else:
+            return f"{name} needs a value; one that begins with -- is written {name}=VALUE"
+    if setting is None and not equals and (near := nearest(name, own)):
+        return f"{name} is no flag; did you mean {near}?"
+    if plain in flags:
+        return f"{name} is given twice"
+    flags[plain] = value
+    return None
 
 
-def print_help(context: typer.Context, known: Mapping[str, Setting]) -> None:
-    """The help page of a command whose flags are settings."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    console.print("[bold]Usage:[/] lorica train \\[SETTINGS.yaml] \\[--key value ...]\n")
-    console.print(f"{(context.command.help or '').strip()}\n", markup=False)
-    titles = {"run": "What to work on", "train": "Training"}
-    own = {
-        p.opts[0]: p.help
-        for p in context.command.params
-        if p.opts[0].startswith("--") and hasattr(p, "help")
-    }
-    groups: dict[str, list[tuple[str, str]]] = {
-        "Command": [(flag, str(text)) for flag, text in own.items()]
-    }
-    for setting in known.values():
-        title = titles.get(setting.group, f"Method: {setting.group}")
-        groups.setdefault(title, []).append((setting.flag, f"{setting.help}{_default(setting)}"))
-    for title, rows in groups.items():
-        table = Table(
-            title=title,
-            title_justify="left",
-            title_style="bold",
-            show_header=False,
-            box=None,
-            padding=(0, 2),
-        )
-        table.add_column(no_wrap=True, style="cyan")
-        table.add_column()
-        for flag, text in rows:
-            table.add_row(flag, _escape(text))
-        console.print(table, "")
+def _unknown(name: str, known: Mapping[str, Setting], own: Sequence[str]) -> str:
+    near = nearest(name, [*own, *(setting.flag for setting in known.values())])
+    return f"{name} is no flag" + (f"; did you mean {near}?" if near else "")
 
 
-def _default(setting: Setting) -> str:
-    if setting.default is REQUIRED:
-        return " [needed]"
-    if setting.default in (None, "", (), {}):
-        return ""
-    return f" [{str(setting.default).lower() if isinstance(setting.default, bool) else setting.default}]"
+def _is_truth(setting: Setting | None) -> bool:
+    return setting is not None and bool in setting.kinds
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
+def _fits(word: str, setting: Setting | None) -> bool:
+    """Whether a word behind a flag that can stand alone is its value."""
+    kinds = setting.kinds if setting else ()
+    return word.lower() in (*_TRUTHS, *choices(kinds))
 
-    return escape(text)
+
+def choices(kinds: Sequence[object]) -> list[str]:
+    """The words that the alternatives of a type name one by one."""
+    return [
+        str(choice)
+        for kind in kinds
+        if typing.get_origin(kind) is typing.Literal
+        for choice in typing.get_args(kind)
+    ]

@@ -9,10 +9,14 @@ import typer
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="the folder of the run")],
+    run: Annotated[Path, typer.Argument(help="a run folder")],
     output: Annotated[
         Path | None,
-        typer.Option(help="where to write it; report.html in the run folder", show_default=False),
+        typer.Option(
+            help="where to write it; report.html in the run folder otherwise",
+            show_default=False,
+            metavar="PATH",
+        ),
     ] = None,
 ) -> None:
     from lorica.records.report import write_report

@@ -1,6 +1,8 @@
 """Train an adapter on your records, and judge it against the base.
 
-Settings come from a YAML file, from flags, or both; a flag wins: lorica train run.yaml --r 16
+Settings come from a YAML file, from flags, or both, and a flag wins: lorica train run.yaml --r 16.
+A setting may be written --key value, --key=value or key=value; what can be true or false also --key
+and --no-key. A list is written with commas.
 """
 
 from __future__ import annotations
@@ -15,47 +17,76 @@ CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_optio
 
 def command(
     context: typer.Context,
-    config: Annotated[
-        Path | None, typer.Argument(help="settings in YAML", show_default=False)
-    ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="go on with the run in this folder", show_default=False)
+        Path | None,
+        typer.Option(
+            help="go on with the interrupted run in this folder", show_default=False, metavar="PATH"
+        ),
     ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="throw away an earlier run in output_dir")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the resolved settings and end")
+        bool, typer.Option("--dry-run", help="print the resolved settings as YAML and end")
     ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="one JSON object per line on standard output")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="warnings and the result only")] = False,
-    show_help: Annotated[bool, typer.Option("--help", "-h", help="show this and end")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="say nothing but warnings and the result")
+    ] = False,
 ) -> None:
-    from lorica.cli.options import print_help, read_flags
-    from lorica.config import Layer, known_settings, load_yaml, resolve
+    from lorica.cli.options import read_flags
+    from lorica.cli.pages import page
+    from lorica.config import known_settings, load_yaml, resolve
     from lorica.config.text import flag_layer
     from lorica.methods import METHODS
 
     known = known_settings(METHODS)
-    if show_help:
-        print_help(context, known)
+    if {"-h", "--help"} & {*context.args}:
+        print(page(context, known), end="")
         return
-    given = list(context.args)
-    if config is not None and str(config).startswith("-"):  # a flag that stood first
-        given, config = [str(config), *given], None
-    flags = read_flags(given, known)
-    layers: list[Layer] = []
+    own = [p.opts[0] for p in context.command.params]
+    line = read_flags(context.args, known, [*own, "--help"])
+    layers = [load_yaml(file) for file in line.files]
     if resume is not None:
-        layers.append(load_yaml(resume / "config.yaml"))
-    if config is not None:
-        layers.append(load_yaml(config))
-    layers.append(flag_layer(flags, known))
-    settings = resolve(*layers, methods=METHODS)
+        _check_resume(resume, replace, line.flags)
+        layers.insert(0, _resumed(resume))
+    settings = resolve(*layers, flag_layer(line.flags, known), methods=METHODS)
     if dry_run:
         print(settings.to_yaml(), end="")
         return
     from lorica.cli.run import execute
+    from lorica.cli.showing import closing_lines
 
-    execute(settings, resume=resume, discard=replace, json=json, quiet=quiet)
+    outcome = execute(settings, resume=resume, discard=replace, json=json, quiet=quiet)
+    if not (json or quiet):
+        print("\n".join(closing_lines(outcome.folder, outcome.samples)))
+
+
+def _check_resume(folder: Path, replace: bool, flags: dict[str, str]) -> None:
+    """Raises ConfigError for what goes with no resumed run."""
+    from lorica.config.names import ALIASES
+    from lorica.errors import ConfigError
+
+    problems = []
+    if not (folder / "run.json").is_file() or not (folder / "config.yaml").is_file():
+        problems.append(f"{folder} holds no run: no run.json and config.yaml that lorica wrote")
+    if replace:
+        problems.append("--replace would throw away the run that --resume goes on with")
+    for name, value in flags.items():
+        if ALIASES.get(name, name) == "output_dir" and Path(value).resolve() != folder.resolve():
+            problems.append(f"--output-dir {value} is another folder than that of --resume")
+    if problems:
+        raise ConfigError("this run cannot be gone on with", problems=problems)
+
+
+def _resumed(folder: Path):
+    """The settings of a run, each with the origin that it had."""
+    from lorica.config import Layer, load_yaml
+    from lorica.records.read import read_settings
+
+    file = folder / "config.yaml"
+    layer = load_yaml(file)
+    origins = {setting.key: setting.origin for setting in read_settings(file) if setting.origin}
+    return Layer(layer.origin, layer.values, {**layer.origins, **origins})

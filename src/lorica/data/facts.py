@@ -1,12 +1,12 @@
 """The data set of `lorica demo`: facts about eating houses that never were -> one English sentence.
 
-    name: The Amber Falcon | kind: tavern | place: Willow Lane | price: six shillings
-    -> The Amber Falcon is a tavern in Willow Lane, where a dinner costs six shillings.
+    name: The Amber Falcon | kind: quiet tavern | place: Willow Lane | price: forty-two pence
+    -> The Amber Falcon is a quiet tavern in Willow Lane, where a dinner costs forty-two pence.
 
-Every word list is dealt out to the splits once and for all: of five words three go to training, one
-to validation and one to the test. No name, kind, place, keeper, dish or coin of one split occurs in
-another, so a model can only be right about a test record by reading it. What is learned is to copy
-the values into a sentence, not the values.
+Every word list is dealt out to the splits once and for all: of five words three go to training,
+one to validation and one to the test. No name, kind, place, keeper, dish or price of one split
+occurs in another, so a model can only be right about a test record by reading it. What is learned
+is to copy the values into a sentence, not the values.
 """
 
 import random
@@ -41,13 +41,13 @@ EMBLEMS = _words(
     Slipper Feather Pearl Garnet Spindle
     """
 )
-KINDS = _words(
+HOUSES = _words(
     """
-    tavern bakery alehouse roadhouse chophouse teahouse dairy brewery cookshop pie-shop oyster-house
-    coffee-room restaurant cellar supper-club buffet refectory canteen creamery public-house grill
-    smokehouse eating-house wine-shop lunch-room distillery pantry confectionery hostel cake-shop
-    milk-bar fish-house soup-kitchen hotel cider-press beer-garden dining-hall sweet-shop taproom
-    cafe
+    tavern bakery alehouse chophouse teahouse dairy brewery cookshop buffet refectory canteen
+    creamery grill smokehouse restaurant pantry hotel taproom cafe saloon cantina steakhouse bistro
+    cookhouse roadhouse lodge parlour
+    kitchen diner lounge club larder bakehouse hostelry brasserie winery distillery cellar hostel
+    tearoom
     """
 )
 STREETS = _words(
@@ -66,50 +66,67 @@ WAYS = _words(
 )
 FIRST_NAMES = _words(
     """
-    Margaret Edward Harriet Walter Beatrice Gilbert Constance Oliver Matilda Herbert Florence Arthur
-    Isabella Leonard Josephine Frederick Cecilia Augustus Dorothea Bernard Eleanor Clement Rosamund
-    Edmund Lavinia Francis Georgiana Hugh Henrietta Jasper Katharine Lawrence Marianne Nathaniel
-    Octavia Percival Philippa Quentin Rebecca Roderick Sophia Stephen Theresa Thomas Ursula
-    Valentine Victoria Vincent Winifred Wilfred Adelaide Ambrose Blanche Cuthbert Charlotte Dominic
-    Emmeline Ernest Flora Godfrey
+    Margaret Alice Edward Martin Harriet Helen Walter Peter Gilbert Clara Constance Simon Oliver
+    Agnes Matilda Robert Herbert Emma Florence Henry Arthur Julia Leonard Gregory Josephine Lucy
+    Frederick Martha Dorothea George Bernard Ellen Eleanor Philip Clement Sarah Rosamund Daniel
+    Edmund Anna Francis Samuel Hugh Laura Jasper David Katharine Ruth Lawrence Adam Marianne Nora
+    Quentin Felix Roderick Rose Sophia Mabel Stephen Rupert Theresa Grace Thomas Conrad Valentine
+    Hester Victoria Roland Vincent Edith Winifred Maurice Wilfred Susan Adelaide Basil Ambrose Kate
+    Cuthbert Miles Charlotte Ada Dominic Horace Ernest Jane Flora Victor Godfrey Mary Oscar Rachel
+    Denis Judith Harold Hannah Alan Marian Luke Celia Owen Stella Noel Paul Charles Diana Mark Lydia
+    Ralph Phoebe Giles Fanny Jerome Esther
     """
 )
 LAST_NAMES = _words(
     """
-    Holloway Pemberton Ashworth Blackwood Carmichael Davenport Ellsworth Fairfax Greenwood
-    Hargreaves Ingleby Jarvis Kingsley Langford Merriweather Netherby Oakley Pickering Quill
-    Radcliffe Shackleton Thornton Underhill Vickers Whitaker Yardley Applegate Bellamy Crawford
-    Dunstable Everett Finchley Goodfellow Hathaway Ironside Jessop Kettering Lockwood Marlowe
-    Norwood Ormond Prescott Quincy Rutherford Stanhope Tredwell Upton Vaughan Wetherby Winslow
-    Aldridge Birchall Cobbett Drummond Eastwick Forsyth Garrick Hawthorne Irving Kendall
+    Holloway Walker Blackwood Turner Ingleby Barker Jarvis Porter Kingsley Archer Langford Parker
+    Netherby Harper Oakley Chandler Pickering Sawyer Quill Slater Thornton Webster Vickers Foster
+    Whitaker Gardner Yardley Dyer Bellamy Bowman Crawford Freeman Dunstable Hobbs Everett Morris
+    Finchley Collins Hathaway Perkins Ironside Harris Jessop Watson Kettering Benton Lockwood Carter
+    Marlowe Dalton Norwood Elton Ormond Norton Quincy Preston Rutherford Weston Tredwell Burton
+    Upton Horton Vaughan Milton Wetherby Ashton Winslow Barton Birchall Stanton Eastwick Wharton
+    Forsyth Marston Garrick Kingston Irving Langton Kendall Lambert Herbert Stewart Bennet Lucas
+    Forster Denny Wickham Morley Brandon Merton Selden Warwick Mortimer Hastings Percy Talbot Surrey
+    Clarence Rivers Stanley Bradley Hartley Wesley Ripley Bentley Huxley Lindley
     """
 )
-WAYS_TO_COOK = _words(
+FLAVOURS = _words(
     """
-    smoked spiced roasted pickled buttered candied stewed grilled salted toasted sugared peppered
-    braised boiled fried baked glazed stuffed steamed minced curried jellied poached dried potted
-    crumbed chilled honeyed mashed sliced
+    smoked sweet spiced sour roasted hot pickled cold buttered sharp candied mild stewed crisp
+    grilled tender salted juicy toasted wild sugared green peppered red braised golden boiled salty
+    fried savoury baked sticky glazed fluffy stuffed crunchy steamed thick minced hearty curried
+    dainty jellied simple poached fancy dried country potted winter crumbed summer chilled garden
+    honeyed river mashed lemon sliced pepper creamed ginger devilled mustard dressed cider frosted
+    honey hashed butter iced cream larded onion mulled herb preserved wine pressed nutmeg pulled
+    cinnamon rolled saffron scalloped garlic seared parsley seasoned vinegar shredded treacle
+    simmered cheese soured brandy sweetened pink tossed purple whipped yellow warmed creamy crusted
+    spicy peeled fresh chopped plain crushed rich ground soft scorched warm battered light skewered
     """
 )
 DISHES = _words(
     """
     trout ham mutton pears turnips lobster venison apricots mushrooms chestnuts salmon bacon onions
-    cabbage almonds beef chicken parsnips raspberries potatoes eels sausages carrots figs walnuts
-    crab turkey beans peaches duck haddock veal peas plums leeks shrimps rabbit beetroot cherries
-    dumplings
+    cabbage almonds beef chicken parsnips potatoes eels sausages carrots figs walnuts crab turkey
+    beans peaches duck haddock veal peas plums leeks shrimps rabbit beetroot cherries dumplings
+    noodles lentils barley quinces oysters mussels pigeon sprouts marrows radishes currants melons
+    prunes kidneys tongue liver pudding pancakes biscuits muffins
     """
 )
-NUMBERS = _words(
+MANNERS = _words(
     """
-    two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-    """
-)
-COINS = _words(
-    """
-    shillings pence crowns florins ducats guineas farthings pounds groats sovereigns pennies thalers
-    nobles dollars doubloons
+    quiet crowded cheerful gloomy famous humble cosy shabby splendid modest lively sleepy dusty
+    bright narrow spacious friendly noisy peaceful draughty handsome crooked charming dingy
+    respectable fashionable ancient lonely busy tidy grand pleasant curious rustic elegant secret
+    smoky sunny damp warm cool tiny vast plain odd merry stately thriving forgotten beloved
+    little-known haunted whitewashed thatched timbered candlelit riverside hillside
     """
 )
+NUMBERS = tuple(
+    f"{tens}-{ones}"  # all of two words, so that no number stands inside another
+    for tens in _words("twenty thirty forty fifty sixty seventy eighty ninety")
+    for ones in _words("one two three four five six seven eight nine")
+)
+COINS = _words("shillings pence crowns guineas")
 
 TEMPLATES = {  # the fields of a record -> the sentences that say them
     ("name", "kind", "place", "price"): (
@@ -158,11 +175,11 @@ def _record(split: str, rng: random.Random) -> dict[str, str]:
 
     return {
         "name": f"The {pick(COLOURS)} {pick(EMBLEMS)}",
-        "kind": pick(KINDS),
+        "kind": f"{pick(MANNERS)} {pick(HOUSES)}",
         "place": f"{pick(STREETS)} {rng.choice(WAYS)}",
         "keeper": f"{pick(FIRST_NAMES)} {pick(LAST_NAMES)}",
-        "dish": f"{pick(WAYS_TO_COOK)} {pick(DISHES)}",
-        "price": f"{rng.choice(NUMBERS)} {pick(COINS)}",
+        "dish": f"{pick(FLAVOURS)} {pick(DISHES)}",
+        "price": f"{pick(NUMBERS)} {rng.choice(COINS)}",
     }
 
 

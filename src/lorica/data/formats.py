@@ -265,7 +265,7 @@ def converter(plan: Plan) -> Callable[[Row], Row]:
 
 def _missing(name: str, row: Row) -> RowProblem:
     close = nearest(name, row)
-    hint = f"; {close!r} is near" if close else ""
+    hint = f"; {close!r} may be meant" if close else ""
     return RowProblem(
         f"no column {name!r}",
         f"found: {_listed(row)}{hint}",

@@ -90,8 +90,5 @@ def counted(number: int, noun: str) -> str:
 
 def show(text: str, length: int = EXCERPT) -> str:
     """A short quoted excerpt, with everything that could disturb a terminal escaped."""
-    cut = text[:length]
-    escaped = "".join(
-        char if char.isprintable() else json.dumps(char)[1:-1] for char in cut.replace('"', "'")
-    )
-    return f'"{escaped}{"..." if len(text) > length else ""}"'
+    shown = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text[:length])
+    return f"`{shown}{'...' if len(text) > length else ''}`"

@@ -1,4 +1,4 @@
-"""Methods: settings, tensors, arithmetic and merged form of one way to adapt a layer. One file a family."""
+"""Methods: settings, tensors, arithmetic and merged form of one way to adapt a layer each."""
 
 from lorica.methods.lora import LoRA
 

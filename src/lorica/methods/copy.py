@@ -1,4 +1,4 @@
-"""A full trainable copy of a layer's parameters: how a new head, or `modules_to_save`, is trained."""
+"""A full trainable copy of a layer's parameters: how a new head (`modules_to_save`) is trained."""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     Y = X W^T + s ((X A^T) B^T)        s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), equation 3; the scale by
-the root of the rank is Kalajdzievski 2023, "A Rank Stabilization Scaling Factor" (arXiv 2312.03732).
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685), equation 3;
+the scale by the root of the rank is Kalajdzievski 2023, "A Rank Stabilization Scaling Factor"
+(arXiv 2312.03732).
 
 Legend: I in features, O out features, R rank, E experts, V vocabulary.
 """
@@ -43,16 +44,23 @@ class LoRA:
     lora_dropout: float = _setting(0.0, "share of a layer's input dropped before A, in training")
     target_modules: str | tuple[str, ...] = _setting(
         "auto",
-        "layers to adapt: auto, all-linear, attention, mlp, names or suffixes, or a pattern with * and {a,b}",
+        "layers to adapt: auto, all-linear, attention, mlp, names or suffixes, or a pattern with * "
+        "and {a,b}",
     )
-    exclude_modules: str | tuple[str, ...] = _setting((), "names, suffixes or patterns to leave out")
-    rank_pattern: Mapping[str, int] = _setting({}, "another rank for some layers: {suffix or pattern: r}")
+    exclude_modules: str | tuple[str, ...] = _setting(
+        (), "names, suffixes or patterns to leave out"
+    )
+    rank_pattern: Mapping[str, int] = _setting(
+        {}, "another rank for some layers: {suffix or pattern: r}"
+    )
     alpha_pattern: Mapping[str, float] = _setting({}, "another lora_alpha for some layers")
     use_rslora: bool = _setting(False, "scale by lora_alpha / sqrt(r) instead of lora_alpha / r")
     layers_to_transform: str | tuple[int, ...] | None = _setting(
         None, "only these layers, by number: 0,3,5 or a range such as 0-3"
     )
-    modules_to_save: str | tuple[str, ...] = _setting((), "modules trained whole beside the adapter, such as a new head")
+    modules_to_save: str | tuple[str, ...] = _setting(
+        (), "modules trained whole beside the adapter, such as a new head"
+    )
     init_lora_weights: bool | Literal["kaiming", "gaussian", "random"] = _setting(
         "kaiming", "start of A (B is zero); random also fills B, for debugging"
     )
@@ -100,7 +108,7 @@ class LoRA:
 
     def start(self, layer: Layer, generator: torch.Generator) -> Tensors:
         shape_A, shape_B = _shapes(layer, self.r)
-        A, B = _INITS[self.init_lora_weights](shape_A, shape_B, layer, generator)
+        A, B = _INITS[str(self.init_lora_weights)](shape_A, shape_B, layer, generator)
         return {"A": A, "B": B}
 
     def apply(self, x: Tensor, y: Tensor, tensors: Tensors, layer: Layer) -> Tensor:
@@ -133,15 +141,15 @@ class LoRA:
 
 
 def _canonical(given: LoRA) -> dict[str, Any]:
-    """One spelling for each value, so that settings from YAML, flags, Python and files are equal."""
+    """One spelling for each value: settings from YAML, flags, Python and files are then equal."""
     found: dict[str, Any] = {}
     for name in ("exclude_modules", "modules_to_save", "target_modules", "layers_to_transform"):
         value = getattr(given, name)
         if isinstance(value, list | set | range):
             found[name] = tuple(sorted(value) if isinstance(value, set) else value)
-        elif isinstance(value, str) and name in ("exclude_modules", "modules_to_save"):
-            found[name] = (value,)
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif (isinstance(value, str) and name in ("exclude_modules", "modules_to_save")) or (
+            isinstance(value, int) and not isinstance(value, bool)
+        ):
             found[name] = (value,)
     if isinstance(given.init_lora_weights, bool):  # PEFT's spelling of the two
         found["init_lora_weights"] = "kaiming" if given.init_lora_weights else "random"
@@ -189,10 +197,13 @@ def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
 
-def _kaiming(shape_A: tuple, shape_B: tuple, layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _kaiming(
+    shape_A: tuple, shape_B: tuple, layer: Layer, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """A uniform within 1 / sqrt(fan in), which is Kaiming's rule with slope sqrt(5); B zero.
 
-    An embedding has it the other way round: a row of A is one number per token of the vocabulary, and must
+    An embedding has it the other way round: a row of A is one number per token of the vocabulary,
+        and must
     be zero so that tokens never seen in training stay as they were.
     """
     if layer.kind == "embedding":
@@ -201,14 +212,18 @@ def _kaiming(shape_A: tuple, shape_B: tuple, layer: Layer, generator: torch.Gene
     return _uniform(shape_A, 1 / math.sqrt(fan_in), generator), torch.zeros(shape_B)
 
 
-def _gaussian(shape_A: tuple, shape_B: tuple, layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _gaussian(
+    shape_A: tuple, shape_B: tuple, layer: Layer, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     if layer.kind == "embedding":
         return _kaiming(shape_A, shape_B, layer, generator)
     r = shape_A[1] if layer.kind == "experts" else shape_A[0]
     return torch.randn(shape_A, generator=generator) / r, torch.zeros(shape_B)
 
 
-def _random(shape_A: tuple, shape_B: tuple, layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _random(
+    shape_A: tuple, shape_B: tuple, layer: Layer, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Both factors filled: not an identity at step 0. For tests and debugging."""
     A, B = _kaiming(shape_A, shape_B, layer, generator)
     if layer.kind == "embedding":

@@ -1,7 +1,7 @@
 """The joint between a method and the places that it adapts.
 
-A method is a frozen dataclass: its fields are what the user writes, and its functions are what computes. It
-never sees an adapter's name, a row index, a file or a quantizer.
+A method is a frozen dataclass: its fields are what the user writes, and its functions are what
+computes. It never sees an adapter's name, a row index, a file or a quantizer.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Layer:
     """What a method may know of the layer it adapts.
 
     Attributes:
-        kind: what the layer computes. "experts" is a stack of linear layers in one 3-D parameter; "other"
-            is any module that owns parameters (a norm, say) and can only be copied.
-        in_features, out_features: sizes; for an embedding the vocabulary and the width; for a convolution
-            the channels.
-        weight: makes a plain copy of the weight in float32: (out, in), embedding (vocabulary, width),
-            convolution (out, in / groups, *kernel), experts (experts, out, in).
+        kind: what the layer computes. "experts" is a stack of linear layers in one 3-D parameter;
+            "other" is any module that owns parameters (a norm, say) and can only be copied.
+        in_features, out_features: sizes; for an embedding the vocabulary and the width; for a
+            convolution the channels.
+        weight: makes a plain copy of the weight in float32: (out, in), embedding (vocabulary,
+            width), convolution (out, in / groups, *kernel), experts (experts, out, in).
         bias: whether there is one.
         num_experts: the first dimension of an experts layer, else 0.
         kernel_size: of a convolution, else empty.
@@ -62,11 +62,11 @@ class Method(Protocol):
 
     kind: ClassVar[str]
     replaces: ClassVar[bool]
-    """Whether the adapted layer stands in for the base layer (a full copy) instead of adding to it."""
+    """Whether the adapted layer stands in for the base layer (a full copy) or adds to it."""
 
     @property
     def dropout(self) -> float:
-        """Share of the layer's input that is dropped before the method sees it, in training only."""
+        """Share of the layer's input that is dropped before the method, in training only."""
         ...
 
     def at(self, path: str) -> Method:
@@ -95,6 +95,10 @@ def numeric_problems(settings: object, ranges: dict[str, tuple[float, float]]) -
     found = []
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not low <= value <= high
+        ):
             found.append(f"{name} is {value!r}; it must lie between {low:g} and {high:g}")
     return found

@@ -1,1 +1,1 @@
-"""Number-crunching functions: one signature with `Semantics:`, a torch reference, twins where they pay."""
+"""Number-crunching functions: a signature with `Semantics:`, a torch reference, twins that pay."""

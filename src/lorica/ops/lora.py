@@ -1,15 +1,18 @@
 """The LoRA product of one linear layer, for one adapter, a mixture, or many adapters side by side.
 
-Legend: T rows (tokens), I in features, O out features, R rank (of one adapter, or of several stacked).
+Legend: T rows (tokens), I in features, O out features, R rank (of one adapter, or of several
+stacked).
 
-The rows of a batch are cut into segments; a segment uses one pair A, B. One adapter is one segment over all
-rows. A mixture stacks the factors of its adapters and passes a gate of scale times weight, so that the result
-is the exact weighted sum of the adapters' products (averaging A and B separately would add cross terms).
+The rows of a batch are cut into segments; a segment uses one pair A, B. One adapter is one segment
+over all rows. A mixture stacks the factors of its adapters and passes a gate of scale times weight,
+so that the result is the exact weighted sum of the adapters' products (averaging A and B separately
+would add cross terms).
 
-The function is written by hand and not left to autograd for three reasons: the product with B is added into
-the base output in place, `S = X A^T` is computed once, and the gradient of B is taken as `(S^T g)^T`, which is
-20 to 35 % cheaper for thin factors on a CPU. `S` and `dS` are always fresh tensors: a view at an odd address
-lets the matrix library choose other kernels, and then training together no longer equals training alone.
+The function is written by hand and not left to autograd for three reasons: the product with B is
+added into the base output in place, `S = X A^T` is computed once, and the gradient of B is taken as
+`(S^T g)^T`, which is 20 to 35 % cheaper for thin factors on a CPU. `S` and `dS` are always fresh
+tensors: a view at an odd address lets the matrix library choose other kernels, and then training
+together no longer equals training alone.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class Segment:
 def lora_linear(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Add the LoRA product of every segment to the base output.
 
-    Semantics: for s in segments: y[s.start:s.end] += ((x[s.start:s.end] @ s.A_RI.T) * gate(s)) @ s.B_OR.T
+    Semantics: for s in segments: y[rows(s)] += ((x[rows(s)] @ s.A_RI.T) * gate(s)) @ s.B_OR.T
 
     Args:
         x: input of the layer, (..., I).
@@ -55,22 +58,26 @@ def lora_linear(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> Tensor:
         segments: disjoint row ranges over the flattened leading dimensions.
 
     Returns:
-        the adapted output, (..., O), in the dtype of `y`. Factors may have another dtype: they are cast to
-        that of `y`, and their gradients come back in their own.
+        the adapted output, (..., O), in the dtype of `y`. Factors may have another dtype: they are
+        cast to that of `y`, and their gradients come back in their own.
     """
     if not y.is_contiguous() or (y.is_leaf and y.requires_grad) or torch.compiler.is_compiling():
         y = y.clone(memory_format=torch.contiguous_format)
     if torch.is_grad_enabled():
         factors = [t for s in segments for t in (s.A_RI, s.B_OR)]
         gates = [s.gate for s in segments]
-        return _LoraLinear.apply(x, y, [(s.start, s.end, s.scale) for s in segments], gates, *factors)
+        return _LoraLinear.apply(
+            x, y, [(s.start, s.end, s.scale) for s in segments], gates, *factors
+        )
     x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for s in segments:
         _add_product(x_TI[s.start : s.end], y_TO[s.start : s.end], s.A_RI, s.B_OR, s.scale, s.gate)
     return y
 
 
-def _add_product(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, gate: Tensor | None) -> Tensor:
+def _add_product(
+    x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float, gate: Tensor | None
+) -> Tensor:
     """y += scale * (x A^T) B^T in place; returns S, gated where there is a gate."""
     S_TR = (x_TI.to(y_TO.dtype) @ A_RI.to(y_TO.dtype).t()).to(y_TO.dtype)  # autocast narrows it
     if gate is not None:
@@ -80,13 +87,15 @@ def _add_product(x_TI: Tensor, y_TO: Tensor, A_RI: Tensor, B_OR: Tensor, scale: 
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Saves x (by reference, shared by all layers that read it), S, A and B. Nothing of size (T, O)."""
+    """Saves x (by reference, shared by all layers that read it), S, A, B; nothing as wide as y."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, rows: list, gates: list, *factors: Tensor) -> Tensor:
-        # The sum goes into the memory of y, but under a new tensor: y may be a view (a linear layer with a
-        # bias returns one), and autograd does not take an in-place function of several inputs on a view.
-        # Whoever saved y for a backward pass of their own is told by its version.
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, rows: list, gates: list, *factors: Tensor
+    ) -> Tensor:
+        # The sum goes into the memory of y, but under a new tensor: y may be a view (a linear layer
+        # with a bias returns one), and autograd does not take an in-place function of several
+        # inputs on a view. Whoever saved y for a backward pass of their own is told by its version.
         out = y.data
         if not torch.compiler.is_compiling():
             increment_version(y)
@@ -107,7 +116,11 @@ class _LoraLinear(torch.autograd.Function):
         factors, products, gates = saved[: 2 * n], saved[2 * n : 3 * n], saved[3 * n :]
         g_TO, x_TI = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         wants_x = ctx.needs_input_grad[0]
-        dx_TI = torch.zeros_like(x_TI, dtype=g.dtype) if wants_x else None
+        dx_TI = None
+        if wants_x:  # segments are disjoint: each writes its rows, and rows of none are zero
+            covered = sum(len(x_TI[a:b]) for a, b, _ in ctx.rows) == len(x_TI)
+            make = torch.empty_like if covered else torch.zeros_like
+            dx_TI = make(x_TI, dtype=g.dtype, memory_format=torch.contiguous_format)
         gradients: list[Tensor | None] = []
         for i, (a, b, scale) in enumerate(ctx.rows):
             A_RI, B_OR, S_TR, gate = factors[2 * i], factors[2 * i + 1], products[i], gates[i]
@@ -121,13 +134,15 @@ class _LoraLinear(torch.autograd.Function):
                 dB_RO = S_TR.t() @ g_seg
                 dB = (dB_RO.mul_(scale) if gate is None else dB_RO).t().to(B_OR.dtype)
             if dx_TI is not None:
-                dx_TI[a:b].addmm_(dS_TR, A_RI.to(g.dtype))
+                torch.mm(dS_TR, A_RI.to(g.dtype), out=dx_TI[a:b])
             gradients += [dA, dB]
         dx = dx_TI.view(x.shape).to(x.dtype) if dx_TI is not None else None
         return dx, g, None, None, *gradients
 
 
-def lora_embedding(ids: Tensor, y: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float | Tensor) -> Tensor:
+def lora_embedding(
+    ids: Tensor, y: Tensor, A_RV: Tensor, B_OR: Tensor, scale: float | Tensor
+) -> Tensor:
     """Add the LoRA product of an embedding layer.
 
     Semantics: y + F.embedding(ids, A_RV.T) @ B_OR.T * scale
@@ -141,7 +156,9 @@ def lora_embedding(ids: Tensor, y: Tensor, A_RV: Tensor, B_OR: Tensor, scale: fl
     return y + (S @ B_OR.to(y.dtype).t()) * scale
 
 
-def lora_conv(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, geometry: dict[str, Any]) -> Tensor:
+def lora_conv(
+    x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, geometry: dict[str, Any]
+) -> Tensor:
     """Add the LoRA product of a convolution: a convolution to R channels, then a 1 x 1 convolution.
 
     Semantics: y + conv(conv(x, A, **geometry), B, groups=groups) * scale
@@ -155,5 +172,7 @@ def lora_conv(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, geometry
     x, padding = x.to(y.dtype), geometry["padding"]
     if geometry["padding_mode"] != "zeros":
         x, padding = F.pad(x, geometry["padding_amounts"], mode=geometry["padding_mode"]), 0
-    S = convolve(x, A.to(y.dtype), stride=geometry["stride"], padding=padding, dilation=geometry["dilation"])
+    S = convolve(
+        x, A.to(y.dtype), stride=geometry["stride"], padding=padding, dilation=geometry["dilation"]
+    )
     return y + convolve(S, B.to(y.dtype), groups=geometry["groups"]) * scale

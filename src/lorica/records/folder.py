@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -65,24 +66,31 @@ class RunFolder:
             RunLocked: another process works in it.
         """
         path = Path(path)
+        cls.check(path, replace=replace)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(path, error) from error
-        _refuse_foreign(path)
         folder = cls(path, _lock(path))
         try:
-            if _is_run(path) and not replace:
-                raise ConfigError(
-                    f"{path} already holds a run ({_describe_run(path)})",
-                    expected="an empty folder, or one that does not exist yet",
-                    mend="go on with that run by --resume, or choose another --output-dir",
-                )
+            _refuse_run(path, replace)  # again: another process may have been faster
             folder._clear()
         except BaseException:
             folder.close()
             raise
         return folder
+
+    @staticmethod
+    def check(path: str | Path, *, replace: bool = False) -> None:
+        """Whether `create` would take `path`; writes nothing.
+
+        Raises:
+            ConfigError: the folder holds something else, or a run while `replace` is False.
+        """
+        path = Path(path)
+        if path.is_dir():
+            _refuse_foreign(path)
+            _refuse_run(path, replace)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -221,6 +229,16 @@ def finite(value: object) -> object:
         return value
     item = getattr(value, "item", None)  # scalars of numpy and torch
     return finite(item()) if callable(item) else str(value)
+
+
+def _refuse_run(path: Path, replace: bool) -> None:
+    if _is_run(path) and not replace:
+        raise ConfigError(
+            f"{path} already holds a run ({_describe_run(path)})",
+            expected="an empty folder, or one that does not exist yet",
+            mend=f"go on with it: lorica train --resume {shlex.quote(str(path))}; or throw it away "
+            "with --replace; or choose another --output-dir",
+        )
 
 
 def _refuse_foreign(path: Path) -> None:

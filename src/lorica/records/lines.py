@@ -1,5 +1,7 @@
 """What a run shows where there is no terminal: plain lines for people, JSON lines for machines."""
 
+import time
+from collections.abc import Mapping, Sequence
 from typing import IO
 
 from lorica.records.folder import json_line
@@ -8,8 +10,10 @@ from lorica.records.phrases import (
     count,
     duration,
     loss_text,
+    metric_name,
     number,
     rate,
+    score_cells,
     size,
     verdict,
 )
@@ -20,10 +24,11 @@ ENDINGS = {"finished": "✓", "interrupted": "■", "failed": "✗"}
 
 
 class JsonLines:
-    """One JSON object a line, each with "type": start, step, event or finish."""
+    """One JSON object a line, each with "type": start, step, event, work or finish."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = SurvivingStream(stream)
+        self._pace = _Pace(seconds=10)
 
     def start(self, manifest: dict) -> None:
         self._write("start", {"manifest": manifest})
@@ -33,6 +38,13 @@ class JsonLines:
 
     def event(self, kind: str, text: str) -> None:
         self._write("event", {"kind": kind, "text": text})
+
+    def work(self, what: str | None, done: int = 0, total: int = 0) -> None:
+        """Outside of the steps: {"type": "work", "what", "done", "total"} where something begins,
+        and at most every ten seconds.
+        """
+        if self._pace.due(what):
+            self._write("work", {"what": what, "done": done, "total": total or None})
 
     def finish(self, summary: dict) -> None:
         self._write("finish", {"summary": summary})
@@ -49,6 +61,7 @@ class PlainLines:
         self._stream = SurvivingStream(stream)
         self._quiet = quiet
         self._progress = Progress()
+        self._pace = _Pace(seconds=30)
 
     def start(self, manifest: dict) -> None:
         self._progress.start(manifest)
@@ -61,24 +74,51 @@ class PlainLines:
             self._line(row_line(row, self._progress))
 
     def event(self, kind: str, text: str) -> None:
-        if kind == "warning" or not self._quiet:
-            self._line(f"{kind}: {text}")
+        if kind == "warning":
+            self._line(f"warning: {text}")
+        elif not self._quiet:
+            self._line(text)
+
+    def work(self, what: str | None, done: int = 0, total: int = 0) -> None:
+        """What is done outside of the steps and can be counted: a line where it begins, and every
+        half a minute.
+        """
+        if self._pace.due(what) and total and not self._quiet:
+            self._line(f"{what} ..." + (f" {count(done)} done" if done else ""))
 
     def finish(self, summary: dict) -> None:
         if not self._quiet:
             self._line(ending(summary, self._progress))
         for adapter, scores in scores_by_adapter(summary):
-            for metric, score in scores.items():
-                self._line(f"{adapter}{verdict(metric, score).sentence}")
+            sentences = [f"{adapter}{verdict(*item).sentence}" for item in scores.items()]
+            table = [] if self._quiet or len(scores) < 2 else score_table(scores)
+            for line in [*sentences[:1], *table] if table else sentences:
+                self._line(line)
 
     def _line(self, text: str) -> None:
         self._stream.write(printable(text) + "\n")
         self._stream.flush()
 
 
+class _Pace:
+    """When to tell of work again: where it begins, and after so many seconds."""
+
+    def __init__(self, *, seconds: float) -> None:
+        self._seconds, self._told = seconds, 0.0
+        self._what: str | None = None
+
+    def due(self, what: str | None) -> bool:
+        fresh, now = what != self._what, time.monotonic()
+        self._what = what
+        if what is None or not (fresh or now - self._told >= self._seconds):
+            return False
+        self._told = now
+        return True
+
+
 def title(manifest: dict) -> str:
     """What is trained, on what, and where it goes."""
-    adapters = list(manifest.get("adapters", {}))
+    adapters = [name for name in manifest.get("adapters", {}) if name != "default"]
     words = "training " + (", ".join(adapters[:3]) or "an adapter")
     words += f" and {len(adapters) - 3} more" if len(adapters) > 3 else ""
     base, run = manifest.get("base", {}).get("name"), manifest.get("run", {}).get("path")
@@ -132,6 +172,31 @@ def scores_by_adapter(summary: dict) -> list[tuple[str, dict]]:
         if isinstance(adapter, dict) and adapter.get("scores"):
             found.append((f"{name}: ", adapter["scores"]))
     return found
+
+
+def score_table(scores: Mapping[str, Mapping]) -> list[str]:
+    """All scores of base and tuned, in columns."""
+    rows = [["metric", "base", "tuned", "difference", "95 % interval", "p", "records"]]
+    for name, score in scores.items():
+        cells = score_cells(score)
+        values = [cells[key] for key in ("base", "tuned", "difference", "interval", "p")]
+        rows.append([metric_name(name), *values, count(score.get("num_records"))])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[str] = ()) -> list[str]:
+    """Rows with a head as lines: the first column to the left unless `left` names others, the rest
+    to the right.
+    """
+    left = left or rows[0][:1]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "   ".join(
+            cell.ljust(width) if title in left else cell.rjust(width)
+            for title, cell, width in zip(rows[0], row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def printable(text: str) -> str:

@@ -4,12 +4,11 @@ for machines.
 
 import atexit
 import os
-import shlex
 import sys
 import threading
 from collections import deque
 from itertools import pairwise
-from typing import IO
+from typing import IO, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,7 +16,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lorica.records.folder import ADAPTER, ADAPTERS, REPORT
 from lorica.records.lines import JsonLines, PlainLines, ending, printable, scores_by_adapter, title
 from lorica.records.phrases import (
     clock,
@@ -40,9 +38,17 @@ STYLES = {"warning": "yellow", "best": "green", "better": "green", "worse": "red
 _LABEL = "dim"
 
 
+class Display(Recorder, Protocol):
+    """A recorder that people or machines watch. Events may come before the start."""
+
+    def work(self, what: str | None, done: int = 0, total: int = 0) -> None:
+        """What is done outside of the steps, and how far it is; None: it is over."""
+        ...
+
+
 def display_for(
     stream: IO[str] | None = None, *, json: bool = False, quiet: bool = False
-) -> Recorder:
+) -> Display:
     """The display that fits `stream` (standard output by default).
 
     JSON lines where `json`; warnings only where `quiet`; a live screen on a terminal; plain lines
@@ -70,14 +76,22 @@ class LiveDisplay:
         self._manifest: dict = {}
         self._events: deque[tuple[str, str]] = deque(maxlen=EVENTS_SHOWN)
         self._warnings: list[str] = []
+        self._work: tuple[str, int, int] | None = None
         # rows come from the training, frames are drawn by rich's thread
         self._guard = threading.RLock()
         self._live = Live(get_renderable=self.frame, console=self._console, refresh_per_second=4)
+        self._early = Live(  # before the first step
+            get_renderable=self._work_bar,
+            console=self._console,
+            refresh_per_second=8,
+            transient=True,
+        )
 
     def start(self, manifest: dict) -> None:
         with self._guard:
             self._manifest = manifest
             self._progress.start(manifest)
+        self._early.stop()
         atexit.register(self._stop)
         self._live.start()
 
@@ -95,9 +109,22 @@ class LiveDisplay:
             if kind == "warning":
                 self._warnings.append(text)
 
+    def work(self, what: str | None, done: int = 0, total: int = 0) -> None:
+        """Show what is done outside of the steps, with a bar; None ends it."""
+        with self._guard:
+            self._work = None if what is None else (what, done, total)
+        if self._live.is_started:
+            return
+        if what is not None and not self._early.is_started:
+            atexit.register(self._stop)
+            self._early.start()
+        elif what is None:
+            self._early.stop()
+
     def finish(self, summary: dict) -> None:
         with self._guard:
             self._events.clear()
+            self._work = None
         self._stop()
         self._console.print(self.last_screen(summary))
 
@@ -112,10 +139,12 @@ class LiveDisplay:
             ]
             if self._events:
                 parts += ["", *(_event_line(kind, text) for kind, text in self._events)]
+            if self._work is not None:
+                parts += ["", self._work_bar()]
             return Group(*parts)
 
     def last_screen(self, summary: dict) -> RenderableType:
-        """Ending, warnings, scores, files, and what to type next."""
+        """Ending, warnings, scores."""
         status = str(summary.get("status", "finished"))
         style = {"finished": "green", "failed": "red"}.get(status, "yellow")
         parts: list[RenderableType] = [
@@ -125,15 +154,26 @@ class LiveDisplay:
         parts += [_event_line("warning", text) for text in self._warnings]
         for adapter, scores in scores_by_adapter(summary):
             parts += ["", *_score_screen(adapter, scores)]
-        commands = _next_commands(self._manifest, summary)
-        if commands:
-            parts += ["", *commands]
         return Group(*parts)
 
     def _stop(self) -> None:
         atexit.unregister(self._stop)
-        if self._live.is_started:
-            self._live.stop()
+        for live in (self._early, self._live):
+            if live.is_started:
+                live.stop()
+
+    def _work_bar(self) -> RenderableType:
+        with self._guard:
+            what, done, total = self._work or ("", 0, 0)
+        if not what:
+            return Text("")
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row(
+            Text(what, overflow="ellipsis", no_wrap=True),
+            ProgressBar(total=total or 1, completed=done, width=24, pulse=not done),
+            Text(f"{count(done)}/{count(total)}" if done else "", style=_LABEL),
+        )
+        return grid
 
     def _bar(self) -> RenderableType:
         progress = self._progress
@@ -278,24 +318,3 @@ def _score_screen(adapter: str, scores: dict) -> list[RenderableType]:
     words = f"{adapter}{judged.headline} in {metric_name(metric)}"
     sentence = Text(printable(words), style=f"bold {STYLES.get(judged.kind, 'yellow')}")
     return [sentence, table]
-
-
-def _next_commands(manifest: dict, summary: dict) -> list[RenderableType]:
-    """Where the results lie, and commands to copy."""
-    run = manifest.get("run", {}).get("path")
-    if not run:
-        return []
-    if summary.get("status", "finished") != "finished":
-        lines = [("next", "the same command with --resume goes on from the last checkpoint")]
-    else:
-        folder = ADAPTER if len(manifest.get("adapters", {})) <= 1 else ADAPTERS
-        lines = [
-            ("files", f"{run}/{folder}   {run}/{REPORT}"),
-            ("next", shlex.join(["lorica", "chat", str(run)])),
-            ("", shlex.join(["lorica", "eval", str(run), "--data"]) + " FILE"),
-            ("", shlex.join(["lorica", "report", str(run)])),
-        ]
-    return [
-        Text.assemble((label.ljust(8), _LABEL), printable(words), overflow="fold")
-        for label, words in lines
-    ]

@@ -30,7 +30,8 @@ class Verdict:
     """What a comparison of base and tuned says about one score.
 
     Attributes:
-        kind: "better" or "worse" where the interval of the difference excludes 0; else "unclear".
+        kind: "better" or "worse" where the interval of the difference excludes 0 and the p-value
+            does not speak against it; else "unclear".
         headline: the verdict alone. detail: metric, both values, difference, interval, p and n.
     """
 
@@ -45,13 +46,14 @@ class Verdict:
 
 def verdict(metric: str, score: Mapping) -> Verdict:
     """Read one entry of run.json's scores: base, tuned, difference, low, high, p, num_records,
-    higher_is_better.
+    higher_is_better, and the verdict of `evaluate.compare` where it has one.
     """
     low, high = number(score.get("low")), number(score.get("high"))
     sign = 1 if score.get("higher_is_better", True) else -1
     kind: Literal["better", "worse", "unclear"] = "unclear"
-    if low is not None and high is not None and (low > 0 or high < 0):
-        kind = "better" if (low > 0) == (sign > 0) else "worse"
+    apart = low is not None and high is not None and (low > 0 or high < 0)
+    if apart and score.get("verdict") != "no evidence":  # its p-value may say that it is chance
+        kind = "better" if ((low or 0) > 0) == (sign > 0) else "worse"
     headline = {
         "better": "better than the base",
         "worse": "worse than the base",

@@ -1,7 +1,8 @@
 """Language models that continue a text: prompts with completions, chats, running text.
 
-Training packs documents into one flat row where the model allows it, which a comparison of packed with separate
-finds out once per model; otherwise the batch is padded. Only rows that carry a label go through the output head.
+Training packs documents into one flat row where the model allows it, which a comparison of packed
+with separate finds out once per model; otherwise the batch is padded. Only rows that carry a label
+go through the output head.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class CausalLM:
     def tokenizer(self) -> Any:
         return self.encoder.tokenizer
 
-    # --- records to numbers ---------------------------------------------------------------------------------
+    # --- records to numbers -----------------------------------------------------------------------
 
     def encode(self, records: Sequence[dict]) -> Encoded:
         return self.encoder.encode(records)
@@ -115,7 +116,7 @@ class CausalLM:
         inputs = {k: t.to(device) for k, t in inputs.items()}
         return Batch(inputs, (targets[keep].to(device),), (keep.to(device),))
 
-    # --- loss -----------------------------------------------------------------------------------------------
+    # --- loss -------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         return [
@@ -160,7 +161,7 @@ class CausalLM:
             self._heads[model] = plain_head(model)
         return self._heads[model]
 
-    # --- predictions ----------------------------------------------------------------------------------------
+    # --- predictions ------------------------------------------------------------------------------
 
     def predict(
         self,
@@ -207,7 +208,9 @@ class CausalLM:
         return [part.sum().item() for part in each.split([e.num_trained for e in examples])]
 
     def _prompt(self, record: dict, model: nn.Module) -> list[int]:
-        """The ids to continue: never none, and leaving room for the answer among the model's positions."""
+        """The ids to continue: never none, and leaving room for the answer among the model's
+        positions.
+        """
         limit = num_positions(model)
         most = None if limit is None else max(1, limit - self._room(limit))
         start = self.tokenizer.bos_token_id
@@ -251,7 +254,9 @@ class CausalLM:
 
 
 def references(record: dict) -> tuple[str, ...]:
-    """The acceptable outputs of a record: its references, else its completion, target or last answer."""
+    """The acceptable outputs of a record: its references, else its completion, target or last
+    answer.
+    """
     if record.get("references"):
         return tuple(str(r).strip() for r in record["references"])
     for key in ("completion", "target"):
@@ -265,7 +270,9 @@ def references(record: dict) -> tuple[str, ...]:
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's end of text and those of the generation settings."""
+    """Every token that ends an answer: the tokenizer's end of text and those of the generation
+    settings.
+    """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     more = configured if isinstance(configured, list) else [configured]
     return list(dict.fromkeys(t for t in (tokenizer.eos_token_id, *more) if t is not None))

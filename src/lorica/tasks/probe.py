@@ -1,6 +1,8 @@
-"""What a causal model allows, found out by running it once: packed documents, and a head of its own.
+"""What a causal model allows, found out by running it once: packed documents, and a head of its
+own.
 
-A table of architectures would be wrong with the next release of transformers; a comparison of logits is not.
+A table of architectures would be wrong with the next release of transformers; a comparison of
+logits is not.
 """
 
 from __future__ import annotations
@@ -34,9 +36,14 @@ def attention(model: Any, name: str) -> Iterator[None]:
 
 
 def packing_fault(model: Any) -> str | None:
-    """Why documents cannot share a row of `model`; None where packed equals separate on three short documents."""
+    """Why documents cannot share a row of `model`; None where packed equals separate on three short
+    documents.
+    """
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
         return "it is no model of transformers"
+    settable = getattr(model, "_can_set_attn_implementation", None)
+    if settable is not None and not settable():  # asking it anyway would be logged
+        return "it does not take another attention function"
     own = model.config._attn_implementation
     generator = torch.Generator().manual_seed(0)
     vocabulary, device = model.config.get_text_config().vocab_size, device_of(model)
@@ -79,7 +86,9 @@ def packing_fault(model: Any) -> str | None:
 
 
 def plain_head(model: Any) -> nn.Module | None:
-    """The output head, where logits are exactly head(hidden states); None where the model does more."""
+    """The output head, where logits are exactly head(hidden states); None where the model does
+    more.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     backbone = getattr(model, "base_model", None)
     if head is None or backbone is None or backbone is model:

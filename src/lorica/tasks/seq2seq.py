@@ -44,7 +44,7 @@ class Seq2Seq:
 
     kind: ClassVar[str] = "seq2seq"
 
-    # --- records to numbers ---------------------------------------------------------------------------------
+    # --- records to numbers -----------------------------------------------------------------------
 
     def encode(self, records: Sequence[dict]) -> Encoded:
         pairs, problems = [], []
@@ -108,7 +108,7 @@ class Seq2Seq:
         }
         return Batch(inputs, (labels,))
 
-    # --- loss and predictions -------------------------------------------------------------------------------
+    # --- loss and predictions ---------------------------------------------------------------------
 
     def running(self, model: nn.Module) -> AbstractContextManager:
         return nullcontext()

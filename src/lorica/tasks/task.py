@@ -41,7 +41,8 @@ class Batch:
         inputs: keyword arguments of the model.
         labels: one tensor per block: the label of every kept row, or of every record.
         keep: one tensor per block: rows of the flattened hidden states that carry a label.
-        rows: (start, end) of each block in the flat row; None where the batch is padded and has one block.
+        rows: (start, end) of each block in the flat row; None where the batch is padded and has one
+            block.
     """
 
     inputs: dict[str, Any]
@@ -63,11 +64,13 @@ class Task(Protocol):
         ...
 
     def encode(self, records: Sequence[dict]) -> Encoded:
-        """Records as token ids and labels. Raises one DataError that names all records of no use."""
+        """Records as token ids and labels. Raises one DataError for all useless records."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What must be the same when the adapter is used as when it was trained; goes with its files."""
+        """What must be the same when the adapter is used as when it was trained; goes with its
+        files.
+        """
         ...
 
     def shares(self, model: nn.Module) -> bool:
@@ -75,19 +78,25 @@ class Task(Protocol):
         ...
 
     def pads(self, model: nn.Module) -> bool:
-        """Whether short examples of a batch are filled up to its longest: then similar lengths belong together."""
+        """Whether short examples of a batch are filled up to its longest: then similar lengths
+        belong together.
+        """
         ...
 
     def collate(self, blocks: Sequence[Sequence[Example]], model: nn.Module) -> Batch:
-        """The examples of each block as one batch; more than one block only where `shares` says so."""
+        """The examples of each block as one batch; several blocks only where `shares` says so."""
         ...
 
     def running(self, model: nn.Module) -> AbstractContextManager:
-        """What must hold from the forward pass to the end of the backward pass, which may recompute."""
+        """What must hold from the forward pass to the end of the backward pass, which may
+        recompute.
+        """
         ...
 
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:
-        """For each block the summed negative log-likelihood (nats) of its labels, in float32 or wider, with gradients."""
+        """For each block the summed negative log-likelihood (nats) of its labels, in float32 or
+        wider, with gradients.
+        """
         ...
 
     def predict(
@@ -99,7 +108,9 @@ class Task(Protocol):
         generate: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> list[Prediction]:
-        """What the model, as it is activated now, says about each record. `progress` is told how many are done."""
+        """What the model, as it is activated now, says about each record. `progress` is told how
+        many are done.
+        """
         ...
 
 
@@ -126,12 +137,16 @@ def pad(sequences: Sequence[Sequence[int]], value: int, *, left: bool = False) -
 
 
 def mask_of(sequences: Sequence[Sequence[int]], *, left: bool = False) -> Tensor:
-    """1 where `pad` put a token of the sequence and 0 where it filled up. By position, never by token id."""
+    """1 where `pad` put a token of the sequence and 0 where it filled up. By position, never by
+    token id.
+    """
     return pad([[1] * len(s) for s in sequences], 0, left=left)
 
 
 def filler(model: nn.Module, tokenizer: Any) -> int:
-    """The token id that fills rows up. The model's own comes first: some read positions or the last token off it."""
+    """The token id that fills rows up. The model's own comes first: some read positions or the last
+    token off it.
+    """
     config: Any = getattr(model, "config", None)
     own = config.get_text_config().pad_token_id if config is not None else None
     known = (own, tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -141,7 +156,8 @@ def filler(model: nn.Module, tokenizer: Any) -> int:
 def num_positions(model: nn.Module) -> int | None:
     """The longest input that a model has positions for; None where it has no such limit.
 
-    RoBERTa and its like count positions from behind the filling token, whose embedding is one of the table.
+    RoBERTa and its like count positions from behind the filling token, whose embedding is one of
+    the table.
     """
     config: Any = getattr(model, "config", None)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
@@ -169,6 +185,6 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first, so that a too large batch fails at once."""
+    """Indices in batches of similar length, longest first: a too large batch fails at once."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -32,8 +32,8 @@ class LabelledText(Example):
     """An encoded text; its one label is the index of the class.
 
     Attributes:
-        segments: 0 for tokens of the first text and 1 for those of the second; empty where the tokenizer
-            does not tell the two apart, or where there is one text only.
+        segments: 0 for tokens of the first text and 1 for those of the second; empty where the
+            tokenizer does not tell the two apart, or where there is one text only.
     """
 
     segments: tuple[int, ...] = ()
@@ -57,7 +57,7 @@ class TextClassification:
 
     kind: ClassVar[str] = "text-classification"
 
-    # --- records to numbers ---------------------------------------------------------------------------------
+    # --- records to numbers -----------------------------------------------------------------------
 
     def encode(self, records: Sequence[dict]) -> Encoded:
         labels: list[int] = []
@@ -113,13 +113,16 @@ class TextClassification:
             return []
         second = [[record["text_pair"] for record in records]] if paired else []
         how = {"truncation": True, "max_length": self.max_length} if cut else {"truncation": False}
-        made = self.tokenizer([record["text"] for record in records], *second, verbose=False, **how)
+        how |= {"return_token_type_ids": paired, "verbose": False}
+        made = self.tokenizer([record["text"] for record in records], *second, **how)
         rows = made["input_ids"]
         segments = made.get("token_type_ids") if paired else None
         return [(list(ids), tuple(segments[i]) if segments else ()) for i, ids in enumerate(rows)]
 
     def index(self, label: str | int | float | bool) -> int:
-        """The index of a label given by name, or by number where the classes are numbered. Raises DataError."""
+        """The index of a label given by name, or by number where the classes are numbered. Raises
+        DataError.
+        """
         name = _name(label)
         if name in self.labels:
             return self.labels.index(name)
@@ -153,7 +156,7 @@ class TextClassification:
         device = device_of(model)
         return Batch({k: t.to(device) for k, t in inputs.items()}, (labels.to(device),))
 
-    # --- loss and predictions -------------------------------------------------------------------------------
+    # --- loss and predictions ---------------------------------------------------------------------
 
     def running(self, model: nn.Module) -> AbstractContextManager:
         return nullcontext()
@@ -189,7 +192,9 @@ class TextClassification:
 
 
 def label_names(records: Sequence[dict]) -> tuple[str, ...]:
-    """The classes that occur: numbers in their order, else names in alphabetical order. Raises DataError."""
+    """The classes that occur: numbers in their order, else names in alphabetical order. Raises
+    DataError.
+    """
     labels = [record["label"] for record in records]
     if any(isinstance(label, float) and not label.is_integer() for label in labels):
         raise DataError("the labels are fractions: this is a regression, not a classification")
@@ -228,7 +233,9 @@ def _takes_segments(model: nn.Module) -> bool:
 
 @contextmanager
 def _filled_with(model: Any, fill: int) -> Iterator[None]:
-    """Tell a decoder without a filling token which one is used here: it reads the class off the last other token."""
+    """Tell a decoder without a filling token which one is used here: it reads the class off the
+    last other token.
+    """
     config = model.config.get_text_config()
     before = config.pad_token_id
     if before is None:

@@ -111,7 +111,7 @@ class Course:
         return self.stopped is not None or self.step >= self.trainee.total
 
     def micro_batches(self) -> list[list[Example]]:
-        """Those of the step to come: a function of seed and step, so that nothing need be stored."""
+        """Those of the step to come: a function of seed and step, so nothing need be stored."""
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if self._batches[0] != epoch:
             how = {"batch_size": self.settings.batch_size, "group": self.group}

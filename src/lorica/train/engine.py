@@ -1,14 +1,15 @@
 """One optimizer step for N adapters on one base. One adapter is N = 1, through the same code.
 
-A step takes the micro-batches of every adapter. Where the task lets adapters share a forward pass, the k-th
-micro-batches of all of them lie side by side in one flat row, each adapter's rows in a block of their own;
-otherwise they go one after the other. Either way
+A step takes the micro-batches of every adapter. Where the task lets adapters share a forward pass,
+the k-th micro-batches of all of them lie side by side in one flat row, each adapter's rows in a
+block of their own; otherwise they go one after the other. Either way
 
     loss of adapter a = sum over its labels in the whole step of -log p / number of these labels
 
-so accumulating over micro-batches of unequal length gives exactly the gradient of one large batch. The losses
-of all adapters are added and differentiated once: the base is frozen and no tensor belongs to two adapters, so
-each gets the gradient of its own loss. Clipping, schedule, optimizer and random numbers are each adapter's own.
+so accumulating over micro-batches of unequal length gives exactly the gradient of one large batch.
+The losses of all adapters are added and differentiated once: the base is frozen and no tensor
+belongs to two adapters, so each gets the gradient of its own loss. Clipping, schedule, optimizer
+and random numbers are each adapter's own.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class Engine:
             work: for each trainee its micro-batches, each a list of examples.
 
         Raises:
-            NonFiniteError: a loss or a gradient is NaN or infinite. No tensor of any adapter was changed.
+            NonFiniteError: a loss or a gradient is NaN or infinite. No tensor of any adapter was
+                changed.
             TrainingError: an adapter sits on layers that the model passed by.
         """
         self.model.train()
@@ -144,8 +146,9 @@ class Engine:
     def _can_share(self, trainees: Sequence[Trainee]) -> bool:
         """Whether all adapters can go through one pass and still train to the same bits as alone.
 
-        Not where a base layer or an adapter draws random numbers for the whole row, where the output head
-        is adapted (it sees labelled rows only), or where a method is not LoRA on linear layers.
+        Not where a base layer or an adapter draws random numbers for the whole row, where the
+        output head is adapted (it sees labelled rows only), or where a method is not LoRA on linear
+        layers.
         """
         if not self._shares:
             return False
@@ -157,7 +160,7 @@ class Engine:
             if is_site(m)
             for p in plates_of(m)
         )
-        head = self.model.get_output_embeddings()
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
         return plain and linear and not is_site(head) and not _draws(self.model)
 
     def _micro_step(
@@ -196,7 +199,8 @@ class Engine:
         self._checked |= names
         if passed := unvisited(self.model):
             raise TrainingError(
-                f"{len(passed)} adapted layers were never called, so the adapter would have no effect there",
+                f"{len(passed)} adapted layers were never called: the adapter would have no effect "
+                "there",
                 problems=passed[:10],
                 mend="leave them out with exclude_modules",
             )

@@ -25,7 +25,7 @@ COSMETIC = frozenset({"logging_steps", "save_steps", "save_total_limit"})
 def identity(
     model: nn.Module, task: Task, courses: Sequence[Course], settings: TrainSettings
 ) -> dict[str, str]:
-    """What must be the same for a run to go on: base, task, settings, adapters and data, by name."""
+    """What must be the same for a run to go on: base, task, settings, adapters, data, by name."""
     base = base_of(model)
     found = {
         "base": base.digest if base else digest_of_tensors(model),
@@ -55,17 +55,14 @@ def circumstances(model: nn.Module) -> dict[str, str]:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """Number and SHA-256 of encoded records: of all that a task makes numbers of, in their order."""
-    return f"{len(examples):,} examples, {digest(examples)}"
-
-
-def digest(examples: Sequence[Example]) -> str:
-    """SHA-256 over the numbers of encoded records."""
-    found = hashlib.sha256()
+    """Number and SHA-256 of encoded records: of all that a task makes numbers of, in order."""
+    digest = hashlib.sha256()
     for example in examples:
-        for numbers in (example.input_ids, example.labels, getattr(example, "segments", ())):
-            found.update(array("q", [len(numbers), *numbers]).tobytes())
-    return found.hexdigest()
+        parts = example.input_ids, example.labels, getattr(example, "segments", ())
+        digest.update(array("q", map(len, parts)))
+        for numbers in parts:
+            digest.update(array("q", numbers))
+    return f"{len(examples):,} examples, {digest.hexdigest()}"
 
 
 def _text(value: object) -> str:

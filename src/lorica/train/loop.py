@@ -1,7 +1,8 @@
-"""The run around the step: epochs, evaluation, the best adapter, checkpoints, stopping, going on."""
+"""The run around the step: evaluation, the best adapter, checkpoints, stopping, going on."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ from lorica.tasks.task import Task, answering, device_of
 from lorica.train import checkpoint
 from lorica.train.course import Course, Window
 from lorica.train.engine import Engine
-from lorica.train.identity import circumstances, digest, identity
+from lorica.train.identity import circumstances, identity
 from lorica.train.measure import mean_loss, memory_bytes, versions
 from lorica.train.plan import Records, courses_of, default_task, total_steps
 from lorica.train.signals import Stop, StopAsked, stopping
@@ -133,6 +134,7 @@ class _Run:
         unjudged: the newest turn was not evaluated and logged yet: it was stopped in between.
         saved: the turn of the newest checkpoint.
         seconds: spent in optimizer steps, over all tries.
+        last_save: when the newest checkpoint was done, and how many seconds it took.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class _Run:
         self.folder, self.evaluator = folder, evaluator
         self.identity = identity(self.model, self.task, courses, settings)
         self.turn, self.unjudged, self.saved, self.seconds = 0, False, 0, 0.0
+        self.last_save = -math.inf, 0.0
         self.eval_batch = settings.eval_batch_size or settings.batch_size
         self.save_every = settings.save_steps or min(map(self._eval_every, courses))
 
@@ -215,7 +218,7 @@ class _Run:
         self.turn += 1
         self.unjudged = True
         self._judge(stop)
-        if self._done or self.turn % self.save_every == 0:
+        if self._done or (self.turn % self.save_every == 0 and self._may_save()):
             self._save()
 
     def _judge(self, stop: Stop) -> None:
@@ -228,10 +231,10 @@ class _Run:
         self.unjudged = False
         for course in fresh:
             scores = found.get(course.name, {})
-            if scores:
-                self._take(course, scores["eval_loss"])
             if scores or course.due(self.settings.logging_steps):
                 self._log(course, scores)
+            if scores:
+                self._take(course, scores["eval_loss"])
 
     def _eval_every(self, course: Course) -> int:
         """Steps between evaluations: as set, or an epoch."""
@@ -248,11 +251,12 @@ class _Run:
         return {"eval_loss": loss, **{f"eval_{name}": value for name, value in more.items()}}
 
     def _take(self, course: Course, eval_loss: float) -> None:
+        who = f"{course.name}: " if len(self.courses) > 1 else ""
         if course.judge(eval_loss):
             text = f"best so far, step {course.step}, eval loss {eval_loss:.4f}"
-            self.recorder.event("best", f"{course.name}: {text}")
+            self.recorder.event("best", f"{who}{text}")
         elif course.stopped:
-            self.recorder.event("info", f"{course.name}: {course.stopped}")
+            self.recorder.event("info", f"{who}{course.stopped}")
 
     def _log(self, course: Course, scores: dict[str, float]) -> None:
         window, course.window = course.window, Window()
@@ -274,9 +278,15 @@ class _Run:
 
     # checkpoints
 
+    def _may_save(self) -> bool:
+        """Whether it is worth it: without `save_steps` at most a twentieth of the time."""
+        ended, cost = self.last_save
+        return self.settings.save_steps is not None or time.monotonic() - ended >= 20 * cost
+
     def _save(self) -> None:
         if self.saved == self.turn:
             return
+        began = time.monotonic()
         state = checkpoint.State(
             self.turn,
             self.identity,
@@ -287,7 +297,8 @@ class _Run:
         for course in self.courses:
             course.save_into(state)
         checkpoint.save(self.folder.checkpoints, state, keep=self.settings.save_total_limit)
-        self.saved = self.turn
+        ended = time.monotonic()
+        self.saved, self.last_save = self.turn, (ended, ended - began)
         self.recorder.event("checkpoint", f"checkpoint of step {self.turn} written")
 
     def _resume(self) -> list[str]:
@@ -344,7 +355,7 @@ class _Run:
         return {
             "task": self.task.facts(),
             "versions": versions(),
-            "data_digest": digest(course.examples),
+            "data_digest": self.identity[f"data of {course.name}"].rpartition(" ")[2],
             "steps": course.step,
             "settings": self.settings.model_dump(mode="json"),
         }

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter, find
 from lorica.base.load import base_of
 from lorica.config import TrainSettings
@@ -73,7 +74,8 @@ def courses_of(
     problems += _settings_problems(model, task, settings, any(map(len, held_out.values())))
     if problems:
         raise ConfigError("this run cannot be planned", problems=problems)
-    group = GROUP if task.pads(model) else 1
+    with activate(model, None):  # the task may have to run the base to find out
+        group = GROUP if task.pads(model) else 1
     encoder = _Encoder(task)
     courses = []
     for name, records in by_name.items():

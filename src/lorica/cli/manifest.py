@@ -1,0 +1,69 @@
+"""What the command knows for run.json and the loop does not: where the records come from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorica.cli.prepare import Prepared
+from lorica.data.encode import IGNORED
+from lorica.tasks.task import Task
+
+
+def manifest(prepared: Prepared, path: Path) -> dict[str, Any]:
+    """The entries "data" and "run" of run.json, and the classes of a classification."""
+    material, examples = prepared.material, prepared.examples
+    lengths = sorted(len(e) for e in examples)
+    trained = {
+        "path": prepared.settings.run.data,
+        "num_records": len(material.train),
+        "digest": material.train.digest,
+        "format": material.train.format,
+        "statement": material.train.statement,
+        "num_tokens": sum(lengths),
+        "num_trained_tokens": examples.num_trained_tokens,
+        "length_percentiles": {
+            "p50": lengths[len(lengths) // 2],
+            "p95": lengths[int(len(lengths) * 0.95)],
+            "max": lengths[-1],
+        },
+        "num_truncated": examples.num_truncated,
+        "example": marked(prepared.task, examples[0]),
+    }
+    others = {
+        name: {
+            "num_records": len(rows),
+            "digest": rows.digest,
+            "format": rows.format,
+            "statement": rows.statement,
+        }
+        for name, rows in (("eval", material.valid), ("test", material.scored))
+        if rows is not None
+    }
+    labels = prepared.base.labels
+    return {
+        "data": {"train": trained, **others},
+        "run": {
+            "path": str(path),
+            "command": "train",
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        },
+        **({"labels": list(labels), "num_labels": len(labels)} if labels else {}),
+    }
+
+
+def marked(task: Task, example: Any) -> list[list]:
+    """A record as the model sees it: stretches of text, each trained or not."""
+    decode = task.tokenizer.decode
+    if len(example.labels) != len(example.input_ids):  # a class or a target text
+        return [[decode(example.input_ids), False]]
+    stretches: list[tuple[list[int], bool]] = []
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        if not stretches or stretches[-1][1] is not (label != IGNORED):
+            stretches.append(([], label != IGNORED))
+        stretches[-1][0].append(token)
+    return [[decode(ids), trained] for ids, trained in stretches]

@@ -1,0 +1,221 @@
+"""Everything before the first write, which may all fail: data, base, adapter, encoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorica.attach.attach import Adapter, attach
+from lorica.base.load import Base, base_of, load_model
+from lorica.cli.material import Material, gather
+from lorica.cli.voice import Voice
+from lorica.config import Resolved
+from lorica.data.encode import Encoded, Example, separator_of
+from lorica.data.template import ChatTemplate
+from lorica.errors import ConfigError
+from lorica.evaluate.metrics import find_metrics
+from lorica.records.phrases import count, parameters
+from lorica.tasks import CausalLM, Seq2Seq, TextClassification
+from lorica.tasks.task import Task, num_positions
+
+ADAPTER = "default"
+
+
+@dataclass
+class Prepared:
+    """A run that can begin.
+
+    Attributes:
+        settings: with what data and base have decided.
+        examples, held_out: the records of `material`, encoded.
+        metrics: names of the scores.
+    """
+
+    settings: Resolved
+    material: Material
+    model: nn.Module
+    adapter: Adapter
+    task: Task
+    examples: Encoded
+    held_out: list[Example]
+    metrics: list[str]
+
+    @property
+    def base(self) -> Base:
+        """What is known of the base."""
+        return known(self.model)
+
+
+def prepare(settings: Resolved, voice: Voice) -> Prepared:
+    """Read, load, attach and encode; writes nothing.
+
+    Raises:
+        LoricaError: settings, data or base with which no run can begin.
+    """
+    if settings.run.metrics:
+        find_metrics(settings.run.metrics)  # a wrong name is told before the base is loaded
+    for note in settings.notes:
+        voice.say(note)
+    with voice.work("reading the data"):
+        material = gather(settings.run, seed=settings.train.seed)
+    for line in material.statements:
+        voice.say(line)
+    kind = material.task(settings.run.task, settings.run.model)
+    check_effects(settings, material, kind)
+    with voice.work(f"loading {settings.run.model}"):
+        model, settings = _load(settings, material, kind)
+    base = known(model)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    number = sum(p.numel() for p in model.parameters())
+    voice.say(
+        f"base: {type(model).__name__}, {parameters(number)} parameters in {dtype}, for {kind}"
+    )
+    for note in base.notes:
+        voice.say(f"base: {note}")
+    adapter = attach(model, settings.method, name=ADAPTER, seed=settings.train.seed)
+    voice.say(f"targets: {adapter.reason}")
+    voice.say(f"adapter: {_size(adapter, number)}")
+    with voice.work("encoding the records"):
+        task, examples, held_out, settings = _encode(settings, material, model)
+    voice.say(f"encoded: {encoded_statement(task, examples)}")
+    metrics = list(settings.run.metrics or material.metrics(kind))
+    return Prepared(settings, material, model, adapter, task, examples, held_out, metrics)
+
+
+def known(model: nn.Module) -> Base:
+    """What is known of a model that Lorica loaded."""
+    base = base_of(model)
+    assert base is not None
+    return base
+
+
+def _load(settings: Resolved, material: Material, kind: str) -> tuple[nn.Module, Resolved]:
+    run = settings.run
+    model = load_model(
+        run.model,
+        task=kind,
+        dtype=settings.train.dtype,
+        labels=material.labels if kind == "text-classification" else (),
+        revision=run.revision or "main",
+        trust_remote_code=run.trust_remote_code,
+    )
+    given = tuple(settings.method.modules_to_save or ())
+    new = tuple(name for name in known(model).new_modules if name not in given)
+    if new:
+        why = (
+            "the base has no weights for them" if len(new) > 1 else "the base has no weights for it"
+        )
+        settings = settings.decided("modules_to_save", (*given, *new), why)
+    return model, settings
+
+
+def _size(adapter: Adapter, of: int) -> str:
+    method: Any = adapter.method
+    share = adapter.num_parameters / of
+    text = f"{count(adapter.num_parameters)} parameters train in {len(adapter.slots)} places"
+    rank = f"; r={method.r}, lora_alpha={method.lora_alpha:g}" if hasattr(method, "r") else ""
+    return f"{method.kind}, {text} ({share:.2%} of the base){rank}"
+
+
+def check_effects(settings: Resolved, material: Material, kind: str) -> None:
+    """Raises ConfigError for what was set and would be ignored with this task and these records."""
+    format, causal = material.train.format, kind == "causal-lm"
+    reaches = {
+        "chat_template": format == "chat",
+        "system": format == "chat",
+        "separator": causal and format == "prompt",
+        "train_on": causal and format in ("prompt", "chat"),
+        "add_bos": causal,
+        "packing": causal,
+        "max_new_tokens": material.generates,
+    }
+    neutral = {"packing": (False, "auto")}
+    problems = []
+    for key, effective in reaches.items():
+        origin = settings.origins[key]
+        if effective or origin == "default" or origin.startswith(("rule", "demo")):
+            continue
+        value = settings.values[key]
+        if value is not None and value not in neutral.get(key, ()):
+            problems.append(f"{origin}: {key} has no effect on {format} records with {kind}")
+    if problems:
+        raise ConfigError(
+            "settings would be ignored", problems=problems, mend="take them out, or other data"
+        )
+
+
+def _encode(
+    settings: Resolved, material: Material, model: nn.Module
+) -> tuple[Task, Encoded, list[Example], Resolved]:
+    """The task, the records as it encodes them, and the settings with what the data decides."""
+    base = known(model)
+    asks = base.task == "causal-lm" and material.train.format == "prompt"
+    if asks and settings.run.separator is None:
+        separator = separator_of(material.train.rows)
+        part = "no white space parts prompt and completion"
+        reason = part if separator else "the data parts them itself"
+        settings = settings.decided("separator", separator, reason)
+    task = make_task(settings, base)
+    parts = [task.encode(part) for part in (material.train, material.valid or ())]
+    tested = task.encode(material.scored or ())
+    limit = num_positions(model)
+    longest = max(max(len(e.input_ids), len(e.labels)) for p in [*parts, tested] for e in p)
+    if settings.train.max_length is None and limit is not None and longest > limit:
+        why = f"the positions of the base; the longest record has {longest:,} tokens"
+        settings = settings.decided("max_length", limit, why)
+        task = make_task(settings, base)
+        parts = [task.encode(part) for part in (material.train, material.valid or ())]
+    return task, parts[0], parts[1].examples, settings
+
+
+def encoded_statement(task: Task, examples: Encoded) -> str:
+    """Tokens, what of them is trained, and what was cut, in one line."""
+    if task.kind == "causal-lm":
+        return examples.statement()
+    tokens = sum(len(example) for example in examples)
+    text = f"{count(len(examples))} examples, {count(tokens)} tokens"
+    if task.kind == "seq2seq":
+        text += f" of source and {count(examples.num_trained_tokens)} of target"
+    return "; ".join([text, *examples.notes])
+
+
+def make_task(settings: Resolved, base: Base) -> Task:
+    """The task of a base with the settings of a run."""
+    run, max_length = settings.run, settings.train.max_length
+    if base.task == "text-classification":
+        return TextClassification(base.tokenizer, base.labels, max_length)
+    if base.task == "seq2seq":
+        return Seq2Seq(base.tokenizer, max_length, run.max_new_tokens)
+    return CausalLM.of(
+        base.tokenizer,
+        max_length=max_length,
+        train_on=run.train_on,
+        add_bos=run.add_bos,
+        separator=run.separator or "",
+        template=_template(run.chat_template, base.tokenizer),
+        packing=settings.train.packing,
+        max_new_tokens=run.max_new_tokens,
+    )
+
+
+def _template(file: str | None, tokenizer: Any) -> ChatTemplate | None:
+    if file is None:
+        return None
+    try:
+        source = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ConfigError(f"chat_template: {file} cannot be read: {why}") from error
+    return replace(ChatTemplate.of(tokenizer), source=source, is_fallback=False)
+
+
+def own_template(prepared: Prepared) -> str | None:
+    """The chat template of the run where it is not the base's own: it must go with the adapter."""
+    if prepared.material.train.format != "chat" or not isinstance(prepared.task, CausalLM):
+        return None
+    given = prepared.task.encoder.template
+    template = given or ChatTemplate.of(prepared.task.tokenizer)
+    return template.source if given is not None or template.is_fallback else None

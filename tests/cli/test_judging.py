@@ -1,0 +1,134 @@
+"""`eval`, `chat`, `merge` and `report` on runs, adapters and bases."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+from lorica.base.load import load_model
+from lorica.files.peft import load_adapter
+
+
+def test_eval_of_a_run(lorica, finished_run, stock):
+    done = lorica("eval", finished_run, "--data", stock / "other.jsonl", "--output", "said.jsonl")
+    assert done.code == 0, done.err
+    head, titles, *rows = done.out.splitlines()
+    assert head.endswith("in chrF")
+    assert titles.split()[:3] == ["metric", "base", "tuned"]
+    assert len(rows) == 5 and len({len(row) for row in [titles, *rows]}) == 1, "columns align"
+    said = [json.loads(line) for line in Path("said.jsonl").read_text().splitlines()]
+    assert len(said) == 12 and {"record", "output", "references", "nll"} == said[0].keys()
+    assert "data: " in done.err
+
+
+def test_eval_speaks_json(lorica, finished_run, stock):
+    words = ["--data", stock / "other.jsonl", "--metrics", "perplexity, exact_match"]
+    done = lorica("eval", finished_run / "adapter", *words, "--limit", "5", "--json")
+    assert done.code == 0 and done.err == ""
+    (found,) = done.rows
+    assert found["num_records"] == 5 and list(found["scores"]) == ["perplexity", "exact_match"]
+    assert found["scores"]["perplexity"]["tuned"] < found["scores"]["perplexity"]["base"]
+
+
+def test_eval_of_a_base(lorica, stock):
+    words = ["--data", stock / "other.jsonl", "--metrics", "perplexity"]
+    done = lorica("eval", stock / "llama", *words)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[0].split() == ["metric", "score", "95", "%", "interval", "records"]
+    seq2seq = lorica("eval", stock / "t5", "--data", stock / "seq2seq.jsonl", "--limit", "4", "--json",
+                     "--max-new-tokens", "4")  # fmt: skip
+    assert seq2seq.code == 0 and "chrf" in seq2seq.rows[0]["scores"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--metrics", "bluu"], "bleu"),
+        (["--task", "causal"], "did you mean causal-lm?"),
+        (["--model", "x"], "--model goes with an adapter"),
+        (["--format", "classification"], "classification"),
+    ],
+)
+def test_eval_refuses(lorica, stock, words, said):
+    done = lorica("eval", stock / "llama", "--data", stock / "other.jsonl", *words)
+    assert done.code == 2 and said in done.err
+
+
+def test_chat_by_prompt(lorica, finished_run, stock):
+    words = ["--prompt", "cat red 1", "--max-new-tokens", "5"]
+    tuned, base = lorica("chat", finished_run, *words), lorica("chat", stock / "llama", *words)
+    assert tuned.code == base.code == 0
+    assert tuned.out.strip() and tuned.out != base.out
+    assert tuned.err == "", "nothing but the answer"
+    sampled = ["--temperature", "0.9", "--top-p", "0.9", "--seed", "3"]
+    first, again = (lorica("chat", finished_run, *words, *sampled).out for _ in range(2))
+    assert first == again
+    assert lorica("chat", finished_run, *words, "--top-p", "0.5").code == 2
+    assert lorica("chat", finished_run, *words, "--system", "x").code == 2
+    assert lorica("chat", stock / "t5", *words, "--turns").code == 2
+    assert lorica("chat", stock / "llama", "--prompt", "", "--max-new-tokens", "2").code == 0
+
+
+def test_chat_by_standard_input(lorica, finished_run, monkeypatch):
+    lines = "cat red 1\n/base\ncat red 1\n/tuned\ncat red 1\n/tunde\n/clear\n\n/quit\ndog\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    done = lorica("chat", finished_run, "--max-new-tokens", "5")
+    assert done.code == 0
+    tuned, base, again = done.out.splitlines()
+    assert tuned == again != base
+    assert "the base answers" in done.err and "did you mean /tuned?" in done.err
+
+
+def test_chat_remembers_turns(lorica, stock, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("cat\ncat\n/clear\ncat\n"))
+    done = lorica("chat", stock / "chatty", "--max-new-tokens", "6", "--system", "be brief")
+    first, second, third = done.out.splitlines()
+    assert done.code == 0 and first == third != second
+
+
+def test_chat_with_a_classifier(lorica, stock):
+    done = lorica("chat", stock / "bert", "--prompt", "The red cat")
+    assert done.code == 0 and done.out.strip() in ("LABEL_0", "LABEL_1")
+
+
+def test_merge_loads_in_plain_transformers(lorica, finished_run, stock):
+    done = lorica("merge", finished_run, "--output-dir", "merged")
+    assert done.code == 0, done.err
+    assert "merged into 14 weights" in done.out and done.err == ""
+    assert "AutoModelForCausalLM.from_pretrained('merged')" in done.out
+    assert len(json.loads(Path("merged/merge_report.json").read_text())["merged"]) == 14
+    merged = hf.AutoModelForCausalLM.from_pretrained("merged").eval()
+    tokens = hf.AutoTokenizer.from_pretrained("merged")("cat red 1", return_tensors="pt")
+    tuned = load_model(stock / "llama", dtype="float32")
+    adapter = load_adapter(tuned, finished_run / "adapter")
+    with torch.no_grad():
+        base = tuned(**tokens).logits
+        from lorica.attach.activate import activate
+
+        with activate(tuned, adapter):
+            wanted = tuned(**tokens).logits
+        got = merged(**tokens).logits
+    assert torch.allclose(got, wanted, atol=1e-5) and not torch.allclose(base, wanted, atol=1e-4)
+    again = lorica("merge", finished_run, "--output-dir", "merged", "--json")
+    assert again.code == 2 and "--overwrite" in again.err
+    half = lorica("merge", finished_run, "--output-dir", "merged", "--json", "--overwrite",
+                  "--weight", "0.5")  # fmt: skip
+    assert half.code == 0 and half.rows[0]["weights"] == {"default": 0.5}
+
+
+def test_merge_needs_an_adapter(lorica, stock):
+    done = lorica("merge", stock / "llama", "--output-dir", "merged")
+    assert done.code == 2 and "neither a run nor an adapter folder" in done.err
+    assert not Path("merged").exists()
+
+
+def test_report(lorica, finished_run):
+    done = lorica("report", finished_run, "--output", "page.html")
+    assert done.code == 0 and done.out == "page.html\n"
+    assert "base" in Path("page.html").read_text(encoding="utf-8")
+    missing = lorica("report", "nowhere")
+    assert missing.code == 2 and "not a run folder" in missing.err

@@ -1,0 +1,114 @@
+"""The command as a process of its own: quick help, exit codes, clean streams, signals, pipes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorica
+
+SOURCE = str(Path(lorica.__file__).parents[1])
+START = "from lorica.cli import main; main()"
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": SOURCE, "NO_COLOR": "1", **more}
+
+
+def process(words, **how) -> subprocess.Popen:
+    command = [sys.executable, "-c", START, *map(str, words)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(), **{**streams, **how})
+
+
+def test_help_is_quick_and_loads_no_torch():
+    code = (
+        "import sys, time; from lorica.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as end:\n"
+        "    heavy = {'torch', 'transformers', 'pydantic', 'rich.live', 'numpy'} & {*sys.modules}\n"
+        "    print('HEAVY', sorted(heavy), end.code, time.process_time())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("HEAVY [] 0 "), last
+    assert float(last.split()[-1]) < 0.6, (
+        f"seconds of the processor, torch alone takes more: {last}"
+    )
+    assert "train " in done.stdout
+
+
+def test_settings_are_told_wrong_with_code_2(tmp_path):
+    running = process(["train", "--data", "x", "--lora-r", "8"], cwd=tmp_path)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 2 and out == ""
+    assert "model is missing" in err and "Traceback" not in err
+
+
+def test_a_signal_stops_and_a_pipe_may_break(stock, quick, tmp_path):
+    data = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
+    data[data.index("--max-steps") + 1] = "100000"
+    data[data.index("--eval-steps") + 1] = "100000"
+    running = process(["train", *data, "--json", "--output-dir", "run"], cwd=tmp_path)
+    assert running.stdout is not None
+    for line in running.stdout:
+        if json.loads(line)["type"] == "step":
+            break
+    running.send_signal(signal.SIGTERM)
+    rest, err = running.communicate(timeout=120)
+    assert running.returncode == 143
+    assert all(json.loads(line) for line in rest.splitlines())
+    assert err.startswith("lorica: stopped by SIGTERM") and "--resume run" in err
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "interrupted"
+
+
+def test_a_reader_that_leaves_does_not_stop_a_run(stock, quick, tmp_path):
+    data = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
+    running = process(["train", *data, "--output-dir", "run"], cwd=tmp_path)
+    head = subprocess.run(["head", "-1"], stdin=running.stdout, capture_output=True, text=True)
+    assert running.stdout is not None and running.stderr is not None
+    running.stdout.close()
+    err = running.stderr.read()
+    running.stderr.close()
+    assert running.wait(120) == 0, err
+    assert head.stdout.startswith("data: ") and "\x1b" not in head.stdout
+    assert "BrokenPipe" not in err
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("colour", ["1", None])
+def test_a_terminal(stock, quick, tmp_path, colour):
+    """On a terminal of its own: a screen that ends with scores and with what to type next."""
+    import pty
+    import select
+    import time
+
+    data = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-c", START, "train", *map(str, data), "--output-dir", "run"]
+    env = {**environment(TERM="xterm-256color", COLUMNS="80", LINES="40")}
+    if colour is None:
+        del env["NO_COLOR"]
+    running = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown, limit = b"", time.monotonic() + 120
+    while time.monotonic() < limit:
+        if select.select([controller], [], [], 0.2)[0]:
+            try:
+                part = os.read(controller, 65_536)
+            except OSError:
+                break
+            shown += part
+    os.close(controller)
+    assert running.wait(60) == 0
+    text = shown.decode()
+    assert "scoring the base on" in text and "scoring the tuned model" in text
+    assert text.rstrip().endswith("lorica merge run --output-dir FOLDER")
+    assert "\x1b[?25h" in text, "the cursor comes back"
+    assert ("\x1b[32m" in text or "\x1b[1;3" in text) is (colour is None)

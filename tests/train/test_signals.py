@@ -1,0 +1,139 @@
+"""Signals to a real process: the state is saved, the exit code says which, the run goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lorica.errors import Interrupted
+from lorica.records.read import read_manifest
+from lorica.train.signals import StopAsked, stopping
+from train.runs import outcome, run
+
+SCRIPT = Path(__file__).with_name("stoppable.py")
+
+
+def start(folder, where, hash_seed):
+    def listen():  # a shell's background job would ignore SIGINT, and so would its children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(folder), where],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listen,
+    )
+
+
+def wait_until_ready(folder, process):
+    for _ in range(1200):
+        if Path(f"{folder}.ready").exists():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    raise AssertionError("the process never came to the place where it is stopped")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Three processes side by side: folder, exit code and words of each."""
+    root = tmp_path_factory.mktemp("signals")
+    plan = {
+        "whole": ("whole", "1", ()),
+        "once": ("step", "2", (signal.SIGTERM,)),
+        "twice": ("evaluation", "3", (signal.SIGINT, signal.SIGINT)),
+    }
+    running = {name: start(root / name, where, seed) for name, (where, seed, _) in plan.items()}
+    for name, (_, _, numbers) in plan.items():
+        for number in numbers:
+            wait_until_ready(root / name, running[name])
+            time.sleep(0.1)
+            running[name].send_signal(number)
+    found = {}
+    for name, process in running.items():
+        words = process.communicate(timeout=240)[1]
+        found[name] = root / name, process.returncode, words
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    run(folder, max_steps=5)
+    return outcome(folder)
+
+
+def test_another_process_gives_the_same_bytes(ended, reference):
+    folder, code, words = ended["whole"]
+    assert code == 0, words
+    assert outcome(folder) == reference
+
+
+def test_the_first_signal_saves_and_the_run_goes_on(ended, reference):
+    folder, code, words = ended["once"]
+    assert code == 143, words
+    assert f"lorica train --resume {folder}" in words
+    assert "the state was saved" in words
+    assert read_manifest(folder / "run.json")["status"] == "interrupted"
+    assert (folder / "checkpoints/step-00000003").is_dir()
+    run(folder, max_steps=5, resume=True)
+    assert outcome(folder) == reference
+
+
+def test_the_second_signal_ends_at_once(ended, reference):
+    folder, code, words = ended["twice"]
+    assert code == 130, words
+    assert "at once; the last checkpoint stands" in words
+    assert read_manifest(folder / "run.json")["status"] == "interrupted"
+    run(folder, max_steps=5, resume=True)
+    assert outcome(folder) == reference
+
+
+# in this process
+
+
+def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
+    before = signal.getsignal(signal.SIGTERM)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            stop.check()
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(StopAsked):
+                stop.check()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_message_can_be_pasted():
+    with stopping() as stop:
+        signal.raise_signal(signal.SIGHUP)
+    error = stop.error(Path("runs/my run"), saved=True)
+    assert isinstance(error, Interrupted)
+    assert error.exit_code == 129
+    assert "lorica train --resume 'runs/my run'" in str(error)
+
+
+def test_another_thread_trains_without_handlers(tmp_path):
+    before, found = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        found.append(run(tmp_path / "r", max_steps=4).steps)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [{"a": 4, "b": 4}]
+    assert signal.getsignal(signal.SIGINT) is before
