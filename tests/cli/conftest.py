@@ -1,4 +1,4 @@
-"""Bases and records small enough to train in a second, and a way to run a command line in-process."""
+"""Bases and records small enough to train in a second; a command line run in this process."""
 
 from __future__ import annotations
 
@@ -153,16 +153,27 @@ def _write_bases(folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
-QUICK = (
-    "--max-steps 4 --eval-steps 2 --batch-size 8 --learning-rate 1e-2 --max-new-tokens 6 "
-    "--eval-size 8 --eval-records 6 --r 2 --logging-steps 1"
-).split()
+QUICK = {
+    "--max-steps": "4",
+    "--eval-steps": "2",
+    "--batch-size": "8",
+    "--learning-rate": "1e-2",
+    "--max-new-tokens": "6",
+    "--eval-size": "8",
+    "--eval-records": "6",
+    "--r": "2",
+    "--logging-steps": "1",
+}
 """Flags of a run of a second."""
+
+
+def _words(flags: dict[str, str]) -> list[str]:
+    return [word for pair in flags.items() for word in pair]
 
 
 @pytest.fixture(scope="session")
 def quick() -> list[str]:
-    return list(QUICK)
+    return _words(QUICK)
 
 
 @pytest.fixture(scope="session")
@@ -171,6 +182,6 @@ def finished_run(stock, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "pairs"
     words = ["train", "--model", stock / "llama", "--data", stock / "pairs.jsonl", "--quiet"]
     with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in [*words, "--output-dir", folder, *QUICK]])
+        main([str(word) for word in [*words, "--output-dir", folder, *_words(QUICK)]])
     assert ended.value.code == 0
     return folder

@@ -1,4 +1,4 @@
-"""A run goes on from wherever it was stopped: in a step, while the base or the tuned model is scored."""
+"""A run goes on from wherever it was stopped: in a step, or while base or tuned are scored."""
 
 import json
 import os

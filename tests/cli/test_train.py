@@ -150,12 +150,12 @@ def test_json_is_clean(lorica, stock, quick, place):
 
 def test_classification(lorica, stock, quick):
     done = lorica(
-        "train", "--model", stock / "bert", "--data", stock / "classes.csv", *quick[:-4],
+        "train", "--model", stock / "bert", "--data", stock / "classes.csv", *quick,
         "--output-dir", "run",
     )  # fmt: skip
     assert done.code == 2 and "max_new_tokens has no effect" in done.err
-    words = [w for w in quick if w not in ("--max-new-tokens", "6")]
-    words = words[: words.index("--eval-records")] + ["--r", "2", "--logging-steps", "2"]
+    words = [*quick]
+    del words[words.index("--max-new-tokens") : words.index("--max-new-tokens") + 2]
     done = lorica(
         "train", "--model", stock / "bert", "--data", stock / "classes.csv", *words,
         "--output-dir", "run",
@@ -228,7 +228,8 @@ def test_chat_template_from_a_file(lorica, stock, quick):
 
 
 def test_folder_with_splits(lorica, stock, quick):
-    words = [w for w in quick if w not in ("--eval-size", "8", "--batch-size")]
+    words = [*quick]
+    del words[words.index("--eval-size") : words.index("--eval-size") + 2]
     done = lorica(
         "train", "--model", stock / "llama", "--data", stock / "split", *words,
         "--output-dir", "run",

@@ -465,7 +465,7 @@ def test_a_mixture_trains_all_its_adapters(settings, case):
         assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @plain

@@ -99,6 +99,19 @@ def test_existing_run_is_kept_unless_replaced(make_run):
         assert sorted(entry.name for entry in path.iterdir()) == [".lock", "notes.txt"]
 
 
+def test_check_says_the_same_and_writes_nothing(tmp_path, make_run):
+    RunFolder.check(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    run = make_run()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        RunFolder.check(run)
+    RunFolder.check(run, replace=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not a run folder"):
+        RunFolder.check(tmp_path / "other", replace=True)
+
+
 def test_open_needs_a_run_and_clears_temporary_files(tmp_path, make_run):
     with pytest.raises(ConfigError, match="no run to go on with"):
         RunFolder.open(tmp_path / "nothing")

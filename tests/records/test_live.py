@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from lorica.records.live import JsonLines, LiveDisplay, PlainLines, display_for
+from lorica.records.phrases import verdict
 from lorica.records.progress import Progress, Track
 from lorica.records.stream import SurvivingStream
 from records.run_rows import SCORES, manifest_for, rows_for
@@ -150,7 +151,6 @@ def test_screen_in_a_terminal(tmp_path):
     assert "✓ finished after 2 min 31 s" in text
     assert "⚠ take care" in text
     assert "better than the base in chrF" in text
-    assert "lorica chat runs/e2e" in text
     assert re.search(r"\x1b\[[0-9;]*3[0-9]m", shown)  # colours
     assert "Traceback" not in text
 
@@ -188,7 +188,7 @@ def test_several_adapters_are_a_table():
 
 def test_ascii_terminals_keep_their_minus(tmp_path):
     shown = run(tmp_path, PYTHONIOENCODING="ascii")
-    assert "difference -88.71, 95 % interval -93.90 to -84.10" in shown
+    assert "-88.71   -93.90 to -84.10" in shown
     assert "12.3 -> 45.6" in shown
 
 
@@ -197,6 +197,47 @@ def test_text_from_data_cannot_steer_the_terminal():
     display = PlainLines(stream)
     display.event("info", "a\x1b[2Jb\x07\nc\u202e")
     assert stream.getvalue() == "a�[2Jb� c�\n"
+
+
+def test_work_outside_of_the_steps(monkeypatch):
+    stream = io.StringIO()
+    display = PlainLines(stream)
+    clock = iter([100.0, 110.0, *range(131, 140)])
+    monkeypatch.setattr("lorica.records.lines.time.monotonic", lambda: next(clock))
+    display.work("scoring", 0, 50)  # 100 s: told
+    display.work("scoring", 9, 50)  # 10 s later: too soon
+    display.work("scoring", 20, 50)  # 31 s later
+    display.work("loading", 0, 0)  # cannot be counted
+    display.work(None)
+    assert stream.getvalue() == "scoring ...\nscoring ... 20 done\n"
+    rows = io.StringIO()
+    JsonLines(rows).work("scoring", 0, 50)
+    told = {"type": "work", "what": "scoring", "done": 0, "total": 50}
+    assert [json.loads(line) for line in rows.getvalue().splitlines()] == [told]
+
+
+def test_screen_shows_work_before_and_after_the_steps():
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, color_system=None)
+    display = LiveDisplay(stream, console=console)
+    display.work("scoring the base", 3, 8)
+    display.event("info", "loaded")
+    display.work(None)
+    display.start(manifest_for("e2e"))
+    display.work("scoring the tuned model", 5, 8)
+    display.work(None)
+    display.finish({"status": "finished"})
+    shown = stream.getvalue()
+    assert shown.index("scoring the base") < shown.index("· loaded")
+    assert shown.index("training e2e") < shown.index("scoring the tuned model") and "5/8" in shown
+    assert "scoring" not in shown[shown.rindex("✓ finished") :]
+
+
+def test_an_interval_alone_is_no_verdict():
+    score = {"base": 1.0, "tuned": 2.0, "low": 0.5, "high": 1.5, "p": 0.5, "num_records": 2}
+    assert verdict("chrf", score).kind == "better"
+    assert verdict("chrf", {**score, "verdict": "no evidence"}).kind == "unclear"
+    assert verdict("chrf", {**score, "verdict": "better"}).kind == "better"
 
 
 def test_choice_of_the_display():

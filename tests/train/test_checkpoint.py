@@ -210,24 +210,28 @@ class Faults:
         return call
 
 
-def number_of_calls(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "c"
     for step in (1, 2):
-        save(tmp_path / "count", state(step))
+        save(folder, state(step))
+    return folder
+
+
+def number_of_calls(tmp_path, two_saved, monkeypatch):
+    folder = shutil.copytree(two_saved, tmp_path / "count")
     with monkeypatch.context() as patch:
         faults = Faults(patch, lambda count: None)
-        save(tmp_path / "count", state(3))
+        save(folder, state(3))
     assert faults.count > 25, "saving no longer goes through the calls that are watched"
     return faults.count
 
 
-@pytest.mark.parametrize("forever", [False, True])
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_fails(tmp_path, monkeypatch, error, forever):
+@pytest.mark.parametrize(("error", "forever"), [(errno.ENOSPC, True), (errno.EIO, False)])
+def test_a_disk_that_fails(tmp_path, two_saved, monkeypatch, error, forever):
     """At every call: an error that names the step, or success; and only whole checkpoints."""
-    for at in range(1, number_of_calls(tmp_path, monkeypatch) + 1):
-        folder = tmp_path / str(at)
-        for step in (1, 2):
-            save(folder, state(step))
+    for at in range(1, number_of_calls(tmp_path, two_saved, monkeypatch) + 1):
+        folder = shutil.copytree(two_saved, tmp_path / str(at))
 
         def fail(count, at=at):
             if count == at or (forever and count > at):
@@ -252,13 +256,11 @@ def test_a_disk_that_fails(tmp_path, monkeypatch, error, forever):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_process_that_dies(tmp_path, monkeypatch):
+def test_a_process_that_dies(tmp_path, two_saved, monkeypatch):
     """kill -9 at every call: the newest checkpoint is the old one or the new one, never a mix."""
     seen = set()
-    for at in range(1, number_of_calls(tmp_path, monkeypatch) + 1):
-        folder = tmp_path / str(at)
-        for step in (1, 2):
-            save(folder, state(step))
+    for at in range(1, number_of_calls(tmp_path, two_saved, monkeypatch) + 1):
+        folder = shutil.copytree(two_saved, tmp_path / str(at))
         child = os.fork()
         if child == 0:
             with monkeypatch.context() as patch:

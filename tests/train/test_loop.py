@@ -1,4 +1,4 @@
-"""The run around the step: what trains when, evaluation, the best adapter, faults, what is written."""
+"""The run around the step: what trains when, evaluation, the best, faults, what is written."""
 
 import hashlib
 import json
@@ -285,7 +285,7 @@ def test_gradient_checkpointing_gives_the_same_bytes(tmp_path):
 
 
 def poison(monkeypatch, step, what):
-    """From optimizer step `step` on (1 is the first) the loss, or its gradient only, is not finite."""
+    """From step `step` on (1 is the first) the loss, or its gradient only, is not finite."""
     original = CausalLM.losses
     calls = []
 
@@ -431,8 +431,8 @@ def test_packing_that_the_task_does_not_have_is_refused(tmp_path):
     model = ARCHITECTURES["bert"].build()
     activate(model, None)
     task = TextClassification(WordTokenizer(), ("0", "1", "2"))
-    problems = pytest.raises(ConfigError, loop.train, model, {"a": []}, output_dir=tmp_path)
-    assert "its task is not known" in str(problems.value)
+    with pytest.raises(ConfigError, match="its task is not known"):
+        train(model, {"a": []}, output_dir=tmp_path)
     attach(model, LoRA(r=2, target_modules="all-linear", modules_to_save=("classifier",)), name="a")
     with pytest.raises(ConfigError, match="packing=True has no effect on this task"):
         one(tmp_path / "r", model, task=task, packing=True)

@@ -25,7 +25,7 @@ def test_the_run_has_what_a_resumption_could_lose(whole):
     assert any(report.best_step[n] < report.steps[n] for n in ("a", "b"))
     assert report.steps == {"a": 10, "b": 8}
     assert all(report.stopped.values())
-    assert len(rows(whole[0])) == 15
+    assert len(rows(whole[0])) == 12
 
 
 @pytest.mark.parametrize("step", range(1, 11))

@@ -170,11 +170,13 @@ def converse(dialogue: Dialogue) -> None:
     if terminal:
         with contextlib.suppress(ImportError):  # absent on some systems; then there is no history
             import readline  # noqa: F401
-        print(f"{dialogue.describe()}; {' '.join(COMMANDS)}", file=sys.stderr)
+        print(f"{dialogue.describe()}\n{'  '.join(COMMANDS)}", file=sys.stderr)
     while True:
         try:
             line = input("> ") if terminal else sys.stdin.readline()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt) as end:  # at the prompt both mean: enough
+            if isinstance(end, KeyboardInterrupt) and not terminal:
+                raise
             print(file=sys.stderr)
             return
         if not line and not terminal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def adapter_folder(path: Path) -> Path | None:
             f"the run {path} holds no single adapter",
             mend=f"name one of {path}/adapters: {', '.join(several)}"
             if several
-            else "let the run finish: lorica train --resume",
+            else f"let the run finish: lorica train --resume {shlex.quote(str(path))}",
         )
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +12,6 @@ from lorica.evaluate.compare import Comparison
 from lorica.evaluate.score import Score
 from lorica.records.lines import aligned, score_table
 from lorica.records.phrases import count, decimals, fixed, metric_name, verdict
-
-SAMPLE_WIDTH = 160
 
 
 def comparison_lines(scores: Mapping[str, Comparison]) -> list[str]:
@@ -52,8 +51,10 @@ def sample_lines(samples: Sequence[Mapping], most: int) -> list[str]:
 
 
 def _line(text: str) -> str:
+    """A text in one line, as wide as the terminal has room; 160 letters where there is none."""
+    room = max(40, shutil.get_terminal_size((174, 24)).columns - 14)
     text = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
-    return text if len(text) <= SAMPLE_WIDTH else text[: SAMPLE_WIDTH - 3] + "..."
+    return text if len(text) <= room else text[: room - 3] + "..."
 
 
 def closing_lines(folder: Path, samples: Sequence[Mapping], *, most: int = 2) -> list[str]:

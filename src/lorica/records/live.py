@@ -112,14 +112,16 @@ class LiveDisplay:
     def work(self, what: str | None, done: int = 0, total: int = 0) -> None:
         """Show what is done outside of the steps, with a bar; None ends it."""
         with self._guard:
+            begins = what is not None and (self._work is None or self._work[0] != what)
             self._work = None if what is None else (what, done, total)
         if self._live.is_started:
-            return
-        if what is not None and not self._early.is_started:
-            atexit.register(self._stop)
-            self._early.start()
+            if begins:
+                self._live.refresh()
         elif what is None:
             self._early.stop()
+        elif not self._early.is_started:
+            atexit.register(self._stop)
+            self._early.start(refresh=True)
 
     def finish(self, summary: dict) -> None:
         with self._guard:
