@@ -216,7 +216,8 @@ def test_work_outside_of_the_steps(monkeypatch):
     assert [json.loads(line) for line in rows.getvalue().splitlines()] == [told]
 
 
-def test_screen_shows_work_before_and_after_the_steps():
+def test_screen_shows_work_before_and_after_the_steps(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, color_system=None)
     display = LiveDisplay(stream, console=console)

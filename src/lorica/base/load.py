@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 from transformers.utils.hub import cached_file
 
+from lorica.base.ending import end_token_note, set_end_token
 from lorica.errors import BaseModelError, LoricaError, nearest
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -72,6 +73,7 @@ def load_model(
     revision: str = "main",
     trust_remote_code: bool = False,
     device: str = "auto",
+    eos_token: str | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Load a pretrained model and its tokenizer; `base_of(model)` knows the rest.
@@ -85,6 +87,7 @@ def load_model(
             one where that of the files has another.
         trust_remote_code: run Python code that comes with the model. Never on by itself.
         device: "cpu", "cuda", ..., or "auto": the first GPU where there is one.
+        eos_token: end texts with this token instead of the tokenizer's own end token.
         seed: start of the modules that the files have no weights for.
 
     Raises:
@@ -112,6 +115,10 @@ def load_model(
         )
         base.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     base.tokenizer.padding_side = "right"
+    if eos_token is not None:
+        set_end_token(model, base.tokenizer, eos_token)
+    if task == "causal-lm" and (note := end_token_note(model, base.tokenizer)):
+        base.notes.append(note)
     base.new_modules = _new_modules(base, model, info, relabelled=bool(labels))
     folder = _weights_folder(path, revision)
     base.digest = digest_of_files(folder) if folder else digest_of_tensors(model)

@@ -74,7 +74,13 @@ def open_subject(
     asked, known = (_object(facts.get(key)) for key in ("task", "base"))
     name = base or known.get("name") or _configured_base(folder)
     kind = asked.get("kind") or known.get("task") or checked_kind(task, name)
-    model = load_model(name, task=kind, dtype=dtype, labels=tuple(asked.get("labels", ())))
+    model = load_model(
+        name,
+        task=kind,
+        dtype=dtype,
+        labels=tuple(asked.get("labels", ())),
+        eos_token=asked.get("eos_token"),
+    )
     _take_template(model, folder)
     adapter = load_adapter(model, folder)
     activate(model, adapter)

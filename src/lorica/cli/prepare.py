@@ -101,6 +101,7 @@ def _load(settings: Resolved, material: Material, kind: str) -> tuple[nn.Module,
         labels=material.labels if kind == "text-classification" else (),
         revision=run.revision or "main",
         trust_remote_code=run.trust_remote_code,
+        eos_token=run.eos_token,
     )
     given = tuple(settings.method.modules_to_save or ())
     new = tuple(name for name in known(model).new_modules if name not in given)

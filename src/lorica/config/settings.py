@@ -296,6 +296,9 @@ class RunConfig(Settings):
         default=None,
         description="begin records with the beginning-of-text token; null: as the tokenizer does",
     )
+    eos_token: str | None = Field(
+        default=None, description="token that ends a text; null: the tokenizer's own"
+    )
     chat_template: PathText | None = Field(
         default=None, description="file with a Jinja chat template; null: the model's own"
     )

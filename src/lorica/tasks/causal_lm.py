@@ -94,6 +94,7 @@ class CausalLM:
             "train_on": own.train_on,
             "add_bos": own.add_bos,
             "separator": own.separator,
+            "eos_token": self.tokenizer.eos_token,
         }
 
     def shares(self, model: nn.Module) -> bool:

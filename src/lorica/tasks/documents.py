@@ -32,8 +32,7 @@ from transformers.masking_utils import sdpa_mask
 NAME = "lorica_documents"
 ROW_MULTIPLE = 32
 """Every adapter's rows are filled up to a multiple of this: matrix kernels treat the last rows of
-an odd
-number differently, and vector loops have a tail."""
+an odd number differently, and vector loops have a tail."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,14 +131,14 @@ def documents_attention(
     sizes = [block.size for block in documents.blocks]
     parts = zip(*(t[0].transpose(0, 1).split(sizes) for t in (query, key, value)), strict=True)
     out = [
-        _block(*qkv, block, scaling, dropout, sliding_window)
-        for qkv, block in zip(parts, documents.blocks, strict=True)
+        _block(q, k, v, block, scaling, dropout, sliding_window)
+        for (q, k, v), block in zip(parts, documents.blocks, strict=True)
     ]
     return torch.cat(out).unsqueeze(0), None
 
 
 class NotSupported(Exception):
-    """Raised inside a forward pass of the probe: the model needs what this attention does not do."""
+    """Raised in a forward pass of the probe: the model needs what this attention does not do."""
 
 
 def _block(
@@ -179,8 +178,8 @@ class _ToRectangle(torch.autograd.Function):
     """Rows of a block (rows, H, D) -> its documents, padded (N L, H, D).
 
     Both directions of both moves are gathers. Autograd's own gradient of a gather adds into zeros
-    row by row, which took a tenth of a step. Padding has no gradient, since nothing real sees it, so
-    every row takes the gradient of its one place, and filling rows none.
+    row by row, which took a tenth of a step. Padding has no gradient, since nothing real sees it,
+    so every row takes the gradient of its one place, and filling rows none.
     """
 
     @staticmethod

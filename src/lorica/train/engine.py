@@ -185,9 +185,8 @@ class Engine:
             losses = self.task.losses(self.model, batch)
             if new := set(names) - self._checked:
                 self._refuse_unvisited(new)
-            total = sum(loss / t.labels for loss, t in zip(losses, totals, strict=True))
-            assert isinstance(total, torch.Tensor)
-            total.backward()
+            shares = [loss / t.labels for loss, t in zip(losses, totals, strict=True)]
+            torch.stack(shares).sum().backward()
         for loss, t, block in zip(losses, totals, blocks, strict=True):
             value = loss.item()
             t.loss += value / t.labels
