@@ -56,7 +56,7 @@ def main() -> None:
         warmup_ratio=0.06,
         batch_size=16,
         max_steps=800,
-        max_length=256,
+        max_length=512,
         max_new_tokens=150,
         eos_token="<s>",
     )
