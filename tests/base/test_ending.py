@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
 
+from architectures import ARCHITECTURES
 from lorica.base.ending import end_token_note, set_end_token
 from lorica.errors import BaseModelError
 from train.words import WordTokenizer
 
 
 class _Tokenizer(WordTokenizer):
-    eos_token = "<end>"
-
     def get_vocab(self):
         return {"<end>": 0, "<stop>": 5}
 

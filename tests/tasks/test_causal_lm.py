@@ -234,6 +234,7 @@ def test_facts_are_what_an_adapter_must_be_asked_with():
         "train_on": "all",
         "add_bos": True,
         "separator": "\n",
+        "eos_token": task.tokenizer.eos_token,
     }
 
 

@@ -9,6 +9,7 @@ from lorica.data.encode import Example
 
 class WordTokenizer:
     bos_token_id, eos_token_id, pad_token_id, unk_token_id = None, 0, None, None
+    eos_token = "<end>"
     all_special_tokens = ("<end>",)
     special_tokens_map = {"eos_token": "<end>"}  # noqa: RUF012
     chat_template = None
