@@ -1,8 +1,8 @@
 """The token that ends a text: choosing it, and whether a model can learn to say it.
 
-A base whose pretraining never saw its end token may hold for it the same output row as for all unused
-tokens. With the output layer frozen, their logits then move together: no adapter can make the model
-prefer the end token, and generation runs on to its limit.
+A base whose pretraining never saw its end token may hold for it the same output row as for all
+unused tokens. With the output layer frozen, their logits then move together: no adapter can make
+the model prefer the end token, and generation runs on to its limit.
 """
 
 from __future__ import annotations
@@ -50,6 +50,6 @@ def end_token_note(model: Any, tokenizer: Any) -> str | None:
         return None
     return (
         f"{twins} other tokens have almost the same output row as the end token "
-        f"{tokenizer.eos_token!r}: the base never saw it, and an adapter cannot learn to end a text "
-        "with it; name one that it saw with eos_token, or adapt the output layer"
+        f"{tokenizer.eos_token!r}: the base never saw it, and an adapter cannot learn to end a "
+        "text with it; name one that it saw with eos_token, or adapt the output layer"
     )
