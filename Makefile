@@ -27,7 +27,10 @@ check: $(VENV)/.installed-dev
 	$(RUN) -m pytest -q tests/house tests/config
 
 bench: $(VENV)/.installed-dev
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(RUN) "$$script"; done
+	$(RUN) benchmarks/e2e.py --seeds 0 1
+	$(RUN) benchmarks/glue.py sst2 --seeds 0 1
+	$(RUN) benchmarks/glue.py mrpc --seeds 0 1
+	$(RUN) benchmarks/page.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -203,7 +203,8 @@ class TrainSettings(Settings):
     save_steps: int | None = Field(
         default=None,
         ge=1,
-        description="write a checkpoint every so many steps; null: after every epoch",
+        description="write a checkpoint every so many steps; null: with evaluations, as long as it "
+        "takes little of the time",
     )
     save_total_limit: int = Field(
         default=2, ge=1, le=100_000, description="checkpoints that are kept"
