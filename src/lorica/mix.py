@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorica.attach.attach import Adapter, adapters, attached_to, detach, find
 from lorica.attach.layers import describe, to_stored
 from lorica.attach.site import Slot
-from lorica.attach.survey import clean
+from lorica.attach.survey import clean, end_layer
 from lorica.base.load import base_of
 from lorica.errors import ConfigError, LoricaWarning, MergeError
 from lorica.methods.method import Layer
@@ -328,16 +328,8 @@ def _can_untie(model: nn.Module, modules: list[nn.Module]) -> bool:
         return False
     if getattr(config, "is_encoder_decoder", False):
         return False
-    ends = [_end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")]
+    ends = [end_layer(model, "get_input_embeddings"), end_layer(model)]
     return all(any(module is end for end in ends) for module in modules)
-
-
-def _end(model: nn.Module, getter: str) -> nn.Module | None:
-    get = getattr(model, getter, None)
-    try:
-        return get() if get is not None else None
-    except (NotImplementedError, AttributeError):
-        return None
 
 
 def _overlapping(model: nn.Module) -> set[int]:

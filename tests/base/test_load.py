@@ -12,7 +12,6 @@ from architectures import ARCHITECTURES
 from lorica.attach.attach import attach
 from lorica.base import load
 from lorica.base.load import (
-    EMBEDDED,
     base_of,
     choose_dtype,
     digest_of_files,
@@ -86,8 +85,6 @@ def test_a_folder(causal):
 
 
 def test_the_embedded_model():
-    if not EMBEDDED.is_dir():
-        pytest.skip("the embedded model is not there")
     model = load_model("embedded")
     assert base_of(model).name == "embedded"
     assert sum(p.numel() for p in model.parameters()) < 8_000_000

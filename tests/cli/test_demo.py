@@ -3,12 +3,7 @@
 import json
 from pathlib import Path
 
-import pytest
 
-from lorica.base.load import EMBEDDED
-
-
-@pytest.mark.skipif(not EMBEDDED.is_dir(), reason="there is no embedded base")
 def test_demo(lorica, monkeypatch):
     monkeypatch.setattr("lorica.cli.material.FACTS", {"train": 80, "valid": 8, "test": 6})
     monkeypatch.setattr("lorica.cli.demo.SETTINGS", {**settings(), "max_new_tokens": 8})

@@ -163,7 +163,7 @@ def survey(model: nn.Module) -> Survey:
         for parameter in modules[path]._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(path)
-    head = _output_layer(model)
+    head = end_layer(model)
     places: dict[str, Place] = {}
     bare: dict[str, Place] = {}
     for path in filter(None, first.values()):  # the root has no name to sit at
@@ -227,8 +227,9 @@ def _refusal(place: Place, shared: tuple[str, ...], modules: dict[str, nn.Module
     return f"a {kind.__name__} does more than the class it is made from" if own else None
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
+def end_layer(model: nn.Module, getter: str = "get_output_embeddings") -> nn.Module | None:
+    """The layer at one end of a model of transformers; None where it has no such layer."""
+    get = getattr(model, getter, None)
     try:
         return get() if get is not None else None
     except (NotImplementedError, AttributeError):  # some models have the method, but no such layer
