@@ -55,7 +55,7 @@ def main() -> None:
         learning_rate=1e-2,
         warmup_ratio=0.06,
         batch_size=16,
-        max_steps=800,
+        max_steps=400,
         max_length=512,
         max_new_tokens=150,
         eos_token="<s>",
