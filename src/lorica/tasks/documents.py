@@ -1,24 +1,25 @@
 """Attention for several documents in one flat row: no document sees another.
 
 Everything but attention treats a token by itself, so a batch is laid out as one row of tokens,
-without padding between documents. Attention gathers the documents of one adapter into a rectangle,
-padded on the right to that adapter's own longest document; with a causal mask the padding is never
-seen by a real token. The length comes from the adapter's own documents and not from the whole
-batch, because the blocking of the kernels depends on it: that is what keeps training beside others
-bitwise equal to training alone.
+without padding between documents. Attention gathers documents of similar length into rectangles,
+padded on the right to the longest of each; with a causal mask the padding is never seen by a real
+token. A rectangle holds documents of one adapter only, because the blocking of the kernels depends
+on its shape: that is what keeps training beside others bitwise equal to training alone.
 
 The function is registered with transformers' attention registry and takes the layout as a keyword
 argument that the models hand through. Whether a model really does so, and knows no second path
 between tokens, is not looked up in a table: `causal_lm` compares packed with separate once per
 model.
 
-Legend: T tokens of the row, H heads, D head width, N documents of a block, L its longest document.
+Legend: T tokens of the row, H heads, D head width, N documents of a rectangle, L its longest
+document, P places of all rectangles of a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,20 +35,24 @@ ROW_MULTIPLE = 32
 """Every adapter's rows are filled up to a multiple of this: matrix kernels treat the last rows of
 an odd number differently, and vector loops have a tail."""
 
+WORTH_A_RECTANGLE = 64 * 64
+"""Padding, in pairs of positions, that costs about as much as the calls of one more rectangle."""
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The documents of one adapter: rows of the flat batch, and a rectangle of documents.
+    """The documents of one adapter: rows of the flat batch, and rectangles of documents.
 
     Attributes:
-        gather_NL: for every position of every document its row, counted from the block's first;
-            padding points at the first filling row.
-        scatter: for each row of the block its place in the flattened (N, L) rectangle; filling rows
-            point at place 0.
+        shapes: (N, L) of every rectangle; they lie one after the other in P places.
+        gather: for every place its row, counted from the block's first; padding points at the first
+            filling row. (P,)
+        scatter: for each row of the block its place; filling rows point at place 0.
         used: rows that belong to documents; the others fill the block up.
     """
 
-    gather_NL: Tensor
+    shapes: tuple[tuple[int, int], ...]
+    gather: Tensor
     scatter: Tensor
     used: int
 
@@ -65,7 +70,10 @@ class Documents:
 
     def to(self, device: torch.device) -> Documents:
         return Documents(
-            tuple(Block(b.gather_NL.to(device), b.scatter.to(device), b.used) for b in self.blocks)
+            tuple(
+                replace(b, gather=b.gather.to(device), scatter=b.scatter.to(device))
+                for b in self.blocks
+            )
         )
 
 
@@ -82,23 +90,51 @@ def lay_out(lengths: Sequence[Sequence[int]]) -> tuple[Documents, list[tuple[int
     """
     blocks, rows, positions, start = [], [], [], 0
     for documents in lengths:
-        used = sum(documents)
-        size = (used // ROW_MULTIPLE + 1) * ROW_MULTIPLE  # there is always a filling row
-        longest = max(documents)
-        gather = torch.full((len(documents), longest), used)
-        scatter = torch.zeros(size, dtype=torch.long)
-        position, at = torch.zeros(size, dtype=torch.long), 0
-        for i, length in enumerate(documents):
-            steps = torch.arange(length)
-            gather[i, :length] = at + steps
-            scatter[at : at + length] = i * longest + steps
-            position[at : at + length] = steps
-            at += length
-        blocks.append(Block(gather, scatter, used))
+        block = _place(documents)
+        position = torch.zeros(block.size, dtype=torch.long)
+        position[: block.used] = torch.cat([torch.arange(length) for length in documents])
+        blocks.append(block)
         positions.append(position)
-        rows.append((start, start + size))
-        start += size
+        rows.append((start, start + block.size))
+        start += block.size
     return Documents(tuple(blocks)), rows, torch.cat(positions)
+
+
+def _place(lengths: Sequence[int]) -> Block:
+    """A block for documents of these lengths, which lie in its rows in the order given."""
+    starts = [0, *accumulate(lengths)]
+    used = starts.pop()
+    size = (used // ROW_MULTIPLE + 1) * ROW_MULTIPLE  # there is always a filling row
+    scatter = torch.zeros(size, dtype=torch.long)
+    shapes, gathers, place = [], [], 0
+    for chosen in _rectangles(lengths):
+        longest = lengths[chosen[0]]
+        gather = torch.full((len(chosen), longest), used)
+        for i, document in enumerate(chosen):
+            first, length = starts[document], lengths[document]
+            steps = torch.arange(length)
+            gather[i, :length] = first + steps
+            scatter[first : first + length] = place + i * longest + steps
+        shapes.append((len(chosen), longest))
+        gathers.append(gather.flatten())
+        place += gather.numel()
+    return Block(tuple(shapes), torch.cat(gathers), scatter, used)
+
+
+def _rectangles(lengths: Sequence[int]) -> list[list[int]]:
+    """Documents, longest first, cut where the padding so far would have paid for a rectangle.
+
+    The rule of whoever rents until the rent has reached the price: at most twice the best cost.
+    """
+    found: list[list[int]] = []
+    padding, longest = WORTH_A_RECTANGLE, 0
+    for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if (padding >= WORTH_A_RECTANGLE and lengths[document] < longest) or not found:
+            found.append([])
+            padding, longest = 0, lengths[document]
+        found[-1].append(document)
+        padding += longest**2 - lengths[document] ** 2
+    return found
 
 
 def documents_attention(
@@ -150,12 +186,21 @@ def _block(
     dropout: float,
     window: int | None,
 ) -> Tensor:
-    num, longest = block.gather_NL.shape
-    q, k, v = (
-        _ToRectangle.apply(t, block).view(num, longest, *t.shape[1:]).transpose(1, 2)
-        for t in (q, k, v)
-    )
-    mask = None
+    places = [_ToPlaces.apply(t, block) for t in (q, k, v)]
+    sizes = [num * longest for num, longest in block.shapes]
+    out = [
+        _rectangle(tuple(t.view(*shape, *t.shape[1:]) for t in parts), scaling, dropout, window)
+        for shape, *parts in zip(block.shapes, *(p.split(sizes) for p in places), strict=True)
+    ]
+    return _ToRows.apply(out[0] if len(out) == 1 else torch.cat(out), block)
+
+
+def _rectangle(
+    parts: tuple[Tensor, ...], scaling: float | None, dropout: float, window: int | None
+) -> Tensor:
+    """Causal attention of N documents: three of (N, L, H, D) -> (N L, H, D)."""
+    q, k, v = (t.transpose(1, 2) for t in parts)
+    longest, mask = q.shape[2], None
     if window is not None and window < longest:
         steps = torch.arange(longest, device=q.device)
         distance = steps[:, None] - steps[None, :]
@@ -170,12 +215,11 @@ def _block(
         dropout_p=dropout,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    rectangle = out.transpose(1, 2).reshape(num * longest, out.shape[1], out.shape[3])
-    return _ToRows.apply(rectangle, block)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
-class _ToRectangle(torch.autograd.Function):
-    """Rows of a block (rows, H, D) -> its documents, padded (N L, H, D).
+class _ToPlaces(torch.autograd.Function):
+    """Rows of a block (rows, H, D) -> the places of its rectangles (P, H, D).
 
     Both directions of both moves are gathers. Autograd's own gradient of a gather adds into zeros
     row by row, which took a tenth of a step. Padding has no gradient, since nothing real sees it,
@@ -185,7 +229,7 @@ class _ToRectangle(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, block: Block) -> Tensor:
         ctx.block = block
-        return rows.index_select(0, block.gather_NL.view(-1))
+        return rows.index_select(0, block.gather)
 
     @staticmethod
     @once_differentiable
@@ -196,18 +240,18 @@ class _ToRectangle(torch.autograd.Function):
 
 
 class _ToRows(torch.autograd.Function):
-    """The way back: (N L, H, D) -> (rows, H, D). Filling rows show the first place, unused."""
+    """The way back: (P, H, D) -> (rows, H, D). Filling rows show the first place, unused."""
 
     @staticmethod
-    def forward(ctx: Any, rectangle: Tensor, block: Block) -> Tensor:
+    def forward(ctx: Any, places: Tensor, block: Block) -> Tensor:
         ctx.block = block
-        return rectangle.index_select(0, block.scatter)
+        return places.index_select(0, block.scatter)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # padding takes the gradient of a filling row, which is zero: it reaches no loss
-        return gradient.index_select(0, ctx.block.gather_NL.view(-1)), None
+        return gradient.index_select(0, ctx.block.gather), None
 
 
 def _documents_mask(*, attention_mask: Tensor | None = None, **other: Any) -> Tensor | None:
