@@ -258,6 +258,14 @@ def test_several_adapters(make_run):
     assert len(page.ids) == len(set(page.ids))
 
 
+@pytest.mark.parametrize(
+    ("task", "unit"), [("causal-lm", "nats per token"), ("text-classification", "nats per record")]
+)
+def test_the_loss_has_the_unit_of_its_task(make_run, task, unit):
+    text, _ = read_page(write_report(make_run(manifest=manifest_for("e2e") | {"task": task})))
+    assert [u for u in ("nats per token", "nats per record") if u in text] == [unit]
+
+
 def test_disagreeing_scores_are_said(make_run):
     worse = SCORES["perplexity"] | {"tuned": 99.0, "difference": 6.9, "low": 4.0, "high": 9.0}
     path = make_run(summary={"scores": {"chrf": SCORES["chrf"], "perplexity": worse}})

@@ -101,7 +101,7 @@ def curves_of(rows: Sequence[Mapping]) -> list[Curves]:
     return list(found.values())
 
 
-def loss_figure(curves: Sequence[Curves]) -> str | None:
+def loss_figure(curves: Sequence[Curves], unit: str = "nats per token") -> str | None:
     """Loss (each row faint, smoothed strong) and eval loss with its lowest point; None where there
     is nothing.
     """
@@ -112,7 +112,7 @@ def loss_figure(curves: Sequence[Curves]) -> str | None:
         axes = figure.add_subplot()
         for index, one in enumerate(curves):
             _draw_loss(axes, one, _SERIES[index % NUM_COLOURS], alone=len(curves) == 1)
-        _scale_loss(axes, curves)
+        _scale_loss(axes, curves, unit)
         axes.set_xlabel("step")
         if len(curves) == 1:
             axes.legend(loc="upper right", ncols=3, fontsize=9, handlelength=1.6)
@@ -214,7 +214,7 @@ def _draw_loss(axes: Axes, curves: Curves, colour: str, *, alone: bool) -> None:
     )
 
 
-def _scale_loss(axes: Axes, curves: Sequence[Curves]) -> None:
+def _scale_loss(axes: Axes, curves: Sequence[Curves], unit: str) -> None:
     """A logarithmic axis where the loss spans much; a single spike must not flatten the curve."""
     values = sorted(v for c in curves for name in ("loss", "eval_loss") for v in c.get(name)[1])
     low, middle, high = values[0], values[len(values) // 2], values[-1]
@@ -222,9 +222,9 @@ def _scale_loss(axes: Axes, curves: Sequence[Curves]) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_ylabel("nats per token, log scale")
+        axes.set_ylabel(f"{unit}, log scale")
     else:
-        axes.set_ylabel("nats per token")
+        axes.set_ylabel(unit)
         axes.margins(y=0.08)
         axes.yaxis.set_major_locator(MaxNLocator(6))
     _step_ticks(axes, 8)

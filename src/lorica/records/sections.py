@@ -59,7 +59,7 @@ def content(run: Run) -> dict:
         "no_verdict": _why_no_verdict(run),
         "alarms": [*_alarms(run), *run.notes],
         "scores": [_score_table(index, *part) for index, part in enumerate(scores)],
-        "loss_figure": loss_figure(curves),
+        "loss_figure": loss_figure(curves, _loss_unit(run)),
         "rate_figure": rate_figure(curves),
         "legend": [one.adapter for one in curves] if len(curves) > 1 else [],
         "course": [*_courses(curves), *_resumptions(run)],
@@ -75,6 +75,12 @@ def content(run: Run) -> dict:
         "environment": _environment(run.manifest),
         "events": [_event(event) for event in run.events],
     }
+
+
+def _loss_unit(run: Run) -> str:
+    """A class is one decision per record; everything else is learned token by token."""
+    whole = run.manifest.get("task") == "text-classification"
+    return "nats per record" if whole else "nats per token"
 
 
 def _title(run: Run) -> str:
