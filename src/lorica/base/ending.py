@@ -18,8 +18,8 @@ TWIN_DISTANCE = 0.1
 """Rows closer than this share of their own length are taken for the same."""
 
 
-def set_end_token(model: nn.Module, tokenizer: Any, token: str) -> None:
-    """End texts with `token` from now on, in training and in generation.
+def set_end_token(model: nn.Module | None, tokenizer: Any, token: str) -> None:
+    """End texts with `token` from now on, in training and, where there is a model, in generation.
 
     Raises:
         BaseModelError: the tokenizer does not know the token.

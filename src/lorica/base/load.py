@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers.utils.hub import cached_file
 
@@ -113,8 +114,7 @@ def load_model(
             output_loading_info=True,
             **options,
         )
-        base.tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-    base.tokenizer.padding_side = "right"
+    base.tokenizer = load_tokenizer(name, task=task, eos_token=eos_token, **options)
     if eos_token is not None:
         set_end_token(model, base.tokenizer, eos_token)
     if task == "causal-lm" and (note := end_token_note(model, base.tokenizer)):
@@ -122,15 +122,53 @@ def load_model(
     base.new_modules = _new_modules(base, model, info, relabelled=bool(labels))
     folder = _weights_folder(path, revision)
     base.digest = digest_of_files(folder) if folder else digest_of_tensors(model)
+    if target.type == "cpu":
+        _leave_files(model)
     model.__dict__["_lorica_base"] = base
     return model.to(target).eval()
 
 
+def load_tokenizer(
+    name: str | Path,
+    *,
+    task: str = "causal-lm",
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    eos_token: str | None = None,
+) -> Any:
+    """The tokenizer of a base as `load_model` would set it up, without its weights.
+
+    Raises:
+        BaseModelError: there is none, or it does not know `eos_token`.
+    """
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _reading(name, task):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(_located(name), **options)
+    tokenizer.padding_side = "right"
+    if eos_token is not None:
+        set_end_token(None, tokenizer, eos_token)
+    return tokenizer
+
+
 def empty_model(
-    name: str | Path, *, task: str = "causal-lm", trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    task: str = "causal-lm",
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    labels: tuple[str, ...] = (),
+    dtype: torch.dtype | None = None,
+    change: Callable[[Any], None] | None = None,
+    device: str = "meta",
 ) -> nn.Module:
     """The model as its config describes it, without weights: for counting and naming, on the meta
     device.
+
+    Args:
+        labels: classes of a classification; empty: those of the config.
+        dtype: of the parameters; None: as the config says.
+        change: is handed the config before the model is made of it.
+        device: "meta", or one where the parameters shall be: with random values.
 
     Raises:
         BaseModelError: there is no config, or none for this task.
@@ -140,12 +178,46 @@ def empty_model(
         raise BaseModelError(
             f"unknown task {task!r}", expected=f"one of: {', '.join(AUTO_CLASSES)}"
         )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _reading(name, task):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            return getattr(transformers, AUTO_CLASSES[task]).from_config(
-                config, trust_remote_code=trust_remote_code
-            )
+        config = transformers.AutoConfig.from_pretrained(path, revision=revision, **options)
+        if labels:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: i for i, label in enumerate(labels)}
+        if change is not None:
+            change(config)
+        if dtype is not None:
+            options["dtype"] = dtype
+        with torch.device(device):
+            return getattr(transformers, AUTO_CLASSES[task]).from_config(config, **options)
+
+
+def missing_heads(name: str | Path, model: nn.Module, *, revision: str = "main") -> tuple[str, ...]:
+    """The modules of a classification's head for which the weight files have nothing that fits, as
+    the headers of the files say: what `load_model` would start at random.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(name, revision=revision):
+        with safe_open(file, framework="pt") as stored:
+            shapes |= {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return tuple(
+        sorted(
+            {
+                _head_of(key)
+                for key, tensor in model.state_dict().items()
+                if _HEADS & set(key.split("."))
+                and tuple(tensor.shape)
+                not in (shapes.get(key), shapes.get(key.removeprefix(prefix)))
+            }
+        )
+    )
+
+
+def weight_files(name: str | Path, *, revision: str = "main") -> list[Path]:
+    """The weight files of a base on this machine; none where it must be fetched first."""
+    folder = _weights_folder(_located(name), revision)
+    return sorted(folder.glob("*.safetensors")) if folder else []
 
 
 def _located(name: str | Path) -> str | Path:
@@ -153,6 +225,17 @@ def _located(name: str | Path) -> str | Path:
     if str(name) == "embedded":
         return EMBEDDED
     return Path(name).expanduser() if str(name).startswith("~") else name
+
+
+@torch.no_grad()
+def _leave_files(model: nn.Module) -> None:
+    """Copy what is still mapped from the weight files. A file that is overwritten in its place
+    while a run trains on it would end the process (SIGBUS), or change the base unseen. Memory that
+    torch did not allocate itself is told by its storage, which cannot be resized.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
+            tensor.data = tensor.data.clone()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,8 @@ from typer.core import TyperCommand, TyperGroup
 COMMANDS = {
     "demo": "the whole way on an embedded base and data, offline, in minutes",
     "train": "train an adapter on your records, and judge it against the base",
+    "check": "look for faults in records before they cost a run",
+    "clean": "write a repaired copy of records: no repeats, leaks or secrets",
     "inspect": "what a model consists of, and what could train in it",
     "eval": "score a run, an adapter or a base on records",
     "chat": "talk to a base or an adapter",
@@ -118,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _guarded(call: Callable[[], Any], debug: bool) -> int:
-    from lorica.errors import LoricaError
+    from lorica.errors import LoricaError, is_out_of_memory
 
     try:
         result = call()
@@ -127,7 +130,7 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
     except LoricaError as error:
         if debug:
             raise
-        print(f"lorica: {error}", file=sys.stderr)
+        _complain(f"lorica: {error}")
         return error.exit_code
     except typer.Exit as error:
         return error.exit_code
@@ -137,11 +140,46 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
     except (KeyboardInterrupt, typer.Abort):
         if debug:
             raise
-        print("lorica: stopped", file=sys.stderr)
+        _complain("lorica: stopped")
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `lorica eval ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (OSError, MemoryError, RuntimeError) as error:
+        if debug or not (isinstance(error, OSError) or is_out_of_memory(error)):
+            raise
+        _complain(f"lorica: {_of_the_machine(error)}")
+        return 1
+
+
+def _complain(text: str) -> None:
+    """Say it on standard error, where that still takes words; the exit code says it too."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr)
+
+
+def _of_the_machine(error: Exception) -> str:
+    """A fault of the machine in one sentence, with what to do."""
+    from lorica.errors import LoricaError, is_out_of_memory
+
+    if is_out_of_memory(error):
+        told = next(iter(str(error).strip().splitlines()), "")
+        return str(
+            LoricaError(
+                f"memory ran out: {told}" if told else "memory ran out",
+                mend="lower batch_size, eval_batch_size or max_length, use dtype: bfloat16, or a "
+                "smaller base; a run that had begun goes on with --resume",
+            )
+        )
+    assert isinstance(error, OSError)
+    where = f"{error.filename}: " if error.filename else ""
+    return str(
+        LoricaError(
+            f"{where}{error.strerror or error}",
+            mend="see that the disk has space and the path can be used; a run that had begun goes "
+            "on with --resume, and --debug shows where this came from",
+        )
+    )
 
 
 def _print_usage(error: Any) -> None:
@@ -157,7 +195,8 @@ def _shown(otherwise: Callable[..., None]) -> Callable[..., None]:
 
     def show(message: Any, category: Any, *rest: Any, **named: Any) -> None:
         if issubclass(category, LoricaWarning):
-            print(f"lorica: warning: {message}", file=sys.stderr)
+            with suppress(OSError, ValueError):  # whoever read it has gone; the run stays
+                print(f"lorica: warning: {message}", file=sys.stderr)
         else:
             otherwise(message, category, *rest, **named)
 

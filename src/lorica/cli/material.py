@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +11,7 @@ from lorica.data.dataset import Dataset, group_references
 from lorica.data.facts import facts
 from lorica.data.pack import order
 from lorica.data.read import from_rows, read, read_splits
+from lorica.data.texts import input_of
 from lorica.errors import DataError
 from lorica.tasks.text_classification import label_names
 
@@ -110,7 +110,7 @@ def gather(run: RunConfig, *, seed: int) -> Material:
 
     The data "embedded" is the set that `lorica.data.facts` makes.
     """
-    parts = _embedded() if run.data == "embedded" else _read(run)
+    parts = read_parts(run)
     if "train" not in parts:
         raise DataError(
             f"{run.data} has no training part",
@@ -182,8 +182,11 @@ def _embedded() -> dict[str, Dataset]:
     }
 
 
-def _read(run: RunConfig) -> dict[str, Dataset]:
-    how = {"format": run.format, "columns": run.columns}
+def read_parts(run: RunConfig, *, max_bad_rows: int = 0) -> dict[str, Dataset]:
+    """The records that the settings name, by split: "train", "valid", "test"."""
+    if run.data == "embedded":
+        return _embedded()
+    how = {"format": run.format, "columns": run.columns, "max_bad_rows": max_bad_rows}
     parts = read_splits(run.data, **how)
     if run.eval_data:
         parts["valid"] = read(run.eval_data, **how)
@@ -211,7 +214,7 @@ def _hold_out(dataset: Dataset, number: int, seed: int) -> tuple[Dataset, Datase
     chosen: set[int] = set()
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(dataset.rows):
-        groups.setdefault(_input(row), []).append(index)
+        groups.setdefault(input_of(row), []).append(index)
     keys = list(groups)
     for place in order(len(keys), seed=seed):
         if len(chosen) >= min(number, len(dataset) - 1):
@@ -224,12 +227,3 @@ def _hold_out(dataset: Dataset, number: int, seed: int) -> tuple[Dataset, Datase
     kept = [i for i in range(len(dataset)) if i not in chosen]
     why = f"{len(chosen):,} of {len(dataset):,} held out for evaluation, by input"
     return dataset.subset(kept, why), dataset.subset(sorted(chosen), why)
-
-
-def _input(row: dict) -> str:
-    if "messages" in row:
-        return json.dumps(row["messages"][:-1], sort_keys=True)
-    for key in ("prompt", "source"):
-        if key in row:
-            return str(row[key])
-    return f"{row['text']}\n{row.get('text_pair', '')}"

@@ -1,4 +1,4 @@
-"""Reading the flags of `lorica train`, which are made from the settings."""
+"""Reading the flags of commands that take settings, which are made from the settings."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ class CommandLine:
     Attributes:
         flags: name of the setting (or an alias) -> its text.
         files: words that are settings files.
+        words: further words, where the command takes some.
     """
 
     flags: dict[str, str] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
 
 
 def read_flags(
-    given: Sequence[str], known: Mapping[str, Setting], own: Sequence[str] = ()
+    given: Sequence[str], known: Mapping[str, Setting], own: Sequence[str] = (), *, words: int = 0
 ) -> CommandLine:
     """`--key value`, `--key=value`, `key=value`, for truths also `--key` and `--no-key`; files.
 
     Args:
         own: options of the command itself, for the nearest name.
+        words: how many words are taken that are neither flags nor settings files.
 
     Raises:
         ConfigError: something that is none of these, a flag without its value or given twice; all
@@ -46,7 +49,9 @@ def read_flags(
     while rest:
         word = rest.pop(0)
         if not word.startswith("-") and "=" not in word:
-            if word.endswith(_SETTINGS_FILES) or Path(word).is_file():
+            if not word.endswith(_SETTINGS_FILES) and len(found.words) < words:
+                found.words.append(word)
+            elif word.endswith(_SETTINGS_FILES) or Path(word).is_file():
                 found.files.append(Path(word))
             else:
                 problems.append(f"{word!r} is neither a flag nor a settings file")

@@ -13,9 +13,13 @@ from lorica.base.load import Base, base_of, load_model
 from lorica.cli.material import Material, gather
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
+from lorica.data.dataset import Dataset
 from lorica.data.encode import Encoded, Example, separator_of
+from lorica.data.findings import Finding
+from lorica.data.screen import screen_quickly
+from lorica.data.screen_tokens import Sight, screen_tokens
 from lorica.data.template import ChatTemplate
-from lorica.errors import ConfigError
+from lorica.errors import CheckRefused, ConfigError
 from lorica.evaluate.metrics import find_metrics
 from lorica.records.phrases import count, parameters
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
@@ -81,8 +85,50 @@ def prepare(settings: Resolved, voice: Voice) -> Prepared:
     with voice.work("encoding the records"):
         task, examples, held_out, settings = _encode(settings, material, model)
     voice.say(f"encoded: {encoded_statement(task, examples)}")
+    _refuse_hopeless(settings, material, model, task, examples, voice)
     metrics = list(settings.run.metrics or material.metrics(kind))
     return Prepared(settings, material, model, adapter, task, examples, held_out, metrics)
+
+
+def _refuse_hopeless(
+    settings: Resolved,
+    material: Material,
+    model: nn.Module,
+    task: Task,
+    examples: Encoded,
+    voice: Voice,
+) -> None:
+    """The quick checks of `lorica check`: warnings are told.
+
+    Raises:
+        CheckRefused: training on these records cannot work.
+    """
+    held_out = {id(part): part for part in (material.valid, material.scored) if part}
+    base = known(model)
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    sight = Sight(
+        material.train,
+        examples,
+        base.tokenizer,
+        task=base.task,
+        max_length=settings.train.max_length,
+        vocabulary=getattr(embeddings, "num_embeddings", None),
+    )
+    found = [*screen_quickly(material.train, [*held_out.values()]), *screen_tokens(sight)]
+    refused = [f"{f.text}{_first(f)}" for f in found if f.severity == "refuse"]
+    if refused:
+        raise CheckRefused(
+            "training on these records cannot work",
+            problems=refused,
+            mend=f"lorica check {settings.run.data} --model {settings.run.model} shows where",
+        )
+    for finding in found:
+        if finding.severity == "warn":
+            voice.say(f"data: {finding.text}{_first(finding)}", "warning")
+
+
+def _first(finding: Finding) -> str:
+    return f"; the first: {finding.where[0]}" if finding.where else ""
 
 
 def known(model: nn.Module) -> Base:
@@ -153,12 +199,7 @@ def _encode(
 ) -> tuple[Task, Encoded, list[Example], Resolved]:
     """The task, the records as it encodes them, and the settings with what the data decides."""
     base = known(model)
-    asks = base.task == "causal-lm" and material.train.format == "prompt"
-    if asks and settings.run.separator is None:
-        separator = separator_of(material.train.rows)
-        part = "no white space parts prompt and completion"
-        reason = part if separator else "the data parts them itself"
-        settings = settings.decided("separator", separator, reason)
+    settings = with_separator(settings, material.train, base.task)
     task = make_task(settings, base)
     parts = [task.encode(part) for part in (material.train, material.valid or ())]
     tested = task.encode(material.scored or ())
@@ -169,7 +210,19 @@ def _encode(
         settings = settings.decided("max_length", limit, why)
         task = make_task(settings, base)
         parts = [task.encode(part) for part in (material.train, material.valid or ())]
-    return task, parts[0], parts[1].examples, settings
+    examples = replace(parts[0], origins=material.train.origins)
+    return task, examples, parts[1].examples, settings
+
+
+def with_separator(settings: Resolved, train: Dataset, task: str) -> Resolved:
+    """The settings with the separator that the records need, where none was set."""
+    asks = task == "causal-lm" and train.format == "prompt"
+    if not asks or settings.run.separator is not None:
+        return settings
+    separator = separator_of(train.rows)
+    part = "no white space parts prompt and completion"
+    reason = part if separator else "the data parts them itself"
+    return settings.decided("separator", separator, reason)
 
 
 def encoded_statement(task: Task, examples: Encoded) -> str:

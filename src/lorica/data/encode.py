@@ -30,6 +30,15 @@ TrainOn = Literal["completion", "last", "all"]
 
 
 @dataclass(frozen=True)
+class Fault:
+    """A record that cannot be encoded: its index, the kind of fault, and the message for it."""
+
+    row: int
+    kind: Literal["cannot be rendered", "have nothing to learn"]
+    text: str
+
+
+@dataclass(frozen=True)
 class CausalEncoder:
     """How records become token ids and labels.
 
@@ -88,37 +97,48 @@ class CausalEncoder:
         Raises:
             DataError: records without a trained token, all of them named; a template that fails.
         """
+        encoded, faults = self.attempt(records, origins=origins)
+        for kind in ("cannot be rendered", "have nothing to learn"):
+            if texts := [fault.text for fault in faults if fault.kind == kind]:
+                raise _refused(texts, len(records), kind)
+        return encoded
+
+    def attempt(
+        self, records: Sequence[Mapping[str, Any]], *, origins: Any = None
+    ) -> tuple[Encoded, list[Fault]]:
+        """What `encode` does, but records that it would refuse are left out and come back."""
         origins = origins if origins is not None else getattr(records, "origins", None)
-        spans, dropped = self._rendered(records, origins)
-        rows = [pieces_of(row) for row in spans]
-        ids = self._pieces.ids(piece for row in rows for piece in row)
+        rendered, dropped, faults = self._rendered(records, origins)
+        rows = {index: pieces_of(spans) for index, spans in rendered.items()}
+        ids = self._pieces.ids(piece for row in rows.values() for piece in row)
         examples: list[Example] = []
-        problems = []
-        for index, (record, row) in enumerate(zip(records, rows, strict=True)):
-            made = self._examples(record, row, ids, index)
-            if not any(example.num_trained for example in made):
-                problems.append(f"{_place(origins, index)}: no trained token")
-            examples += made
-        if problems:
-            raise _refused(problems, len(records), "have nothing to learn")
-        return Encoded(examples, [*self._notes(records, examples), *_dropped_note(dropped)])
+        for index, row in rows.items():
+            made = self._examples(records[index], row, ids, index)
+            if any(example.num_trained for example in made):
+                examples += made
+            else:
+                text = f"{_place(origins, index)}: no trained token"
+                faults.append(Fault(index, "have nothing to learn", text))
+        notes = [*self._notes(records, examples), *_dropped_note(dropped)]
+        return Encoded(examples, notes), faults
 
     def _rendered(
         self, records: Sequence[Mapping[str, Any]], origins: Any
-    ) -> tuple[list[list[Span]], list[str]]:
-        rendered, problems, dropped = [], [], []
+    ) -> tuple[dict[int, list[Span]], list[str], list[Fault]]:
+        """The spans of every record that has some, what templates dropped, what failed."""
+        rendered: dict[int, list[Span]] = {}
+        dropped: list[str] = []
+        faults: list[Fault] = []
         for index, record in enumerate(records):
             try:
-                spans, lost = self._spans(record)
+                rendered[index], lost = self._spans(record)
             except DataError as error:
-                problems.append(f"{_place(origins, index)}: {error}")
+                text = f"{_place(origins, index)}: {error}"
+                faults.append(Fault(index, "cannot be rendered", text))
                 continue
-            rendered.append(spans)
             if lost:
                 dropped.append(f"{_place(origins, index)}: {lost[0]}")
-        if problems:
-            raise _refused(problems, len(records), "cannot be rendered")
-        return rendered, dropped
+        return rendered, dropped, faults
 
     def prompt_ids(self, record: Mapping[str, Any], *, most: int | None = None) -> list[int]:
         """The ids after which the model answers: exactly how `encode` begins the same record.

@@ -44,10 +44,12 @@ class Encoded(Sequence[Example]):
     Attributes:
         examples: in the order of the records; a text longer than max_length gives several.
         notes: what the user should know, in words.
+        origins: (file, line) of each record, where known; `Example.row` points into it.
     """
 
     examples: list[Example]
     notes: list[str]
+    origins: Sequence[tuple[str, int]] = ()
 
     def __getitem__(self, index: Any) -> Any:
         return self.examples[index]

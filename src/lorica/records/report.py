@@ -29,7 +29,12 @@ def write_report(run_folder: str | Path, *, output: str | Path | None = None) ->
 
 def page(run: Run) -> str:
     """The page as text."""
-    environment = Environment(
+    return environment().get_template("report.html.jinja").render(content(run))
+
+
+def environment() -> Environment:
+    """What renders pages: everything is escaped, and signs that would act unseen are shown."""
+    return Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
         undefined=StrictUndefined,
@@ -37,7 +42,6 @@ def page(run: Run) -> str:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("report.html.jinja").render(content(run))
 
 
 def _visible(value: object) -> object:

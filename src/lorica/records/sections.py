@@ -286,11 +286,11 @@ def _split(name: str, split: Mapping) -> dict:
         "truncated": count(truncated) + cut,
         "statement": str(split.get("statement") or ""),
         "figure": length_figure(_mapping(split.get("length_histogram")), prefix),
-        "example": _example(split.get("example")),
+        "example": marked_parts(split.get("example")),
     }
 
 
-def _example(tokens: object) -> list[dict]:
+def marked_parts(tokens: object) -> list[dict]:
     """Neighbouring tokens of one kind joined, line ends shown."""
     parts: list[dict] = []
     for token in tokens if isinstance(tokens, list | tuple) else []:

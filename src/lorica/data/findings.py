@@ -1,0 +1,68 @@
+"""What a check found: how bad it is, how often it occurs, where, and what to do about it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lorica.data.dataset import Dataset
+from lorica.data.problems import show
+
+Severity = Literal["refuse", "warn", "info"]
+ORDER: tuple[Severity, ...] = ("refuse", "warn", "info")
+"""refuse: training on this cannot work. warn: it works, but probably not as meant. info: good to
+know."""
+SHOWN = 5
+"""Places that are named per finding."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of fault, or of fact, in a data set.
+
+    Attributes:
+        code: its name for programs; stable.
+        severity: see `ORDER`.
+        text: what was found, in one sentence.
+        count: records that it concerns; 0 where it is about the whole.
+        where: the first places, with an excerpt each.
+        mend: what to do.
+    """
+
+    code: str
+    severity: Severity
+    text: str
+    count: int = 0
+    where: tuple[str, ...] = ()
+    mend: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "where": list(self.where)}
+
+
+def sorted_by_severity(findings: Iterable[Finding]) -> list[Finding]:
+    """The worst first; those of one severity by the number of records."""
+    return sorted(findings, key=lambda f: (ORDER.index(f.severity), -f.count))
+
+
+def places(dataset: Dataset, rows: Sequence[int], said: Sequence[str] = ()) -> tuple[str, ...]:
+    """The first places as `file:line` with what is said of them.
+
+    Args:
+        rows: indices of rows.
+        said: for each of them an excerpt or a remark; nothing where it is shorter.
+    """
+    shown = []
+    for number, row in enumerate(rows[:SHOWN]):
+        file, line = dataset.origins[row]
+        shown.append(f"{file}:{line}" + (f"  {said[number]}" if number < len(said) else ""))
+    return tuple(shown)
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text in one line."""
+    return show(" ".join(text.split()), 60)
+
+
+def share(part: int, whole: int) -> str:
+    """`12 of 400 (3.0%)`."""
+    return f"{part:,} of {whole:,} ({part / max(1, whole):.1%})"

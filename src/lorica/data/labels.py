@@ -1,0 +1,93 @@
+"""The labels of a classification: how they are spread, where they contradict, which look wrong.
+
+Labels that look wrong are found by confident learning (Northcutt, Jiang and Chuang 2021, "Confident
+Learning: Estimating Uncertainty in Dataset Labels", arXiv 1911.00068): a simple classifier (TF-IDF
+and logistic regression) judges every record in cross-validation, and a label is suspected where
+another class is given at least the confidence that its own records get on average.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+
+from lorica.data.pack import order
+from lorica.data.shapes import Row
+from lorica.data.texts import input_of, normalised
+
+DRAWN = 20_000
+_FOLDS = 5
+_FEWEST = 10
+"""Records that a class needs to be judged."""
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """What the classifier thought.
+
+    Attributes:
+        rows: (index of the row, label it would have given), the surest first.
+        accuracy, majority: of the classifier in cross-validation, and of always saying the most
+            frequent label. Where the first is not clearly above the second there are no suspects.
+        judged: how many records were looked at.
+    """
+
+    rows: list[tuple[int, str]]
+    accuracy: float
+    majority: float
+    judged: int
+
+
+def balance(rows: Sequence[Row]) -> dict[str, int]:
+    """Label -> number of records, most frequent first."""
+    return dict(Counter(str(row["label"]) for row in rows).most_common())
+
+
+def contradictions(rows: Sequence[Row]) -> list[list[int]]:
+    """Groups of rows with the same input and different labels."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[normalised(input_of(row))].append(index)
+    return [g for g in groups.values() if len({str(rows[i]["label"]) for i in g}) > 1]
+
+
+def suspects(rows: Sequence[Row], *, seed: int = 0) -> Suspects | None:
+    """Labels that look wrong, of at most `DRAWN` records drawn with `seed`; None where there are
+    too few records, or classes, to learn from.
+    """
+    counts = balance(rows)
+    known = {label for label, number in counts.items() if number >= _FEWEST}
+    indices = [int(i) for i in order(len(rows), seed=seed) if str(rows[i]["label"]) in known]
+    indices = indices[:DRAWN]
+    labels = np.array([str(rows[i]["label"]) for i in indices])
+    classes, given = np.unique(labels, return_inverse=True)
+    if len(classes) < 2 or np.bincount(given).min() < _FOLDS:
+        return None
+    chances = _cross_validated([input_of(rows[i]) for i in indices], given, seed)
+    guessed = chances.argmax(1)
+    accuracy = float((guessed == given).mean())
+    majority = float(np.bincount(given).max() / len(given))
+    # two standard errors above the majority: below that the classifier knows nothing
+    if accuracy < majority + 2 * float(np.sqrt(majority * (1 - majority) / len(given))):
+        return Suspects([], accuracy, majority, len(indices))
+    own = chances[np.arange(len(given)), given]
+    usual = np.array([own[given == k].mean() for k in range(len(classes))])
+    sure = np.where(chances >= usual, chances, 0.0)
+    wrong = np.flatnonzero((sure.argmax(1) != given) & (sure.max(1) > 0))
+    margin = sure[wrong].max(1) - own[wrong]
+    ranked = wrong[np.argsort(-margin, kind="stable")]
+    found = [(indices[i], str(classes[sure[i].argmax()])) for i in ranked if sure[i].max() > own[i]]
+    return Suspects(found, accuracy, majority, len(indices))
+
+
+def _cross_validated(texts: list[str], given: np.ndarray, seed: int) -> np.ndarray:
+    """Chance of every class for every record, from classifiers that did not see it."""
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=200_000)
+    model = make_pipeline(words, LogisticRegression(C=4.0, max_iter=200, tol=1e-3))
+    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+    return cross_val_predict(model, texts, given, cv=folds, method="predict_proba")
