@@ -27,13 +27,13 @@ class Kind:
         words: what it is called.
         pattern: its form.
         secret: whether it opens something; the others are personal data.
-        holds: a further test of a match, such as a checksum.
+        holds: a further test of a match, such as a checksum, given also the text around it.
     """
 
     words: str
     pattern: str
     secret: bool = False
-    holds: Callable[[str], bool] = lambda _: True
+    holds: Callable[[str, str], bool] = lambda piece, around: True
 
 
 def luhn(number: str) -> bool:
@@ -50,18 +50,44 @@ def iban(text: str) -> bool:
     return 15 <= len(compact) <= 34 and int("".join(str(int(c, 36)) for c in turned)) % 97 == 1
 
 
-def _public(text: str) -> bool:
+def _public(text: str, _: str) -> bool:
     try:
         return ipaddress.ip_address(text).is_global
     except ValueError:
         return False
 
 
-def _phone(text: str) -> bool:
-    return 8 <= sum(c.isdigit() for c in text) <= 15
+_STRICT_PHONE = re.compile(
+    r"(?:\+|00)[1-9].*|\(\d{2,5}\) ?\d{3,4}[ .-]?\d{3,4}.*"
+    r"|\d{3}-\d{3}-\d{4}.*|\d{3}\.\d{3}\.\d{4}.*"
+)
+_OF_PHONES = re.compile(r"(?i)\b(?:call|phone|tel|fax|mobile|cell|desk|office|dial|text me|ring)")
+_NO_PHONE = re.compile(r"\d{4}[ .-]\d{2}[ .-]\d{2}|97[89][ -].*|(?:\d{1,3}\.){3}\d{1,3}")
 
 
+def _phone(text: str, around: str) -> bool:
+    """Digits in a form that only phone numbers have, or in groups near a word of phones. Dates,
+    ISBNs and network addresses are in groups too.
+    """
+    number = text.partition("x")[0].strip()
+    digits = sum(c.isdigit() for c in number)
+    if not 8 <= digits <= 15 or _NO_PHONE.fullmatch(number):
+        return False
+    grouped = len(re.findall(r"\d+", number)) > 2
+    return bool(_STRICT_PHONE.fullmatch(text) or (grouped and _OF_PHONES.search(around)))
+
+
+AROUND = 40
+"""Characters before and behind a match that may say what it is."""
 _NOT_IN_NUMBER = r"(?<![\w.+-])"
+_CARD = (
+    _NOT_IN_NUMBER + r"(?=[2-6])(?:\d{4}[ -]\d{4}[ -]\d{4}[ -]\d{1,4}(?:[ -]\d{1,3})?"
+    r"|\d{4}[ -]\d{6}[ -]\d{4,5}|\d{13,19})(?![\w-])"
+)
+_PHONE = (
+    _NOT_IN_NUMBER
+    + r"(?<!\d[ .-])(?:\+|00)?\(?\d{1,5}\)?(?:[ .-]?\(?\d{2,5}\)?){1,5}(?: ?x\d{2,6})?(?![\w-])"
+)
 KINDS = {
     "private_key": Kind("private key", r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----", True),
     "api_key": Kind(
@@ -89,31 +115,27 @@ KINDS = {
         r"{1,8}[A-Za-z]{2,24}\b",
     ),
     "iban": Kind(
-        "bank account", r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b", holds=iban
+        "bank account",
+        r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b",
+        holds=lambda piece, _: iban(piece),
     ),
-    "card": Kind(
-        "payment card", _NOT_IN_NUMBER + r"[2-6]\d{3}(?:[ -]?\d{2,6}){2,4}(?![\w-])", holds=luhn
-    ),
+    "card": Kind("payment card", _CARD, holds=lambda piece, _: luhn(piece)),
     "ssn": Kind(
         "US social security number",
         _NOT_IN_NUMBER + r"(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])",
     ),
-    "phone": Kind(
-        "phone number",
-        r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){1,4}"
-        r"|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}[.-]\d{3}[.-]\d{4})(?![\w-])",
-        holds=_phone,
-    ),
     "ip_address": Kind(
         "public IP address", r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)", holds=_public
     ),
+    "phone": Kind("phone number", _PHONE, holds=_phone),
 }
 """In the order of precedence: what belongs to an earlier kind is not told as a later one."""
 
 _ANY = re.compile("|".join(f"(?P<{name}>{kind.pattern})" for name, kind in KINDS.items()))
 # every form has one of these; most texts have none, and are done with after one quick search
 _HINT = re.compile(
-    r"@|\d[\d .-]{5}|eyJ|PRIVATE KEY|[_-][A-Za-z0-9]{9}|://|[Pp]ass|pwd|[Ss]ecret|[Kk]ey|[Tt]oken|AKIA|ASIA|AIza|\d\.\d"
+    r"@|\d[\d .()-]{5}|eyJ|PRIVATE KEY|[_-][A-Za-z0-9]{9}|://|[Pp]ass|pwd|[Ss]ecret|[Kk]ey"
+    r"|[Tt]oken|AKIA|ASIA|AIza|\d\.\d"
 )
 
 
@@ -124,7 +146,8 @@ def find(text: str) -> Iterator[Found]:
     position = 0
     while match := _ANY.search(text, position):
         name = match.lastgroup or ""
-        if KINDS[name].holds(match.group()):
+        around = text[max(0, match.start() - AROUND) : match.end() + AROUND]
+        if KINDS[name].holds(match.group(), around):
             yield Found(name, match.start(), match.end())
             position = match.end()
         else:
