@@ -1,8 +1,10 @@
 # Everything a developer or a new user needs, on a machine with Python 3.11 or later.
 #   make demo    install into .venv if needed, then fine-tune the embedded model (minutes)
 #   make test    install the development tools if needed, then the whole test suite
-#   make check   lint, format, types and the fast tests about the house; what must pass before a commit
+#   make check   lint, format, types, the fast tests about the house, licences and advisories of the
+#                dependencies; what must pass before a commit
 #   make bench   the measurements of benchmarks/ (long)
+#   make sbom    the software bill of materials of a release, dist/lorica.cdx.json (CycloneDX)
 #   make clean   remove what was built, .venv included
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench sbom clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -25,6 +27,13 @@ check: $(VENV)/.installed-dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 	$(RUN) -m pytest -q tests/house tests/config
+	$(RUN) scripts/supply_chain.py licences > /dev/null
+	$(RUN) scripts/supply_chain.py advisories
+
+sbom: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e '.[release]'
+	mkdir -p dist
+	$(VENV)/bin/cyclonedx-py environment $(RUN) --output-format JSON -o dist/lorica.cdx.json
 
 bench: $(VENV)/.installed-dev
 	$(RUN) benchmarks/e2e.py --seeds 0 1
