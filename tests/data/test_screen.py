@@ -105,6 +105,12 @@ FAULTS = [
     Planted(
         "label-per-record", "refuse", [{**row, "label": f"id {i}"} for i, row in enumerate(C)], []
     ),
+    Planted(
+        "scores-as-labels",
+        "warn",
+        [{**row, "label": f"{i % 21 / 4}"} for i, row in enumerate(C)],
+        [],
+    ),
     Planted("rare-label", "warn", _with(C, (4, {"label": "odd"})), []),
     Planted(
         "unbalanced-labels", "warn", _with(C, *((i, {"label": "good"}) for i in range(1, 59))), []

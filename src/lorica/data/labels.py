@@ -24,6 +24,10 @@ DRAWN = 20_000
 _FOLDS = 5
 _FEWEST = 10
 """Records that a class needs to be judged."""
+_MOST_CLASSES = 40
+_KNOWS = 0.4
+"""Share of what the most frequent label gets wrong that the classifier must get right. Below that
+(inference, paraphrases) its doubts say more about itself than about the labels."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Suspects:
     Attributes:
         rows: (index of the row, label it would have given), the surest first.
         accuracy, majority: of the classifier in cross-validation, and of always saying the most
-            frequent label. Where the first is not clearly above the second there are no suspects.
+            frequent label. Where the first is not far above the second there are no suspects.
         judged: how many records were looked at.
     """
 
@@ -48,6 +52,15 @@ def balance(rows: Sequence[Row]) -> dict[str, int]:
     return dict(Counter(str(row["label"]) for row in rows).most_common())
 
 
+def are_scores(counts: dict[str, int]) -> bool:
+    """Whether the labels are rather numbers on a scale: many of them, and some not whole."""
+    try:
+        values = [float(label) for label in counts]
+    except ValueError:
+        return False
+    return len(values) > _FEWEST and any(not value.is_integer() for value in values)
+
+
 def contradictions(rows: Sequence[Row]) -> list[list[int]]:
     """Groups of rows with the same input and different labels."""
     groups: dict[str, list[int]] = defaultdict(list)
@@ -58,7 +71,7 @@ def contradictions(rows: Sequence[Row]) -> list[list[int]]:
 
 def suspects(rows: Sequence[Row], *, seed: int = 0) -> Suspects | None:
     """Labels that look wrong, of at most `DRAWN` records drawn with `seed`; None where there are
-    too few records, or classes, to learn from.
+    too few records to learn from, or too many classes.
     """
     counts = balance(rows)
     known = {label for label, number in counts.items() if number >= _FEWEST}
@@ -66,14 +79,13 @@ def suspects(rows: Sequence[Row], *, seed: int = 0) -> Suspects | None:
     indices = indices[:DRAWN]
     labels = np.array([str(rows[i]["label"]) for i in indices])
     classes, given = np.unique(labels, return_inverse=True)
-    if len(classes) < 2 or np.bincount(given).min() < _FOLDS:
+    if not 2 <= len(classes) <= _MOST_CLASSES or np.bincount(given).min() < _FOLDS:
         return None
     chances = _cross_validated([input_of(rows[i]) for i in indices], given, seed)
     guessed = chances.argmax(1)
     accuracy = float((guessed == given).mean())
     majority = float(np.bincount(given).max() / len(given))
-    # two standard errors above the majority: below that the classifier knows nothing
-    if accuracy < majority + 2 * float(np.sqrt(majority * (1 - majority) / len(given))):
+    if accuracy - majority < _KNOWS * (1 - majority):
         return Suspects([], accuracy, majority, len(indices))
     own = chances[np.arange(len(given)), given]
     usual = np.array([own[given == k].mean() for k in range(len(classes))])
@@ -87,7 +99,7 @@ def suspects(rows: Sequence[Row], *, seed: int = 0) -> Suspects | None:
 
 def _cross_validated(texts: list[str], given: np.ndarray, seed: int) -> np.ndarray:
     """Chance of every class for every record, from classifiers that did not see it."""
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=200_000)
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=50_000)
     model = make_pipeline(words, LogisticRegression(C=4.0, max_iter=200, tol=1e-3))
     folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
     return cross_val_predict(model, texts, given, cv=folds, method="predict_proba")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from lorica.data.dataset import Dataset
 from lorica.data.duplicates import NearIndex, keys_of, near_parts, repeats, shared_inputs
 from lorica.data.findings import SHOWN, Finding, excerpt, places, share
-from lorica.data.labels import balance, contradictions, suspects
+from lorica.data.labels import are_scores, balance, contradictions, suspects
 from lorica.data.languages import languages_of
 from lorica.data.problems import counted
 from lorica.data.secrets import KINDS, find, hint_of
@@ -123,10 +123,15 @@ def _label_findings(train: Dataset, held_out: Sequence[Dataset]) -> Iterator[Fin
             mend="see whether the right column is the label",
         )
         return
+    if are_scores(counts):
+        text = f"the {len(counts):,} labels are numbers on a scale, not classes: {_named(counts)}"
+        mend = "make classes of them; learning numbers is no task here"
+        yield Finding("scores-as-labels", "warn", text, len(train), mend=mend)
+        return
     rare = {label: n for label, n in counts.items() if n < FEW_OF_LABEL}
     if rare:
-        told = ", ".join(f"{label!r} {n}x" for label, n in list(rare.items())[:10])
-        text = f"{counted(len(rare), 'label')} with fewer than {FEW_OF_LABEL} records: {told}"
+        fewer = f"with fewer than {FEW_OF_LABEL} records"
+        text = f"{counted(len(rare), 'label')} {fewer}: {_named(rare)}"
         yield Finding("rare-label", "warn", text, sum(rare.values()), mend="add records of them")
     most, least = max(counts.values()), min(counts.values())
     if most >= UNBALANCED * least:
@@ -163,6 +168,10 @@ def _label_findings(train: Dataset, held_out: Sequence[Dataset]) -> Iterator[Fin
             places(train, firsts, said),
             "decide for one label",
         )
+
+
+def _named(counts: dict[str, int]) -> str:
+    return ", ".join(f"{label!r} {n}x" for label, n in list(counts.items())[:10])
 
 
 def _leaks(train: Dataset, part: Dataset) -> Iterator[Finding]:
