@@ -12,7 +12,8 @@ LoricaError                  1   (the exit code)
 ├── CheckpointError          1   a checkpoint is missing, torn or of another run
 ├── RunLocked                1   another process holds the run folder
 ├── TrainingError            1   training cannot go on
-│   └── NonFiniteError       1   a loss or a gradient is NaN or infinite
+│   ├── NonFiniteError       1   a loss or a gradient is NaN or infinite
+│   └── OutOfMemory          1   a step, an evaluation or a load did not fit into memory
 ├── Interrupted              130 stopped by the user, resumable
 └── MissingPackage           2   an optional package is needed; the message is the install command
 """
@@ -122,7 +123,19 @@ class TrainingError(LoricaError):
 
 
 class NonFiniteError(TrainingError):
-    """A loss or a gradient is NaN or infinite; the last good state is kept."""
+    """A loss or a gradient is NaN or infinite; the last good state is kept.
+
+    Attributes:
+        rows: records that may be the cause, as indices into those of the adapter.
+        adapter: its name.
+    """
+
+    rows: Sequence[int] = ()
+    adapter: str = ""
+
+
+class OutOfMemory(TrainingError):
+    """Something did not fit into memory; the message has what to lower, with numbers."""
 
 
 class Interrupted(LoricaError):
@@ -143,6 +156,16 @@ class MissingPackage(LoricaError):
 
 class LoricaWarning(UserWarning):
     """Something that works, but probably not as the user thinks."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this says that memory ran out, on the processor or a GPU. torch has several ways to
+    say so, and one of them is only in the words.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+    return isinstance(error, RuntimeError | OSError) and any(w in str(error) for w in words)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

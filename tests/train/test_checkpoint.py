@@ -176,7 +176,10 @@ def test_every_difference_of_identity_is_named(tmp_path):
 def test_other_circumstances_are_told(tmp_path):
     save(tmp_path, state(2))
     notes = load(tmp_path, IDENTITY, circumstances={"threads": "2"})[1]
-    assert notes == ["going on with another threads: the result will not be the same to the bit"]
+    assert notes == [
+        "going on with another threads (1 before, 2 now): the result will not be the same to the "
+        "bit"
+    ]
 
 
 def test_the_same_step_again_keeps_the_whole_one_and_replaces_a_torn_one(tmp_path):
@@ -190,7 +193,7 @@ def test_the_same_step_again_keeps_the_whole_one_and_replaces_a_torn_one(tmp_pat
 
 # --- faults while saving --------------------------------------------------------------------------
 
-CALLS = ("open", "fsync", "replace", "rename", "mkdir")
+CALLS = ("open", "write", "fsync", "replace", "rename", "mkdir")
 
 
 class Faults:

@@ -359,13 +359,13 @@ def test_tensors_that_are_not_finite_never_reach_a_checkpoint(tmp_path, monkeypa
 
 def test_any_other_error_is_written_down(tmp_path, monkeypatch):
     def broken(self, trainees, work):
-        raise RuntimeError("out of memory, say")
+        raise RuntimeError("out of luck, say")
 
     monkeypatch.setattr(Engine, "step", broken)
     with pytest.raises(RuntimeError):
         one(tmp_path / "r")
     manifest = read_manifest(tmp_path / "r/run.json")
-    assert (manifest["status"], manifest["error"]) == ("failed", "RuntimeError: out of memory, say")
+    assert (manifest["status"], manifest["error"]) == ("failed", "RuntimeError: out of luck, say")
 
 
 def test_a_layer_that_is_passed_by_is_named(tmp_path):

@@ -152,7 +152,7 @@ def test_another_run_is_refused_with_every_difference(stopped):
         )
     told = str(caught.value)
     assert "settings.learning_rate: the checkpoint has 0.03, this run 0.001" in told
-    assert "settings.batch_size" in told
+    assert "records per step of a: the checkpoint has 6, this run 4" in told
     assert "data of a: the checkpoint has 17 examples" in told
     assert "data of b" not in told
     assert "seed" not in told
@@ -218,9 +218,10 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_used(stopped, whole
 
 def test_another_number_of_threads_is_told(stopped, monkeypatch):
     own = loop.circumstances
-    monkeypatch.setattr(loop, "circumstances", lambda m: {**own(m), "number of threads": "7"})
+    other = {"number of threads": "7"}
+    monkeypatch.setattr(loop, "circumstances", lambda *of: {**own(*of), **other})
     run(stopped, resume=True)
     assert (
-        "another number of threads: the result will not be"
+        "another number of threads (1 before, 7 now): the result will not be"
         in (stopped / "events.jsonl").read_text()
     )

@@ -240,10 +240,11 @@ def _add_stack(plates: Plates, slots: list[Slot], x: Tensor, y: Tensor) -> Tenso
     assert route is not None and route.weights is not None
     methods: list[Any] = [slot.method for slot in slots]
     columns = [i for i, n in enumerate(route.names) if n in plates.slots]
+    weights = route.weights.to(torch.promote_types(route.weights.dtype, y.dtype))
     A = torch.cat([s.tensors["A"] for s in slots])
     B = torch.cat([s.tensors["B"] for s in slots], dim=1)
     parts = [
-        route.weights[..., i : i + 1].expand(*route.weights.shape[:-1], s.tensors["A"].shape[0])
+        weights[..., i : i + 1].expand(*weights.shape[:-1], s.tensors["A"].shape[0])
         * method.scale
         for i, s, method in zip(columns, slots, methods, strict=True)
     ]

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train an adapter on your records, and judge it against the base",
     "check": "look for faults in records before they cost a run",
     "clean": "write a repaired copy of records: no repeats, leaks or secrets",
+    "plan": "what a run will need: memory by part, steps, time, disk",
     "inspect": "what a model consists of, and what could train in it",
     "eval": "score a run, an adapter or a base on records",
     "chat": "talk to a base or an adapter",

@@ -202,7 +202,7 @@ def _check(
     found = _Found(statement, train, "", findings)
     if train.format == "classification":
         found.labels = balance(train.rows)
-    if with_model:
+    if with_model and all(f.code != "one-label" for f in findings):
         with voice.work("encoding the records"):
             _look_at_tokens(settings, parts, found)
     return found

@@ -46,6 +46,7 @@ def manifest(prepared: Prepared, path: Path) -> dict[str, Any]:
     labels = prepared.base.labels
     return {
         "data": {"train": trained, **others},
+        **({"plan": {"memory": prepared.memory}} if prepared.memory else {}),
         "run": {
             "path": str(path),
             "command": "train",

@@ -97,8 +97,10 @@ def _read_one(
             return _unknown(name, known, own)
         else:
             return f"{name} needs a value; one that begins with -- is written {name}=VALUE"
-    if setting is None and not equals and (near := nearest(name, own)):
-        return f"{name} is no flag; did you mean {near}?"
+    if setting is None and not equals:
+        near = nearest(name, [*own, *(one.flag for one in known.values())])
+        if near in own:
+            return f"{name} is no flag; did you mean {near}?"
     if plain in flags:
         return f"{name} is given twice"
     flags[plain] = value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from lorica.attach.attach import Adapter, attach
 from lorica.base.load import Base, base_of, load_model
+from lorica.cli.forecast import Forecast, forecast, refuse_if_far_over, shadow_of, verdict_on
 from lorica.cli.material import Material, gather
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
@@ -19,7 +20,7 @@ from lorica.data.findings import Finding
 from lorica.data.screen import screen_quickly
 from lorica.data.screen_tokens import Sight, screen_tokens
 from lorica.data.template import ChatTemplate
-from lorica.errors import CheckRefused, ConfigError
+from lorica.errors import CheckRefused, ConfigError, LoricaError
 from lorica.evaluate.metrics import find_metrics
 from lorica.records.phrases import count, parameters
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
@@ -36,6 +37,7 @@ class Prepared:
         settings: with what data and base have decided.
         examples, held_out: the records of `material`, encoded.
         metrics: names of the scores.
+        memory: what the run was estimated to need; empty where that was not possible.
     """
 
     settings: Resolved
@@ -46,6 +48,7 @@ class Prepared:
     examples: Encoded
     held_out: list[Example]
     metrics: list[str]
+    memory: dict[str, Any] = field(default_factory=dict)
 
     @property
     def base(self) -> Base:
@@ -53,8 +56,11 @@ class Prepared:
         return known(self.model)
 
 
-def prepare(settings: Resolved, voice: Voice) -> Prepared:
+def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) -> Prepared:
     """Read, load, attach and encode; writes nothing.
+
+    Args:
+        ignore_memory: begin although the memory of the machine will not do.
 
     Raises:
         LoricaError: settings, data or base with which no run can begin.
@@ -69,6 +75,10 @@ def prepare(settings: Resolved, voice: Voice) -> Prepared:
         voice.say(line)
     kind = material.task(settings.run.task, settings.run.model)
     check_effects(settings, material, kind)
+    held_out = {id(part): part for part in (material.valid, material.scored) if part}
+    _tell(screen_quickly(material.train, [*held_out.values()]), settings, voice)
+    early = foresee(settings, material, kind, voice, ignore_memory=ignore_memory)
+    settings = early.settings if early else settings
     with voice.work(f"loading {settings.run.model}"):
         model, settings = _load(settings, material, kind)
     base = known(model)
@@ -83,30 +93,52 @@ def prepare(settings: Resolved, voice: Voice) -> Prepared:
     voice.say(f"targets: {adapter.reason}")
     voice.say(f"adapter: {_size(adapter, number)}")
     with voice.work("encoding the records"):
-        task, examples, held_out, settings = _encode(settings, material, model)
+        if early is None:
+            task, examples, held_out, settings = encode(settings, material, model)
+        else:
+            task, examples, held_out = early.task, early.examples, early.held_out
     voice.say(f"encoded: {encoded_statement(task, examples)}")
-    _refuse_hopeless(settings, material, model, task, examples, voice)
+    _tell(screen_tokens(_sight(settings, material, model, examples)), settings, voice)
     metrics = list(settings.run.metrics or material.metrics(kind))
-    return Prepared(settings, material, model, adapter, task, examples, held_out, metrics)
+    memory = early.as_dict() if early else {}
+    return Prepared(settings, material, model, adapter, task, examples, held_out, metrics, memory)
 
 
-def _refuse_hopeless(
-    settings: Resolved,
-    material: Material,
-    model: nn.Module,
-    task: Task,
-    examples: Encoded,
-    voice: Voice,
-) -> None:
-    """The quick checks of `lorica check`: warnings are told.
+def foresee(
+    settings: Resolved, material: Material, kind: str, voice: Voice, *, ignore_memory: bool
+) -> Forecast | None:
+    """What the run will need, told before the base is loaded; None where it cannot be known.
 
     Raises:
-        CheckRefused: training on these records cannot work.
+        CheckRefused: far more memory than the machine has.
+        LoricaError: records or settings with which no run can begin.
     """
-    held_out = {id(part): part for part in (material.valid, material.scored) if part}
+    try:
+        shadow = shadow_of(settings, material, kind)
+    except LoricaError:  # loading the base will say it in full
+        return None
+    with voice.work("encoding the records"):
+        encoded = encode(settings, material, shadow.model)
+    try:
+        with voice.work("estimating the memory"):
+            found = forecast(settings, material, shadow, encoded)
+    except (LoricaError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        text = next(iter(str(error).splitlines()), type(error).__name__)
+        if not isinstance(error, LoricaError):  # else attaching will say it in full
+            voice.say(f"the memory of this run could not be estimated: {text}")
+        return None
+    if not ignore_memory:
+        refuse_if_far_over(found)
+    if warning := verdict_on(found):
+        voice.say(warning, "warning")
+    return found
+
+
+def _sight(settings: Resolved, material: Material, model: nn.Module, examples: Encoded) -> Sight:
+    """What `screen_tokens` looks at."""
     base = known(model)
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    sight = Sight(
+    return Sight(
         material.train,
         examples,
         base.tokenizer,
@@ -114,15 +146,21 @@ def _refuse_hopeless(
         max_length=settings.train.max_length,
         vocabulary=getattr(embeddings, "num_embeddings", None),
     )
-    found = [*screen_quickly(material.train, [*held_out.values()]), *screen_tokens(sight)]
-    refused = [f"{f.text}{_first(f)}" for f in found if f.severity == "refuse"]
-    if refused:
+
+
+def _tell(findings: list[Finding], settings: Resolved, voice: Voice) -> None:
+    """Say the warnings among the findings.
+
+    Raises:
+        CheckRefused: training on these records cannot work.
+    """
+    if refused := [f"{f.text}{_first(f)}" for f in findings if f.severity == "refuse"]:
         raise CheckRefused(
             "training on these records cannot work",
             problems=refused,
             mend=f"lorica check {settings.run.data} --model {settings.run.model} shows where",
         )
-    for finding in found:
+    for finding in findings:
         if finding.severity == "warn":
             voice.say(f"data: {finding.text}{_first(finding)}", "warning")
 
@@ -194,7 +232,7 @@ def check_effects(settings: Resolved, material: Material, kind: str) -> None:
         )
 
 
-def _encode(
+def encode(
     settings: Resolved, material: Material, model: nn.Module
 ) -> tuple[Task, Encoded, list[Example], Resolved]:
     """The task, the records as it encodes them, and the settings with what the data decides."""

@@ -11,7 +11,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lorica.cli.manifest import manifest, marked
 from lorica.cli.prepare import ADAPTER, Prepared, own_template, prepare
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
-from lorica.errors import ConfigError
+from lorica.errors import ConfigError, Interrupted, LoricaError
 from lorica.evaluate.compare import Comparison, compare
 from lorica.evaluate.metrics import check_inputs, find_metrics
 from lorica.records.atomic import write_file
@@ -54,6 +54,7 @@ def execute(
     discard: bool = False,
     json: bool = False,
     quiet: bool = False,
+    ignore_memory: bool = False,
 ) -> Outcome:
     """Run everything that `lorica train` does.
 
@@ -62,22 +63,45 @@ def execute(
         resume: the run folder to go on with.
         discard: throw away an earlier run in the output folder.
         json, quiet: how the display speaks.
+        ignore_memory: begin although the memory of the machine will not do.
     """
     began = time.monotonic()
     voice = Voice(json=json, quiet=quiet)
     if resume is not None and (outcome := finished(resume, voice)):
         return outcome
     path = resume or Path(settings.run.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    if resume is None:
-        RunFolder.check(path, replace=discard)
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
-    prepared = prepare(settings, voice)
-    if prepared.task.kind == "causal-lm":
-        voice.say(f"the first of them, with what is trained in brackets: {_example(prepared)}")
-    folder = RunFolder.open(path) if resume else RunFolder.create(path, replace=discard)
-    with folder:
-        return _Run(prepared, folder, voice, began).go(resume=resume is not None)
+    try:
+        with _signals_raise(), ExitStack() as held:
+            if resume:  # the lock first: two must not load a model for the run of one
+                folder = held.enter_context(RunFolder.open(path))
+            else:
+                RunFolder.check(path, replace=discard)
+            if settings.run.threads:
+                torch.set_num_threads(settings.run.threads)
+            prepared = prepare(settings, voice, ignore_memory=ignore_memory)
+            if prepared.task.kind == "causal-lm":
+                shown = _example(prepared)
+                voice.say(f"the first of them, with what is trained in brackets: {shown}")
+            if not resume:
+                folder = held.enter_context(RunFolder.create(path, replace=discard))
+            return _Run(prepared, folder, voice, began).go(resume=resume is not None)
+    except _Signal as asked:
+        voice.display.work(None)
+        raise _stopped(path, asked.number) from None
+
+
+def _stopped(path: Path, number: int) -> LoricaError:
+    """What is told when a signal came while nothing was half done."""
+    if (path / "run.json").is_file():
+        stop = Stop()
+        stop.asked = number
+        return stop.error(path, saved=True)
+    error = Interrupted(
+        f"stopped by {signal.Signals(number).name} before the run began: nothing was written",
+        mend="start the same command again",
+    )
+    error.exit_code = 128 + number  # type: ignore[misc]
+    return error
 
 
 class _Run:
@@ -133,7 +157,7 @@ class _Run:
 
         return train(
             own.model,
-            {own.adapter: own.examples.examples},
+            {own.adapter: own.examples},
             own.settings.train,
             output_dir=self.folder,
             eval_data=own.held_out,
@@ -148,14 +172,28 @@ class _Run:
         tokenizer = self.prepared.task.tokenizer
         if source := own_template(self.prepared):
             tokenizer.chat_template = source
-        tokenizer.save_pretrained(self.folder.adapter())
+        try:
+            tokenizer.save_pretrained(self.folder.adapter())
+        except Exception as error:  # the tokenizer's own writer raises a bare Exception
+            if not (isinstance(error, OSError) or "os error" in str(error)):
+                raise
+            again = shlex.quote(str(self.folder.path))
+            raise LoricaError(
+                f"the tokenizer could not be written in {self.folder.adapter()}: {error}",
+                mend=f"free space, then: lorica train --resume {again}",
+            ) from error
 
     def _finish(self, scores: dict[str, Comparison], report: TrainReport) -> None:
+        planned = self.prepared.memory
         summary = {
             "status": "finished",
             "scores": {name: asdict(found) for name, found in scores.items()},
             "training": report.summary(),
-            "resources": {**report.resources, "total_seconds": time.monotonic() - self.began},
+            "resources": {
+                **report.resources,
+                "total_seconds": time.monotonic() - self.began,
+                **({"planned_memory_bytes": planned["total"]} if planned else {}),
+            },
         }
         assert self.voice.writer is not None
         self.voice.writer.finish(summary)
@@ -170,9 +208,7 @@ class _Run:
                 yield
         except _Signal as asked:
             self._mark({"status": "interrupted"})
-            stop = Stop()
-            stop.asked = asked.number
-            raise stop.error(self.folder.path, saved=True) from None
+            raise _stopped(self.folder.path, asked.number) from None
         except BaseException as error:
             self._mark({"status": "failed", "error": f"{type(error).__name__}: {error}"})
             raise
@@ -183,7 +219,8 @@ class _Run:
             return
         self.voice.display.work(None)
         earlier = read_manifest(self.folder.manifest)
-        write_file(self.folder.manifest, json_text({**earlier, **outcome, "ended": now()}))
+        with suppress(OSError):  # what is wrong with the disk is told by who came here
+            write_file(self.folder.manifest, json_text({**earlier, **outcome, "ended": now()}))
 
 
 class _Signal(KeyboardInterrupt):

@@ -20,7 +20,10 @@ def command(
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="go on with the interrupted run in this folder", show_default=False, metavar="PATH"
+            help="go on with the interrupted run in this folder; where --output-dir names it too, "
+            "begin it if need be",
+            show_default=False,
+            metavar="PATH",
         ),
     ] = None,
     replace: Annotated[
@@ -28,6 +31,12 @@ def command(
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the resolved settings as YAML and end")
+    ] = False,
+    ignore_memory: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-memory", help="begin even where the machine has far too little memory"
+        ),
     ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="one JSON object per line on standard output")
@@ -49,6 +58,8 @@ def command(
     own = [p.opts[0] for p in context.command.params]
     line = read_flags(context.args, known, [*own, "--help"])
     layers = [load_yaml(file) for file in line.files]
+    if resume is not None and _unbegun(resume, line.flags):
+        resume = None  # with --output-dir, the same line begins a run and goes on with it
     if resume is not None:
         _check_resume(resume, replace, line.flags)
         layers.insert(0, _resumed(resume))
@@ -59,9 +70,19 @@ def command(
     from lorica.cli.run import execute
     from lorica.cli.showing import closing_lines
 
-    outcome = execute(settings, resume=resume, discard=replace, json=json, quiet=quiet)
+    how = {"json": json, "quiet": quiet, "ignore_memory": ignore_memory}
+    outcome = execute(settings, resume=resume, discard=replace, **how)
     if not (json or quiet):
         print("\n".join(closing_lines(outcome.folder, outcome.samples)))
+
+
+def _unbegun(folder: Path, flags: dict[str, str]) -> bool:
+    """Whether the command line names this folder as its output too, and no run has begun there."""
+    from lorica.config.names import ALIASES
+
+    named = [Path(v) for k, v in flags.items() if ALIASES.get(k, k) == "output_dir"]
+    begun = (folder / "run.json").is_file()
+    return not begun and any(path.resolve() == folder.resolve() for path in named)
 
 
 def _check_resume(folder: Path, replace: bool, flags: dict[str, str]) -> None:

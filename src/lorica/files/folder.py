@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorica.errors import AdapterFileError, LoricaError
-from lorica.records.atomic import sync_file, sync_folder
+from lorica.records.atomic import exchange, sync_file, sync_folder, temporary_beside
 
 MAX_JSON_BYTES = 64 * 1024
 
@@ -24,9 +23,9 @@ def new_folder(
 ) -> Iterator[Path]:
     """A temporary folder to write into, which becomes `folder` when the block ends well.
 
-    A reader sees the old folder, the new one or (for an instant, with `overwrite`) none, never a
-    mixture. Files get mode 0644, whatever the writer chose, and are on the disk before the name
-    changes.
+    A reader, or a crash, sees the old folder or the new one, never a mixture; where the system
+    cannot exchange two names in one step, for an instant none. Files get mode 0644, whatever the
+    writer chose, and are on the disk before the name changes.
 
     Args:
         marker: the file that makes a folder one of this kind; only such a folder is ever replaced.
@@ -36,7 +35,7 @@ def new_folder(
     target = Path(folder).absolute()
     _check_target(target, marker, overwrite, error)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".tmp-{secrets.token_hex(4)}-{target.name[:100]}")
+    temporary = temporary_beside(target)
     temporary.mkdir(mode=0o755)
     try:
         yield temporary
@@ -71,18 +70,23 @@ def _check_target(target: Path, marker: str, overwrite: bool, error: type[Lorica
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    """Put the finished folder in place; an old one is moved aside first, and back if that fails."""
+    """Put the finished folder in place; what was there goes."""
     if not target.exists():
         os.rename(temporary, target)
         return
-    aside = target.with_name(f".old-{secrets.token_hex(4)}-{target.name[:100]}")
-    os.rename(target, aside)
-    try:
-        os.rename(temporary, target)
-    except BaseException:
-        os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    if exchange(temporary, target):
+        aside = temporary
+    else:
+        aside = target.with_name(temporary.name.replace(".tmp-", ".old-", 1))
+        os.rename(target, aside)
+        try:
+            os.rename(temporary, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
+    with contextlib.suppress(OSError):  # the old one may go only when the new one is sure to stay
+        sync_folder(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def open_regular(path: Path) -> BinaryIO:

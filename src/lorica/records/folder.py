@@ -9,6 +9,7 @@ checkpoints/    report.html     .lock
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Self
 
 from lorica.errors import ConfigError, LoricaError, RunLocked
-from lorica.records.atomic import write_file
+from lorica.records.atomic import sync_folder, write_file
 
 CONFIG, MANIFEST, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVENTS, SAMPLES, REPORT, LOCK = "events.jsonl", "samples.jsonl", "report.html", ".lock"
@@ -31,7 +32,8 @@ ADAPTER, ADAPTERS, CHECKPOINTS = "adapter", "adapters", "checkpoints"
 LAYOUT = (MANIFEST, CONFIG, METRICS, EVENTS, SAMPLES, REPORT, ADAPTER, ADAPTERS, CHECKPOINTS)
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_TEMPORARY = ".tmp-"
+_TEMPORARY = (".tmp-", ".old-")
+"""Beginnings of the names of what a stopped process left half-done."""
 _LOCK_ATTEMPTS, _LOCK_PAUSE = (
     5,
     0.04,
@@ -68,7 +70,7 @@ class RunFolder:
         path = Path(path)
         cls.check(path, replace=replace)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            _make(path)
         except OSError as error:
             raise _unwritable(path, error) from error
         folder = cls(path, _lock(path))
@@ -85,12 +87,19 @@ class RunFolder:
         """Whether `create` would take `path`; writes nothing.
 
         Raises:
-            ConfigError: the folder holds something else, or a run while `replace` is False.
+            ConfigError: the folder holds something else, or a run while `replace` is False, or
+                cannot be written.
+            RunLocked: another process works in it.
         """
         path = Path(path)
-        if path.is_dir():
-            _refuse_foreign(path)
-            _refuse_run(path, replace)
+        try:
+            if path.is_dir():
+                refuse_held(path)
+                _refuse_foreign(path)
+                _refuse_run(path, replace)
+            _refuse_unwritable(path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -186,6 +195,16 @@ class RunFolder:
                 _remove(entry)
 
 
+def refuse_held(path: str | Path) -> None:
+    """Raises RunLocked where another process works in the run folder; takes no lock itself."""
+    if lock_is_held(path):
+        descriptor = os.open(Path(path) / LOCK, os.O_RDONLY)
+        try:
+            raise _locked(Path(path), descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def lock_is_held(path: str | Path) -> bool:
     """Whether a living process works in the run folder `path`."""
     try:
@@ -241,6 +260,26 @@ def _refuse_run(path: Path, replace: bool) -> None:
         )
 
 
+def _make(path: Path) -> None:
+    """The folder and its parents, each on the disk in the folder above it."""
+    missing = [path, *path.parents]
+    missing = missing[: next(i for i, p in enumerate(missing) if p.exists())]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_folder(made.parent)
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Raises OSError for a folder that cannot be made or written in: known before hours of work."""
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is not a folder")
+    if os.statvfs(nearest).f_flag & os.ST_RDONLY:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def _refuse_foreign(path: Path) -> None:
     names = sorted(entry.name for entry in path.iterdir())
     if not names or _is_run(path):
@@ -260,8 +299,15 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _is_own_lock(path: Path) -> bool:
+    """Whether Lorica made this lock. It is empty where a process was killed, or found the disk
+    full, before its first word; nothing else was in the folder then.
+    """
     try:
-        return "boot_id" in json.loads(path.read_bytes())
+        first = path.read_bytes().partition(b"\n")[0]
+        if not first:
+            entries = (entry.name for entry in path.parent.iterdir())
+            return all(name == LOCK or name.startswith(_TEMPORARY) for name in entries)
+        return "boot_id" in json.loads(first)
     except (OSError, ValueError, TypeError):
         return False
 
@@ -293,21 +339,26 @@ def _lock(path: Path) -> int:
             if attempt + 1 < _LOCK_ATTEMPTS:
                 time.sleep(_LOCK_PAUSE)
                 continue
-            holder = _holder(descriptor)
+            error = _locked(path, descriptor)
             os.close(descriptor)
-            raise RunLocked(
-                f"{path} is in use by {holder}",
-                expected="one process per run folder",
-                mend="wait for it or stop it, or choose another --output-dir",
-            ) from None
+            raise error from None
         except OSError as error:
             os.close(descriptor)
             raise _unwritable(path, error) from error
     # the text only serves the message above; the lock is the flock. A full disk may leave it short
     with contextlib.suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json_line(_owner()), 0)
+        line = json_line(_owner())
+        os.pwrite(descriptor, line, 0)  # before it is cut, so that it is never empty again
+        os.ftruncate(descriptor, len(line))
     return descriptor
+
+
+def _locked(path: Path, descriptor: int) -> RunLocked:
+    return RunLocked(
+        f"{path} is in use by {_holder(descriptor)}",
+        expected="one process per run folder",
+        mend="wait for it or stop it, or choose another --output-dir",
+    )
 
 
 def _owner() -> dict:
@@ -322,7 +373,7 @@ def _owner() -> dict:
 
 def _holder(descriptor: int) -> str:
     try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
+        owner = json.loads(os.pread(descriptor, 4096, 0).partition(b"\n")[0])
         text = f"process {owner['pid']} on {owner['host']} since {owner['started']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

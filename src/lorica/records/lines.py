@@ -159,7 +159,9 @@ def ending(summary: dict, progress: Progress, *, mark: bool = False) -> str:
     if resources.get("tokens_per_second"):
         parts.append(f"{count(resources['tokens_per_second'])} tokens/s")
     if resources.get("peak_memory_bytes"):
-        parts.append(f"peak {size(resources['peak_memory_bytes'])}")
+        planned = resources.get("planned_memory_bytes")
+        beside = f" (planned {size(planned)})" if planned else ""
+        parts.append(f"peak {size(resources['peak_memory_bytes'])}{beside}")
     if why:
         parts.append(str(why))
     return printable((f"{ENDINGS.get(status, '■')} " if mark else "") + " · ".join(parts))

@@ -311,10 +311,15 @@ def _resources(manifest: Mapping) -> list[dict]:
     trained = sum(value for value in own if value is not None) if own else 0
     share = f"{100 * trained / base:.2f} % of {parameters(base)}" if trained and base else ""
     threads = number(resources.get("num_threads"))
+    planned = number(resources.get("planned_memory_bytes"))
     tiles = [
         ("time", duration(resources.get("seconds")), ""),
         ("tokens per second", count(resources.get("tokens_per_second")), ""),
-        ("peak memory", size(resources.get("peak_memory_bytes")), ""),
+        (
+            "peak memory",
+            size(resources.get("peak_memory_bytes")),
+            f"{size(planned)} planned" if planned else "",
+        ),
         (
             "device",
             str(resources.get("device") or "–"),

@@ -157,6 +157,16 @@ class CausalLM:
             self._packs[model] = reason is None
         return self._packs[model]
 
+    def assume(self, model: nn.Module, *, packs: bool, plain: bool) -> None:
+        """Take for granted what running `model` would tell: one without numbers cannot be asked.
+
+        Args:
+            packs: whether documents may share a row of it.
+            plain: whether its logits are exactly head(hidden states).
+        """
+        self._packs[model] = packs
+        self._heads[model] = model.get_output_embeddings() if plain else None  # type: ignore[operator]
+
     def _head(self, model: nn.Module) -> nn.Module | None:
         if model not in self._heads:
             self._heads[model] = plain_head(model)

@@ -9,9 +9,10 @@
 A checkpoint is written into a temporary folder, every file is fsynced, the manifest comes last,
 then the folder is renamed and its parent fsynced. Reading goes from the highest step to the lowest
 and trusts nothing but the hashes: no "latest" pointer, no file times. A damaged checkpoint is set
-aside under another name and the next older one is taken. Older ones are removed only after the new
-one was read back. There is no pickle in a checkpoint, and no state of a random generator either:
-everything drawn in a step is seeded by the step.
+aside under another name and the next older one is taken; one that the system cannot read now (an
+error of the disk, too many open files) is passed over and stays. Older ones are removed only after
+the new one was read back. There is no pickle in a checkpoint, and no state of a random generator
+either: everything drawn in a step is seeded by the step.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lorica.config import TrainSettings
 from lorica.errors import CheckpointError
 from lorica.records.atomic import sync_folder, write_file
 
@@ -77,6 +80,7 @@ def save(folder: Path, state: State, *, keep: int = 2) -> Path:
     """
     target = folder / f"{_PREFIX}{state.step:08d}"
     temporary = folder / f"{_TEMPORARY}{state.step:08d}-{secrets.token_hex(4)}"
+    files = _files(state)
     try:
         if not folder.is_dir():
             folder.mkdir(parents=True)
@@ -85,20 +89,28 @@ def save(folder: Path, state: State, *, keep: int = 2) -> Path:
             if _verify(target) is None:
                 return target
             _set_aside(target)
-        _write(temporary, state)
+        _write(temporary, state, files)
         os.rename(temporary, target)
         sync_folder(folder)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint of step {state.step} could not be written in {folder}: "
             f"{error.strerror or error}",
-            expected=f"space on the disk ({_free_bytes(folder)})",
+            expected=f"{sum(map(len, files.values())):,} bytes on a disk that takes them "
+            f"({_free_bytes(folder)})",
             mend="free space and resume; earlier checkpoints are untouched",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    if fault := _verify(target):
-        raise CheckpointError(f"the checkpoint of step {state.step} does not read back: {fault}")
+    try:
+        fault = _verify(target)
+    except OSError as error:
+        fault = f"{error.strerror or error}"
+    if fault:
+        raise CheckpointError(
+            f"the checkpoint of step {state.step} does not read back: {fault}",
+            mend="look after the disk and resume; earlier checkpoints are untouched",
+        )
     with contextlib.suppress(OSError):  # one too many is no reason to stop
         _prune(folder, max(2, keep))
     return target
@@ -117,20 +129,35 @@ def load(
             settings, or to another version of Lorica; or there are checkpoints, but none is whole.
     """
     notes: list[str] = []
+    unreadable: OSError | None = None
     for path in _newest_first(folder):
-        if fault := _verify(path):
-            aside = _set_aside(path)
-            notes.append(f"{path.name} is damaged ({fault}); it was set aside as {aside.name}")
+        try:
+            if fault := _verify(path):
+                notes.append(f"{path.name} is damaged ({fault}); {_out_of_the_way(path)}")
+                continue
+            state = _read(path)
+        except OSError as error:
+            unreadable = error
+            notes.append(f"{path.name} cannot be read ({error.strerror}); it was passed over")
             continue
-        state = _read(path)
         _check_identity(state.identity, identity)
-        changed = [k for k, v in (circumstances or {}).items() if state.circumstances.get(k) != v]
+        changed = [
+            f"another {key} ({before} before, {now} now)"
+            for key, now in (circumstances or {}).items()
+            if (before := state.circumstances.get(key, "unknown")) != now
+        ]
         if changed:
             notes.append(
-                f"going on with another {', '.join(changed)}: the result will not be the same to "
-                "the bit"
+                f"going on with {', '.join(changed)}: the result will not be the same to the bit"
             )
         return state, notes
+    if unreadable is not None:
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be read",
+            problems=notes,
+            expected="a disk and a process that can read them; nothing was changed",
+            mend="look after the cause and resume",
+        ) from unreadable
     bad = sorted(path.name for path in folder.glob(f"{_BAD}*")) if folder.is_dir() else []
     if bad:
         raise CheckpointError(
@@ -154,6 +181,16 @@ def _newest_first(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
+def _out_of_the_way(path: Path) -> str:
+    """Set a damaged checkpoint aside, and say what was done. Where that fails it stays, and is
+    found damaged again the next time.
+    """
+    try:
+        return f"it was set aside as {_set_aside(path).name}"
+    except OSError as error:
+        return f"it was passed over, for it cannot be renamed ({error.strerror})"
+
+
 def _set_aside(path: Path) -> Path:
     number = path.name.removeprefix(_PREFIX)
     aside = path.with_name(f"{_BAD}{number}-{secrets.token_hex(4)}")
@@ -161,7 +198,8 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _write(temporary: Path, state: State) -> None:
+def _files(state: State) -> dict[str, bytes]:
+    """What a checkpoint consists of, but for the manifest: name -> content."""
     files: dict[str, bytes] = {}
     for group in _GROUPS:
         for name, tensors in getattr(state, group).items():
@@ -169,6 +207,10 @@ def _write(temporary: Path, state: State) -> None:
             files[f"{group}/{name}.safetensors"] = safetensors.torch.save(plain)
     numbers = {"counters": state.counters, "unjudged": state.unjudged, "seconds": state.seconds}
     files[_STATE] = json.dumps(numbers, indent=1, sort_keys=True).encode()
+    return files
+
+
+def _write(temporary: Path, state: State, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(temporary / name, content)
@@ -197,6 +239,7 @@ def _verify(path: Path) -> str | None:
 
     Raises:
         CheckpointError: another version of Lorica wrote it; that is no damage.
+        OSError: the system cannot read it now; nor is that.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -214,7 +257,9 @@ def _verify(path: Path) -> str | None:
             content = (path / name).read_bytes()
             if hashlib.sha256(content).hexdigest() != entry["sha256"]:
                 return f"{name} is not as it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -252,6 +297,19 @@ def _check_identity(found: dict[str, str], wanted: dict[str, str]) -> None:
 
 def _short(value: str | None) -> str:
     return "nothing" if value is None else value if len(value) <= 60 else value[:57] + "..."
+
+
+def space_warning(folder: Path, tensors: Iterable[Tensor], settings: TrainSettings) -> str | None:
+    """What to tell where the disk will not hold the checkpoints, before hours of work."""
+    size = 4 * sum(t.numel() * t.element_size() for t in tensors)  # two moments, and the best
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        if free < 3 * size:
+            return (
+                f"{free:,} bytes are free in {folder}, and a checkpoint takes about {size:,}; up "
+                f"to {max(2, settings.save_total_limit) + 1} lie there at a time"
+            )
+    return None
 
 
 def _free_bytes(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,6 +58,7 @@ class Course:
         examples: its training records, encoded.
         held_out: its evaluation records, encoded; empty where there are none.
         group: batches that are sorted by length among each other; 1 leaves the order alone.
+        origins: (file, line) of each training record, where known.
         best_loss, best_step, best: of the evaluations so far; `best` holds the tensors.
         stale: evaluations in a row without a better loss.
         stopped: why it ended before its last step, or None.
@@ -70,6 +72,7 @@ class Course:
     examples: list[Example]
     held_out: list[Example]
     group: int = 1
+    origins: Sequence[tuple[str, int]] = ()
     best_loss: float | None = None
     best_step: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)

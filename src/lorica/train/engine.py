@@ -189,10 +189,11 @@ class Engine:
             torch.stack(shares).sum().backward()
         for loss, t, block in zip(losses, totals, blocks, strict=True):
             value = loss.item()
+            t.rows += [e.row for e in block]
             t.loss += value / t.labels
             t.tokens += sum(len(e) for e in block)
             if not math.isfinite(value):
-                t.suspects += [e.row + 1 for e in block]
+                t.suspects += [e.row for e in block]
 
     def _refuse_unvisited(self, names: set[str]) -> None:
         self._checked |= names
@@ -207,12 +208,15 @@ class Engine:
 
 @dataclass
 class _Totals:
-    """Sums over the micro-batches of a step; `suspects` are the records of those without a loss."""
+    """Sums over the micro-batches of a step; `suspects` are the records of those without a loss,
+    `rows` those of all.
+    """
 
     labels: int
     loss: float = 0.0
     tokens: int = 0
     suspects: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -236,17 +240,20 @@ def _clip(trainee: Trainee, total: _Totals) -> float:
     if math.isfinite(norm) and math.isfinite(total.loss):
         return norm
     broken = "gradient norm" if math.isfinite(total.loss) else "loss"
-    records = ", ".join(map(str, total.suspects[:20]))
-    raise NonFiniteError(
+    rows, which = total.suspects or total.rows, "micro-batch" if total.suspects else "step"
+    records = ", ".join(str(row + 1) for row in rows[:20])
+    error = NonFiniteError(
         f"adapter {trainee.adapter.name!r}, step {trainee.step + 1}: the {broken} is not finite",
         problems=[
             f"loss {total.loss:.6g}, gradient norm {norm:.6g}, learning rate "
             f"{trainee.learning_rate:.3g}",
-            *([f"records of the micro-batch, counted from 1: {records}"] if records else []),
+            f"records of the {which}, counted from 1: {records}",
         ],
         expected="finite numbers; the adapter is as it was before this step",
         mend="lower learning_rate, set max_grad_norm, or use dtype: float32",
     )
+    error.rows, error.adapter = rows, trainee.adapter.name
+    raise error
 
 
 def _update(trainee: Trainee, total: _Totals, norm: float) -> StepResult:

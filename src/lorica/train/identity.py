@@ -21,6 +21,11 @@ from lorica.train.measure import versions
 COSMETIC = frozenset({"logging_steps", "save_steps", "save_total_limit"})
 """Settings that a resumed run may change: they change what is written, not what is learned."""
 
+MEMORY = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+"""Settings that a resumed run may change where memory is short: they cut the same step into other
+pieces. Its records stay the same, which is part of the identity; its last bits do not.
+"""
+
 
 def identity(
     model: nn.Module, task: Task, courses: Sequence[Course], settings: TrainSettings
@@ -33,21 +38,32 @@ def identity(
     }
     found |= {f"task.{key}": _text(value) for key, value in task.facts().items()}
     values = settings.model_dump(mode="json")
-    found |= {f"settings.{k}": _text(v) for k, v in values.items() if k not in COSMETIC}
+    free = COSMETIC.union(MEMORY)
+    found |= {f"settings.{k}": _text(v) for k, v in values.items() if k not in free}
     for course in courses:
         adapter, name = course.trainee.adapter, course.name
         method = {"kind": adapter.method.kind, **asdict(adapter.method)}  # type: ignore[call-overload]
         found |= {f"{name}.{key}": _text(value) for key, value in method.items()}
         shapes = [f"{key} {tuple(p.shape)}" for key, p in adapter.named_parameters()]
         found[f"places of {name}"] = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
+        found[f"records per step of {name}"] = _records_per_step(course)
         found[f"data of {name}"] = fingerprint(course.examples)
         found[f"evaluation data of {name}"] = fingerprint(course.held_out)
     return found
 
 
-def circumstances(model: nn.Module) -> dict[str, str]:
+def _records_per_step(course: Course) -> str:
+    """Their number; and where records are sorted by length, how many at a time, for that decides
+    which of them meet in a step.
+    """
+    sorted_by = f", sorted in batches of {course.settings.batch_size}" if course.group > 1 else ""
+    return f"{course.per_step}{sorted_by}"
+
+
+def circumstances(model: nn.Module, settings: TrainSettings) -> dict[str, str]:
     """What should be the same for a run to go on to the same bits."""
     return {
+        **{name: _text(getattr(settings, name)) for name in MEMORY},
         "number of threads": str(torch.get_num_threads()),
         "device": device_of(model).type,
         **{f"version of {name}": version for name, version in versions().items()},

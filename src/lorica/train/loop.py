@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter
 from lorica.base.load import base_of
 from lorica.config import TrainSettings
-from lorica.errors import Interrupted, LoricaError
+from lorica.errors import Interrupted, LoricaError, NonFiniteError, TrainingError
 from lorica.files.peft import save_adapter
 from lorica.records.folder import RunFolder
 from lorica.records.write import Recorder, RunRecorder
@@ -26,6 +28,7 @@ from lorica.train.course import Course, Window
 from lorica.train.engine import Engine
 from lorica.train.identity import circumstances, identity
 from lorica.train.measure import mean_loss, memory_bytes, versions
+from lorica.train.memory import memory_advised
 from lorica.train.plan import Records, courses_of, default_task, total_steps
 from lorica.train.signals import Stop, StopAsked, stopping
 
@@ -163,9 +166,14 @@ class _Run:
         gone = self.turn - self.unjudged if resume else None
         make_one = make or (lambda step: RunRecorder(self.folder, resumed_step=step))
         self.recorder: Recorder = make_one(gone)
-        self.recorder.start({**self._manifest(), **manifest})
+        own = self._manifest()
+        plan = {**own["plan"], **manifest.get("plan", {})}
+        self.recorder.start({**own, **manifest, "plan": plan})
         for note in [*told, *self.task.notes]:
             self.recorder.event("info", note)
+        tensors = [p for c in self.courses for p in c.trainee.adapter.parameters()]
+        if note := checkpoint.space_warning(self.folder.path, tensors, self.settings):
+            self.recorder.event("warning", note)
         try:
             with stopping() as stop:
                 report = self._train(stop)
@@ -191,6 +199,9 @@ class _Run:
             stop.check()
             report = self._end()
             stop.check()
+        except NonFiniteError as error:
+            self._name_records(error)
+            raise
         except StopAsked:
             self._save()
             raise stop.error(self.folder.path, saved=True) from None
@@ -200,6 +211,12 @@ class _Run:
             raise stop.error(self.folder.path, saved=False) from None
         return report
 
+    def _name_records(self, error: NonFiniteError) -> None:
+        """Add where the records lie that the error counts, where that is known."""
+        origins = next((c.origins for c in self.courses if c.name == error.adapter), ())
+        places = [":".join(map(str, origins[row])) for row in error.rows[:10] if row < len(origins)]
+        error.problems += tuple(f"record {place}" for place in places)
+
     @property
     def _done(self) -> bool:
         return all(course.done for course in self.courses)
@@ -208,9 +225,9 @@ class _Run:
         """One step of every adapter that has not ended, and what is due after it."""
         working = [c for c in self.courses if not c.done]
         began = time.monotonic()
-        results = self.engine.step(
-            [c.trainee for c in working], [c.micro_batches() for c in working]
-        )
+        work = [c.micro_batches() for c in working]
+        with self._advised(working, f"step {self.turn + 1}"):
+            results = self.engine.step([c.trainee for c in working], work)
         seconds = time.monotonic() - began
         for course, result in zip(working, results, strict=True):
             course.add(result, seconds)
@@ -236,13 +253,17 @@ class _Run:
             if scores:
                 self._take(course, scores["eval_loss"])
 
+    def _advised(self, courses: list[Course], what: str) -> AbstractContextManager[None]:
+        return memory_advised(self.model, courses, self.settings, self.folder.path, what)
+
     def _eval_every(self, course: Course) -> int:
         """Steps between evaluations: as set, or an epoch."""
         return self.settings.eval_steps or course.steps_per_epoch
 
     def _evaluate(self, course: Course, stop: Stop) -> dict[str, float]:
         adapter = course.trainee.adapter
-        with activate(self.model, adapter), answering(self.model):
+        advised = self._advised([course], "an evaluation")
+        with advised, activate(self.model, adapter), answering(self.model):
             loss = mean_loss(
                 self.model, self.task, course.held_out, self.eval_batch, between=stop.check
             )
@@ -290,7 +311,7 @@ class _Run:
         state = checkpoint.State(
             self.turn,
             self.identity,
-            circumstances(self.model),
+            circumstances(self.model, self.settings),
             unjudged=self.unjudged,
             seconds=self.seconds,
         )
@@ -303,9 +324,8 @@ class _Run:
 
     def _resume(self) -> list[str]:
         """Go on from the newest whole checkpoint; returns what the user should be told."""
-        state, notes = checkpoint.load(
-            self.folder.checkpoints, self.identity, circumstances=circumstances(self.model)
-        )
+        now = circumstances(self.model, self.settings)
+        state, notes = checkpoint.load(self.folder.checkpoints, self.identity, circumstances=now)
         if state is None:
             return [*notes, "there is no checkpoint yet: starting from the beginning"]
         for course in self.courses:
@@ -321,9 +341,7 @@ class _Run:
         folders = {}
         for c in self.courses:
             c.keep_best()
-            folders[c.name] = save_adapter(
-                c.trainee.adapter, self._target(c), overwrite=True, provenance=self._provenance(c)
-            )
+            folders[c.name] = self._publish(c)
         seconds, tokens = self.seconds, sum(c.tokens for c in self.courses)
         report = TrainReport(
             steps={c.name: c.step for c in self.courses},
@@ -346,6 +364,18 @@ class _Run:
             adapter_bytes=sum(f.stat().st_size for f in files),
         )
         return report
+
+    def _publish(self, course: Course) -> Path:
+        target, facts = self._target(course), self._provenance(course)
+        try:
+            return save_adapter(course.trainee.adapter, target, overwrite=True, provenance=facts)
+        except OSError as error:
+            again = shlex.quote(str(self.folder.path))
+            raise TrainingError(
+                f"the adapter could not be written in {target}: {error.strerror or error}",
+                expected="the checkpoint of the last step holds it",
+                mend=f"free space, then: lorica train --resume {again}",
+            ) from error
 
     def _target(self, course: Course) -> Path:
         return self.folder.adapter(None if len(self.courses) == 1 else course.name)

@@ -84,7 +84,8 @@ def courses_of(
             raise DataError(f"there are no records for adapter {name!r}", expected="at least one")
         trainee = Trainee(find(model, name), settings, total_steps(len(examples), settings))
         judged = encoder(held_out.get(name, ()), f"evaluation of {name!r}")
-        courses.append(Course(trainee, examples, judged, group))
+        origins = getattr(records, "origins", ())
+        courses.append(Course(trainee, examples, judged, group, origins))
     _check_lengths(model, courses)
     _check_warmup(courses, settings)
     return courses, encoder.notes

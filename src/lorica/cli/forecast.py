@@ -1,0 +1,235 @@
+"""What a run will need, found out before its weights are loaded: for `lorica plan` and for `train`.
+
+The settings, the records and their encoding are those of the run, through the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lorica.cli.material import Material
+from lorica.config import Resolved, TrainSettings
+from lorica.data.encode import Encoded, Example
+from lorica.errors import CheckRefused, LoricaError
+from lorica.methods.method import Method
+from lorica.records.phrases import count, size
+from lorica.tasks.task import Task
+from lorica.train.budget import Memory, Scoring, Work, estimate, machine_bytes, process_bytes
+from lorica.train.shadow import Request, Shadow, make_shadow, try_out
+
+FAR_OVER = 1.5
+"""Times the memory of the machine from which on a run is refused: paging cannot save it."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """An estimate with everything that it was made from.
+
+    Attributes:
+        settings: with what the data has decided.
+        shadow: the base without weights.
+        method: the adapter's settings, with the new parts of the base that must be trained too.
+        process: bytes that the process held before the run.
+        machine, free: bytes of memory there, and of it free when the estimate was made.
+    """
+
+    settings: Resolved
+    shadow: Shadow
+    task: Task
+    examples: Encoded
+    held_out: list[Example]
+    method: Method
+    work: Work
+    memory: Memory
+    process: int
+    machine: int
+    free: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run finds its memory as things are now."""
+        return self.memory.total - self.process <= self.free
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry "memory" of the plan in run.json."""
+        return {**self.memory.as_dict(), "machine": self.machine, "free": self.free}
+
+
+def request_of(settings: Resolved, material: Material, kind: str) -> Request:
+    """The base as the run will load it."""
+    run = settings.run
+    return Request(
+        run.model,
+        kind,
+        settings.train.dtype,
+        material.labels if kind == "text-classification" else (),
+        run.revision or "main",
+        run.trust_remote_code,
+        run.eos_token,
+    )
+
+
+def forecast(settings: Resolved, material: Material, shadow: Shadow, encoded: Any) -> Forecast:
+    """Estimate a run.
+
+    Args:
+        encoded: (task, examples, held-out examples, settings), as `prepare` encodes them.
+
+    Raises:
+        LoricaError: settings with which no run can begin.
+    """
+    task, examples, held_out, settings = encoded
+    method: Any = settings.method
+    given = tuple(getattr(method, "modules_to_save", None) or ())
+    new = tuple(name for name in shadow.base.new_modules if name not in given)
+    method = replace(method, modules_to_save=(*given, *new)) if new else method
+    try_out(shadow, task, examples.examples)
+    tested = task.encode(material.scored).examples if material.scored else []
+    new_tokens = settings.run.max_new_tokens if material.generates else 0
+    work = Work(examples.examples, held_out, Scoring(tested, new_tokens=new_tokens))
+    process = process_bytes() if shadow.request.device.type == "cpu" else 0
+    memory = estimate(shadow, method, task, work, settings.train, process=process)
+    machine, free = machine_bytes(shadow.request.device)
+    return Forecast(
+        settings, shadow, task, examples, held_out, method, work, memory, process, machine, free
+    )
+
+
+def shadow_of(settings: Resolved, material: Material, kind: str) -> Shadow:
+    """The base of a run without its weights. Raises BaseModelError."""
+    return make_shadow(request_of(settings, material, kind))
+
+
+def verdict_on(found: Forecast) -> str | None:
+    """What to warn of; None where the run fits."""
+    memory = found.memory
+    if memory.total > found.machine:
+        return (
+            f"this run needs about {size(memory.total)} ({memory.phase}); the machine has "
+            f"{size(found.machine)} in all"
+        )
+    if not found.fits:
+        return (
+            f"this run needs about {size(memory.total - found.process)} more ({memory.phase}); "
+            f"{size(found.free)} are free now"
+        )
+    return None
+
+
+def refuse_if_far_over(found: Forecast) -> None:
+    """Raises CheckRefused where no paging could save the run."""
+    if found.memory.total <= FAR_OVER * found.machine:
+        return
+    cheaper = [a for a in alternatives(found) if a.memory.total < found.memory.total]
+    raise CheckRefused(
+        verdict_on(found) or "",
+        problems=[f"{a.change}: {size(a.memory.total)}" for a in cheaper],
+        expected=f"at most {FAR_OVER:g} times the memory of the machine",
+        mend="choose one of these or a smaller base; --ignore-memory trains all the same",
+    )
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Other settings of a run and what they would need; `price` is what they cost."""
+
+    change: str
+    memory: Memory
+    price: str
+
+
+def alternatives(found: Forecast) -> list[Alternative]:
+    """Cheaper settings, each by itself, estimated as the run was; the most saved first."""
+    made = []
+    for change, price, other in _changes(found):
+        try:
+            memory = _again(found, **other)
+        except LoricaError:  # this base or this method does not offer it
+            continue
+        made.append(Alternative(change, memory, price))
+    return sorted(made, key=lambda a: a.memory.phases["training"])
+
+
+def _again(
+    found: Forecast,
+    *,
+    train: TrainSettings | None = None,
+    method: Any = None,
+    work: Work | None = None,
+    dtype: str | None = None,
+) -> Memory:
+    shadow = found.shadow
+    if dtype is not None:
+        shadow = make_shadow(replace(shadow.request, dtype=dtype))
+        shadow.packs, shadow.plain = found.shadow.packs, found.shadow.plain
+    return estimate(
+        shadow,
+        method or found.method,
+        found.task,
+        work or found.work,
+        train or found.settings.train,
+        process=found.process,
+        training_only=True,
+    )
+
+
+def _changes(found: Forecast) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(change, price, arguments of `_again`)."""
+    train, method = found.settings.train, found.method
+    size, number = train.batch_size, train.gradient_accumulation_steps
+    if size % 2 == 0:
+        text = f"batch_size: {size // 2} with gradient_accumulation_steps: {2 * number}"
+        other = {"batch_size": size // 2, "gradient_accumulation_steps": 2 * number}
+        yield text, "the same optimizer steps, somewhat slower", {"train": _with(train, **other)}
+    if not train.gradient_checkpointing:
+        other = _with(train, gradient_checkpointing=True)
+        yield (
+            "gradient_checkpointing: true",
+            "about a third more time; the same numbers",
+            {"train": other},
+        )
+    if shorter := _shorter(found):
+        yield shorter
+    rank = getattr(method, "r", 0)
+    if rank >= 2:
+        other = {"method": replace(method, r=rank // 2)}  # type: ignore[type-var]
+        yield f"r: {rank // 2}", "an adapter that can hold less", other
+    if getattr(method, "target_modules", None) not in (None, "attention"):
+        other = {"method": replace(method, target_modules="attention")}  # type: ignore[type-var]
+        yield "target_modules: attention", "the other layers do not learn", other
+    if next(found.shadow.model.parameters()).dtype == torch.float32:
+        price = "rounds to 8 bits; slow on processors without it"
+        yield "dtype: bfloat16", price, {"dtype": "bfloat16"}
+
+
+def _with(train: TrainSettings, **other: Any) -> TrainSettings:
+    return TrainSettings(**{**train.model_dump(), **other})
+
+
+def _shorter(found: Forecast) -> tuple[str, str, dict[str, Any]] | None:
+    """max_length where nineteen of twenty records fit, if that is less than the longest."""
+    lengths = sorted(len(e) for e in found.examples)
+    limit = max(8, lengths[len(lengths) * 19 // 20])
+    cut = sum(length > limit for length in lengths)
+    if not cut:
+        return None
+    work = replace(found.work, examples=_cut(found.examples.examples, limit, found.task.kind))
+    price = f"cuts {count(cut)} of {count(len(lengths))} records"
+    return f"max_length: {limit}", price, {"work": work}
+
+
+def _cut(examples: Sequence[Example], limit: int, kind: str) -> list[Example]:
+    made = []
+    for example in examples:
+        labels = example.labels
+        if kind != "text-classification":
+            labels = labels[-limit:] if kind == "causal-lm" else labels[:limit]
+        changes: dict[str, Any] = {"input_ids": example.input_ids[:limit], "labels": labels}
+        if hasattr(example, "segments"):
+            changes["segments"] = example.segments[:limit]  # type: ignore[attr-defined]
+        made.append(replace(example, **changes))
+    return made

@@ -1,0 +1,253 @@
+"""What a run will need, before it begins: memory by part, tokens, steps, time, disk.
+
+lorica plan run.yaml --batch-size 32 takes what lorica train takes. No weights are read for the
+memory; the time is measured on a few real batches where the base is on this machine and fits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lorica.cli.forecast import Alternative, Forecast
+    from lorica.config import Resolved
+    from lorica.train.pace import Pace
+
+CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+def command(
+    context: typer.Context,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe/--no-probe", help="load the base and time a few steps, where it is here"
+        ),
+    ] = True,
+    json: Annotated[
+        bool, typer.Option("--json", help="one JSON object on standard output")
+    ] = False,
+) -> None:
+    import json as jsonlib
+    import sys
+
+    from lorica.cli.forecast import alternatives, verdict_on
+    from lorica.cli.options import read_flags
+    from lorica.cli.pages import page
+    from lorica.cli.voice import Voice
+    from lorica.config import known_settings, load_yaml, resolve
+    from lorica.config.text import flag_layer
+    from lorica.methods import METHODS
+
+    known = known_settings(METHODS)
+    if {"-h", "--help"} & {*context.args}:
+        print(page(context, known), end="")
+        return
+    own = [option for p in context.command.params for option in p.opts]
+    line = read_flags(context.args, known, [*own, "--help"])
+    layers = [load_yaml(file) for file in line.files]
+    settings = resolve(*layers, flag_layer(line.flags, known), methods=METHODS)
+    voice = Voice(quiet=json, stream=sys.stderr)
+    found = _forecast(settings, voice)
+    with voice.work("looking for cheaper settings"):
+        cheaper = alternatives(found)
+    with voice.work("timing a few steps"):
+        pace = _pace(found, probe=probe)
+    if json:
+        print(jsonlib.dumps(_as_dict(found, cheaper, pace), ensure_ascii=False))
+    else:
+        print("\n".join(_lines(found, cheaper, pace)))
+    if warning := verdict_on(found):
+        print(f"lorica: warning: {warning}", file=sys.stderr)
+
+
+def _forecast(settings: Resolved, voice: Any) -> Forecast:
+    import torch
+
+    from lorica.cli.forecast import forecast, shadow_of
+    from lorica.cli.material import gather
+    from lorica.cli.prepare import check_effects, encode
+
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    for note in settings.notes:
+        voice.say(note)
+    with voice.work("reading the data"):
+        material = gather(settings.run, seed=settings.train.seed)
+    kind = material.task(settings.run.task, settings.run.model)
+    check_effects(settings, material, kind)
+    with voice.work("running the base without its weights"):
+        shadow = shadow_of(settings, material, kind)
+        return forecast(settings, material, shadow, encode(settings, material, shadow.model))
+
+
+def _pace(found: Forecast, *, probe: bool) -> Pace:
+    """Measured where the base can be loaded, else by the law of 4 N."""
+    from lorica.attach.attach import attach
+    from lorica.attach.survey import LINEAR
+    from lorica.base.load import load_model, weight_files
+    from lorica.train.budget import chosen_batches
+    from lorica.train.pace import by_law, probed
+
+    request, settings = found.shadow.request, found.settings.train
+    here = weight_files(request.name, revision=request.revision) or request.name == "embedded"
+    if not (probe and here and found.fits):
+        linear = [m for m in found.shadow.model.modules() if isinstance(m, LINEAR)]
+        number = sum(m.weight.numel() for m in linear)
+        return by_law(number, next(found.shadow.model.parameters()).dtype, request.device)
+    model = load_model(
+        request.name,
+        task=request.task,
+        dtype=request.dtype,
+        labels=request.labels,
+        revision=request.revision,
+        trust_remote_code=request.trust_remote_code,
+        eos_token=request.eos_token,
+    )
+    adapter = attach(model, found.method, name="timed", seed=settings.seed)
+    task = found.shadow.task(found.task)
+    usual, _ = chosen_batches(found.work.examples, task, found.shadow, settings)
+    return probed(model, adapter, found.task, [usual], settings)
+
+
+def _steps(found: Forecast) -> dict[str, Any]:
+    """Tokens and steps of the run."""
+    from lorica.train.plan import total_steps
+
+    train, examples = found.settings.train, found.examples
+    steps = total_steps(len(examples), train)
+    records = train.batch_size * train.gradient_accumulation_steps
+    per_epoch = -(-len(examples) // records)
+    tokens = examples.num_tokens * steps / per_epoch
+    return {
+        "records": len(examples),
+        "tokens_per_epoch": examples.num_tokens,
+        "trained_tokens_per_epoch": examples.num_trained_tokens,
+        "records_per_step": records,
+        "steps_per_epoch": per_epoch,
+        "steps": steps,
+        "tokens": round(tokens),
+    }
+
+
+def _disk(found: Forecast) -> dict[str, int]:
+    """Bytes written: a checkpoint holds the adapter, two moments of it, and the best so far."""
+    settings, memory = found.settings.train, found.memory
+    adapter = memory.adapter // (2 if settings.keep_best and found.held_out else 1)
+    checkpoint = memory.adapter + memory.optimizer
+    kept = settings.save_total_limit
+    return {
+        "adapter": adapter,
+        "checkpoint": checkpoint,
+        "checkpoints_kept": kept,
+        "most": adapter + (kept + 1) * checkpoint,  # a new one is whole before an old one goes
+    }
+
+
+def _as_dict(found: Forecast, cheaper: list[Alternative], pace: Pace) -> dict[str, Any]:
+    run = _steps(found)
+    return {
+        "fits": found.fits,
+        "memory": found.as_dict(),
+        "run": run,
+        "time": {
+            "seconds": run["tokens"] / pace.tokens_per_second,
+            "tokens_per_second": pace.tokens_per_second,
+            "how": pace.how,
+        },
+        "disk": _disk(found),
+        "settings": _settings(found),
+        "cheaper": [
+            {
+                "change": a.change,
+                "training": a.memory.phases["training"],
+                "saves": found.memory.phases["training"] - a.memory.phases["training"],
+                "price": a.price,
+            }
+            for a in cheaper
+        ],
+        "notes": found.shadow.notes,
+    }
+
+
+def _settings(found: Forecast) -> list[dict[str, Any]]:
+    """Every setting with its value and where that came from; for a default, what it does."""
+    from lorica.config import known_settings
+
+    known = known_settings({found.settings.run.method: type(found.settings.method)})
+    values, origins = found.settings.values, found.settings.origins
+    return [
+        {
+            "key": key,
+            "value": value if isinstance(value, int | float | str | None) else str(value),
+            "origin": origins[key],
+            "help": known[key].help,
+        }
+        for key, value in values.items()
+        if key in known
+    ]
+
+
+WORDS = {
+    "process": "Python, torch, records",
+    "weights": "the frozen base",
+    "adapter": "what trains, and the best of it",
+    "gradients": "of the adapter, at that moment",
+    "optimizer": "two moments for each number that trains",
+    "activations": "kept for the backward pass",
+    "logits": "one number per word and trained token",
+    "workspace": "other tensors of that moment",
+    "fragmentation": "freed, but kept by the allocator",
+}
+
+
+def _lines(found: Forecast, cheaper: list[Alternative], pace: Pace) -> list[str]:
+    from lorica.records.lines import aligned
+    from lorica.records.phrases import count, duration, size
+
+    memory, run, disk = found.memory, _steps(found), _disk(found)
+    rows = [["memory in training", "", ""]]
+    rows += [[part, size(getattr(memory, part)), WORDS[part]] for part in memory.PARTS]
+    rows.append(["together", size(memory.phases["training"]), ""])
+    others = [f"{name} {size(value)}" for name, value in memory.phases.items() if value]
+    seconds = run["tokens"] / pace.tokens_per_second
+    lines = [
+        *aligned(rows, left=("memory in training", rows[0][2])),
+        "",
+        f"peak        {size(memory.total)} in {memory.phase} ({', '.join(others)})",
+        f"machine     {size(found.machine)}, of which {size(found.free)} free: "
+        + ("it fits" if found.fits else "IT DOES NOT FIT"),
+        f"tokens      {count(run['tokens_per_epoch'])} per epoch, of which "
+        f"{count(run['trained_tokens_per_epoch'])} are trained",
+        f"steps       {count(run['steps'])} of {count(run['records_per_step'])} records; "
+        f"{count(run['steps_per_epoch'])} per epoch",
+        f"time        {duration(seconds)} of training, {count(pace.tokens_per_second)} tokens/s "
+        f"({pace.how})",
+        f"disk        {size(disk['most'])} at most: adapter {size(disk['adapter'])}, "
+        f"{disk['checkpoints_kept']} checkpoints of {size(disk['checkpoint'])} and one being "
+        "written",
+    ]
+    if cheaper:
+        table = [["cheaper, each by itself", "training", "saves", "price"]]
+        for a in cheaper:
+            saved = memory.phases["training"] - a.memory.phases["training"]
+            if saved > 0:
+                need = size(a.memory.phases["training"])
+                table.append([a.change, need, size(saved), a.price])
+        lines += ["", *aligned(table, left=(table[0][0], "price"))] if len(table) > 1 else []
+    return [*lines, "", *_setting_lines(found), *(f"note: {n}" for n in found.shadow.notes)]
+
+
+def _setting_lines(found: Forecast) -> list[str]:
+    """What was set or decided with its origin, then the defaults with what they do."""
+    from lorica.records.lines import aligned
+
+    rows = [["setting", "value", "why"]]
+    entries = _settings(found)
+    for entry in sorted(entries, key=lambda e: e["origin"] == "default"):
+        default = entry["origin"] == "default"
+        why = f"default: {entry['help']}" if default else entry["origin"]
+        rows.append([entry["key"], str(entry["value"]), why])
+    return aligned(rows, left=("setting", "value", "why"))

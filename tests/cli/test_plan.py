@@ -1,0 +1,83 @@
+"""`lorica plan`: what a run will need; and `train`, which keeps it and minds it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorica.cli import forecast
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("base", "data"), [("llama", "pairs.jsonl"), ("bert", "classes.csv"), ("t5", "seq2seq.jsonl")]
+)
+def test_every_task_is_planned(lorica, stock, base, data):
+    words = ["--model", stock / base, "--data", stock / data, "--max-steps", 4, "--no-probe"]
+    done = lorica("plan", *words, "--batch-size", 8, "--dtype", "float32", "--json")
+    assert done.code == 0, done.err
+    (found,) = done.rows
+    memory = found["memory"]
+    assert sum(memory["parts"].values()) == memory["phases"]["training"]
+    assert memory["total"] == max(memory["phases"].values())
+    assert all(size > 0 for part, size in memory["parts"].items() if part in ("weights", "adapter"))
+    assert memory["parts"]["activations"] > 0
+    assert found["fits"] and found["run"]["steps"] == 4
+    assert found["run"]["records_per_step"] == 8
+    assert "GFLOP/s" in found["time"]["how"] and found["time"]["seconds"] > 0
+    assert any(c["change"].startswith("gradient_checkpointing") for c in found["cheaper"])
+    origins = {s["key"]: s["origin"] for s in found["settings"]}
+    assert origins["batch_size"] == "--batch-size" and origins["r"] == "default"
+    assert not list(Path().iterdir()), "planning writes nothing"
+
+
+def test_the_table_for_people(lorica, stock):
+    text = f"model: {stock / 'llama'}\ndata: {stock / 'pairs.jsonl'}\nmax_steps: 4\n"
+    Path("run.yaml").write_text(text, encoding="utf-8")
+    done = lorica("plan", "run.yaml", "--batch-size", "4")
+    assert done.code == 0, done.err
+    for word in ("activations", "peak ", "tokens ", "steps ", "disk ", "run.yaml:3", "cheaper"):
+        assert word in done.out
+    assert "measured: 3 steps" in done.out and "it fits" in done.out
+
+
+def test_settings_are_checked_as_for_a_run(lorica, stock):
+    done = lorica("plan", "--model", stock / "llama", "--data", stock / "pairs.jsonl", "--lora-rnk")
+    assert done.code == 2
+    missing = lorica("plan", "--model", "./nowhere", "--data", stock / "pairs.jsonl")
+    assert missing.code == 2 and "nowhere" in missing.err
+
+
+def test_a_run_keeps_its_plan(finished_run):
+    found = json.loads((finished_run / "run.json").read_text(encoding="utf-8"))
+    planned = found["plan"]["memory"]["total"]
+    assert found["resources"]["planned_memory_bytes"] == planned
+    assert found["plan"]["max_steps"] == 4, "what the loop knows of the plan stays"
+    assert "planned" in (finished_run / "report.html").read_text(encoding="utf-8")
+
+
+def _train(lorica, stock, quick, *more):
+    words = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
+    return lorica("train", *words, "--output-dir", "run", *more)
+
+
+def test_far_too_much_is_refused_before_loading(lorica, stock, quick, monkeypatch):
+    monkeypatch.setattr(forecast, "machine_bytes", lambda device: (GIB // 16, GIB // 32))
+    refused = _train(lorica, stock, quick)
+    assert refused.code == 3
+    assert "--ignore-memory" in refused.err and "gradient_checkpointing" in refused.err
+    assert "base: " not in refused.out, "the base was loaded"
+    assert not Path("run").exists()
+    forced = _train(lorica, stock, quick, "--ignore-memory")
+    assert forced.code == 0, forced.err
+    assert "warning: this run needs about" in forced.out
+
+
+def test_what_is_scarce_is_a_warning(lorica, stock, quick, monkeypatch):
+    monkeypatch.setattr(forecast, "machine_bytes", lambda device: (64 * GIB, 1000))
+    done = _train(lorica, stock, quick)
+    assert done.code == 0, done.err
+    assert "are free now" in done.out
+    shown = lorica("plan", "--model", stock / "llama", "--data", stock / "pairs.jsonl")
+    assert "IT DOES NOT FIT" in shown.out and "warning" in shown.err

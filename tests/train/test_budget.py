@@ -1,0 +1,155 @@
+"""The memory of a run, estimated without weights, beside what torch really allocates."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers as hf
+from torch.profiler import ProfilerActivity, profile
+
+from lorica.attach.attach import attach
+from lorica.base.load import base_of, load_model
+from lorica.config import TrainSettings
+from lorica.data.encode import Example
+from lorica.data.facts import facts
+from lorica.methods import LoRA
+from lorica.tasks import CausalLM, TextClassification
+from lorica.train.budget import Scoring, Work, chosen_batches, estimate, machine_bytes
+from lorica.train.engine import Engine, Trainee
+from lorica.train.shadow import Request, make_shadow, try_out
+
+METHOD = LoRA(r=8, target_modules="all-linear")
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def shadow():
+    return make_shadow(Request("embedded", dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def task(shadow):
+    return CausalLM.of(shadow.base.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def examples(task):
+    return task.encode(facts("train", num_records=40)).examples
+
+
+def planned(shadow, task, examples, *, method=METHOD, scoring=None, **settings):
+    """An estimate of training for a process that holds nothing."""
+    train = TrainSettings(max_steps=4, **{"batch_size": 8, **settings})
+    work = Work(examples, scoring=scoring or Scoring())
+    return estimate(shadow, method, task, work, train, process=0, training_only=scoring is None)
+
+
+def allocated(model, task, examples, *, method=METHOD, **settings) -> int:
+    """Bytes that torch allocates at once in a real step over the largest batch."""
+    train = TrainSettings(max_steps=4, **{"batch_size": 8, **settings})
+    adapter = attach(model, method, name="real")
+    engine = Engine(model, task, gradient_checkpointing=train.gradient_checkpointing)
+    trainee = Trainee(adapter, train, 4)
+    largest = max(
+        (examples[i : i + 8] for i in range(0, len(examples), 8)),
+        key=lambda block: sum(map(len, block)),
+    )
+    engine.step([trainee], [[largest]])  # the optimizer's tensors come with the first step
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        engine.step([trainee], [[largest]])
+    engine.close()
+    live = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
+def in_order(examples):
+    """The same records in every batch, so that both sides see the same largest one."""
+    first = examples[:8]
+    return [dataclasses.replace(e) for _ in range(4) for e in first]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_takes_what_was_planned(shadow, task, examples, checkpointing):
+    same, how = in_order(examples), {"gradient_checkpointing": checkpointing}
+    found = planned(shadow, task, same, **how)
+    model = load_model("embedded", dtype="float32")
+    real = allocated(model, CausalLM.of(base_of(model).tokenizer), same, **how)
+    step = found.activations + found.logits + found.workspace + found.gradients
+    assert step == pytest.approx(real, rel=0.05)
+    assert found.weights == sum(p.nbytes for p in model.parameters()) + sum(
+        b.nbytes for b in model.buffers()
+    )
+
+
+def test_an_encoder_takes_what_was_planned(tmp_path, shadow):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = hf.BertConfig(vocab_size=4096, intermediate_size=96, num_labels=3, **shape)
+    hf.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    shadow.base.tokenizer.save_pretrained(tmp_path)
+    labels = ("a", "b", "c")
+    task = TextClassification(shadow.base.tokenizer, labels)
+    same = [Example([5 + i] * (20 + i), [i % 3], i) for i in range(8)] * 4
+    request = Request(str(tmp_path), "text-classification", "float32", labels)
+    found = planned(make_shadow(request), task, same)
+    model = load_model(tmp_path, task="text-classification", labels=labels, dtype="float32")
+    real = allocated(model, task, same)
+    step = found.activations + found.logits + found.workspace + found.gradients
+    assert step == pytest.approx(real, rel=0.05)
+
+
+def test_a_missing_head_is_known_from_the_headers(tmp_path, shadow):
+    shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.BertConfig(vocab_size=300, intermediate_size=32, **shape)
+    hf.BertModel(config).save_pretrained(tmp_path)
+    shadow.base.tokenizer.save_pretrained(tmp_path)
+    how = {"task": "text-classification", "labels": ("x", "y")}
+    bare = make_shadow(Request(str(tmp_path), **how))
+    loaded = load_model(tmp_path, **how)
+    assert bare.base.new_modules == base_of(loaded).new_modules == ("classifier",)
+
+
+def test_parts_add_up_and_cheaper_settings_are_cheaper(shadow, task, examples):
+    whole = planned(shadow, task, examples)
+    assert sum(getattr(whole, part) for part in whole.PARTS) == whole.total
+    half = planned(shadow, task, examples, batch_size=4, gradient_accumulation_steps=2)
+    assert half.activations < 0.65 * whole.activations
+    assert half.gradients > whole.gradients, "the second part finds the gradients of the first"
+    thin = planned(shadow, task, examples, method=LoRA(r=2, target_modules="all-linear"))
+    assert thin.adapter == whole.adapter // 4 and thin.total < whole.total
+    redone = planned(shadow, task, examples, gradient_checkpointing=True)
+    assert redone.activations < 0.5 * whole.activations
+
+
+def test_scoring_can_be_the_peak(shadow, task, examples):
+    scoring = Scoring(examples, batch_size=40, new_tokens=32)
+    found = planned(shadow, task, examples, scoring=scoring, batch_size=1)
+    assert found.phase == "scoring"
+    assert found.total == found.phases["scoring"] > found.phases["training"]
+
+
+def test_the_largest_batch_decides(shadow, task, examples):
+    lone = dataclasses.replace(examples[0], input_ids=[7] * 200, labels=[7] * 200)
+    settings = TrainSettings(max_steps=10, batch_size=4)
+    _, largest = chosen_batches([*examples, lone], shadow.task(task), shadow, settings)
+    assert lone in largest
+    early = TrainSettings(max_steps=1, batch_size=4)
+    usual, only = chosen_batches(examples, shadow.task(task), shadow, early)
+    assert usual == only, "a run of one step sees one batch"
+
+
+def test_the_miniature_tells_of_packing(shadow, task, examples):
+    other = make_shadow(Request("embedded", dtype="float32"))
+    other.packs = other.plain = False
+    try_out(other, task, examples)
+    assert (other.packs, other.plain, other.notes) == (True, True, [])
+
+
+def test_the_machine_has_memory():
+    whole, free = machine_bytes(torch.device("cpu"))
+    assert whole > 64 * MIB
+    assert 0 < free <= whole
