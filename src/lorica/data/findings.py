@@ -45,7 +45,8 @@ def sorted_by_severity(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def places(dataset: Dataset, rows: Sequence[int], said: Sequence[str] = ()) -> tuple[str, ...]:
-    """The first places as `file:line` with what is said of them.
+    """The first places as `file:line` with what is said of them; also the number of the record
+    where a line holds several.
 
     Args:
         rows: indices of rows.
@@ -54,7 +55,9 @@ def places(dataset: Dataset, rows: Sequence[int], said: Sequence[str] = ()) -> t
     shown = []
     for number, row in enumerate(rows[:SHOWN]):
         file, line = dataset.origins[row]
-        shown.append(f"{file}:{line}" + (f"  {said[number]}" if number < len(said) else ""))
+        beside = dataset.origins[max(0, row - 1) : row] + dataset.origins[row + 1 : row + 2]
+        record = f" (record {row + 1})" if (file, line) in beside else ""
+        shown.append(f"{file}:{line}{record}" + (f"  {said[number]}" if number < len(said) else ""))
     return tuple(shown)
 
 

@@ -135,15 +135,17 @@ def _positions(sight: Sight) -> Iterator[Finding]:
     limit = sight.num_positions
     long = [e for e in sight.examples if limit is not None and len(e) > limit]
     if long and sight.max_length is None:
+        deed = (
+            "divides them into windows" if sight.dataset.format == "text" else "cuts them to that"
+        )
+        said = [f"{len(e):,} tokens" for e in long[:SHOWN]]
         yield Finding(
             "beyond-positions",
             "info",
             f"{share(len(long), len(sight.examples))} records have more tokens than the {limit:,} "
-            "positions of the model; training cuts them to that",
+            f"positions of the model; training {deed}",
             len(long),
-            places(
-                sight.dataset, [e.row for e in long], [f"{len(e):,} tokens" for e in long[:SHOWN]]
-            ),
+            places(sight.dataset, [e.row for e in long], said),
         )
 
 
