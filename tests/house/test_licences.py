@@ -1,7 +1,6 @@
 """Everything that users install has a licence that goes with ours."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest

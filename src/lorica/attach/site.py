@@ -244,8 +244,7 @@ def _add_stack(plates: Plates, slots: list[Slot], x: Tensor, y: Tensor) -> Tenso
     A = torch.cat([s.tensors["A"] for s in slots])
     B = torch.cat([s.tensors["B"] for s in slots], dim=1)
     parts = [
-        weights[..., i : i + 1].expand(*weights.shape[:-1], s.tensors["A"].shape[0])
-        * method.scale
+        weights[..., i : i + 1].expand(*weights.shape[:-1], s.tensors["A"].shape[0]) * method.scale
         for i, s, method in zip(columns, slots, methods, strict=True)
     ]
     gate = torch.cat(parts, dim=-1)
