@@ -116,7 +116,7 @@ def _at(place: Any, name: str, send: Callable[[], None], *, when=lambda *argumen
 
 PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "loading": lambda send: _at(preparing, "load_model", send),
-    "tokenising": lambda send: _at(preparing, "_encode", send),
+    "tokenising": lambda send: _at(preparing, "encode", send),
     "beginning": lambda send: _at(running, "_begin", send),
     "scoring the base": lambda send: _at(running, "predictions", send),
     "generating": lambda send: _at(CausalLM, "predict", send),

@@ -240,7 +240,7 @@ def _add_stack(plates: Plates, slots: list[Slot], x: Tensor, y: Tensor) -> Tenso
     assert route is not None and route.weights is not None
     methods: list[Any] = [slot.method for slot in slots]
     columns = [i for i, n in enumerate(route.names) if n in plates.slots]
-    weights = route.weights.to(torch.promote_types(route.weights.dtype, y.dtype))
+    weights = route.weights.double() if y.dtype == torch.float64 else route.weights
     A = torch.cat([s.tensors["A"] for s in slots])
     B = torch.cat([s.tensors["B"] for s in slots], dim=1)
     parts = [
