@@ -203,7 +203,7 @@ def test_shards_are_all_in_the_digest(tmp_path):
     before = digest_of_files(tmp_path)
     shards[1].rename(tmp_path / "aside")
     assert digest_of_files(tmp_path) != before
-    with pytest.raises(BaseModelError, match="could not be loaded"):
+    with pytest.raises(BaseModelError, match="lacks 1 weight files"):
         load_model(tmp_path)
 
 
@@ -282,7 +282,7 @@ def test_a_config_that_is_none(tmp_path, causal, content):
     folder = edited(tmp_path / "x", causal)
     (folder / "config.json").write_text(content)
     told = refused(folder)
-    assert "could not be loaded" in told or "is no JSON" in told
+    assert any(text in told for text in ("is no JSON", "no JSON object", "is not known"))
 
 
 def test_damaged_files(tmp_path, causal):
@@ -290,7 +290,7 @@ def test_damaged_files(tmp_path, causal):
     raw = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").unlink()
     (cut / "model.safetensors").write_bytes(raw[:-7])
-    assert "could not be loaded for causal-lm" in refused(cut)
+    assert "model.safetensors is cut off" in refused(cut)
     bare = edited(tmp_path / "bare", causal)
     for file in bare.glob("tokenizer*"):
         file.unlink()
@@ -302,7 +302,7 @@ def test_damaged_files(tmp_path, causal):
 
 def test_a_hub_id_that_is_not_here():
     told = refused("nobody/nothing-of-this-name")
-    assert "nobody/nothing-of-this-name could not be loaded" in told
+    assert "there is no base nobody/nothing-of-this-name" in told
     assert "HF_HUB_OFFLINE" in told
 
 
@@ -336,7 +336,7 @@ def test_an_empty_model_has_names_and_shapes(causal, tmp_path):
     assert all(p.is_meta for p in model.parameters())
     with pytest.raises(BaseModelError, match="unknown task 'x'"):
         empty_model(causal, task="x")
-    with pytest.raises(BaseModelError, match="could not be loaded"):
+    with pytest.raises(BaseModelError, match=r"has no config\.json"):
         empty_model(tmp_path)
 
 

@@ -300,7 +300,7 @@ def test_a_file_is_read_with_its_lines(tmp_path):
 
 @pytest.mark.parametrize(
     ("raw", "words"),
-    [(b"a: \xff\n", "byte 3 is not UTF-8"), (b"#" * 1_000_001, "larger than 1,000,000 bytes")],
+    [(b"a: \xff\n", "byte 3 is not UTF-8"), (b"#" * 256_001, "larger than 256,000 bytes")],
 )
 def test_files_that_are_not_settings(tmp_path, raw, words):
     path = tmp_path / "run.yaml"

@@ -11,7 +11,7 @@ from data.chat_templates import (
     byte_tokenizer,
     conversation,
 )
-from lorica.data import sandbox
+from lorica.data import budget
 from lorica.data.template import ChatTemplate, control_tokens
 from lorica.errors import DataError
 
@@ -241,7 +241,7 @@ EXPENSIVE = [
 
 @pytest.mark.parametrize("source", EXPENSIVE)
 def test_expensive_templates_are_stopped(source, monkeypatch):
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(budget, "MAX_SECONDS", 1.0)
     with pytest.raises(DataError):
         ChatTemplate(source).render(TALK, add_generation_prompt=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ from torch import nn
 from transformers.utils.hub import cached_file
 
 from lorica.base.ending import end_token_note, set_end_token
+from lorica.base.folder import folder_problems, unfit_files
+from lorica.base.hub import hub_options, nearest_base
 from lorica.errors import BaseModelError, LoricaError, nearest
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -96,14 +97,15 @@ def load_model(
             classification, weights that do not fill the model.
     """
     path = _located(name)
-    _check_request(path, task, dtype, labels)
+    _check_request(path, task, dtype, labels, trust_remote_code)
     target = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    local = hub_options(path, revision)
     base = Base(str(name), task, digest="")
     with _reading(name, task), _seeded(seed):
-        config = transformers.AutoConfig.from_pretrained(path, **options)
+        config = transformers.AutoConfig.from_pretrained(path, **options, **local)
         base.labels = _set_labels(config, task, labels, base.notes)
         model, info = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
             path,
@@ -113,6 +115,7 @@ def load_model(
             ignore_mismatched_sizes=True,  # judged below, by name
             output_loading_info=True,
             **options,
+            **local,
         )
     base.tokenizer = load_tokenizer(name, task=task, eos_token=eos_token, **options)
     if eos_token is not None:
@@ -141,9 +144,11 @@ def load_tokenizer(
     Raises:
         BaseModelError: there is none, or it does not know `eos_token`.
     """
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    path = _located(name)
+    _refuse(unfit_files(Path(path)))
+    options = {"trust_remote_code": trust_remote_code, **hub_options(path, revision)}
     with _reading(name, task):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(_located(name), **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision, **options)
     tokenizer.padding_side = "right"
     if eos_token is not None:
         set_end_token(None, tokenizer, eos_token)
@@ -178,9 +183,13 @@ def empty_model(
         raise BaseModelError(
             f"unknown task {task!r}", expected=f"one of: {', '.join(AUTO_CLASSES)}"
         )
+    _refuse(_path_problems(Path(path), trust_remote_code, weights=False))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    local = hub_options(path, revision)
     with _reading(name, task):
-        config = transformers.AutoConfig.from_pretrained(path, revision=revision, **options)
+        config = transformers.AutoConfig.from_pretrained(
+            path, revision=revision, **options, **local
+        )
         if labels:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
@@ -327,7 +336,9 @@ def _weights_folder(path: str | Path, revision: str) -> Path | None:
     return Path(config).parent if config else None
 
 
-def _check_request(path: str | Path, task: str, dtype: str, labels: tuple[str, ...]) -> None:
+def _check_request(
+    path: str | Path, task: str, dtype: str, labels: tuple[str, ...], trust_remote_code: bool
+) -> None:
     problems = []
     if task not in AUTO_CLASSES:
         problems.append(f"unknown task {task!r}; there are {', '.join(AUTO_CLASSES)}")
@@ -338,38 +349,30 @@ def _check_request(path: str | Path, task: str, dtype: str, labels: tuple[str, .
     if dtype not in (*_DTYPES, "auto", "as-stored"):
         near = nearest(dtype, _DTYPES)
         problems.append(f"unknown dtype {dtype!r}; did you mean {near or 'auto'!r}?")
-    folder = Path(path)
-    if folder.is_dir():
-        problems += _folder_problems(folder)
-    elif folder.is_absolute() or str(path).startswith("."):
-        problems.append(f"there is no folder {path}")
+    _refuse(problems + _path_problems(Path(path), trust_remote_code))
+
+
+def _path_problems(
+    folder: Path, trust_remote_code: bool = False, weights: bool = True
+) -> list[str]:
+    """What is wrong with the path of a base, where it is one."""
+    if not str(folder).strip(". "):
+        return ["the name of the base is empty"]
+    try:
+        there = folder.exists()
+    except (OSError, ValueError) as error:
+        return [f"{str(folder)[:60]!r} can be no path: {getattr(error, 'strerror', error)}"]
+    if there:
+        return folder_problems(folder, trust_remote_code=trust_remote_code, weights=weights)
+    if not folder.is_absolute() and not str(folder).startswith("."):
+        return []  # a name on the hub
+    near = nearest_base(str(folder))
+    return [f"there is no folder {folder}" + (f"; did you mean {near}?" if near else "")]
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise BaseModelError("the base model cannot be loaded", problems=problems)
-
-
-def _folder_problems(folder: Path) -> list[str]:
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            return [
-                f"{folder} is an adapter, not a base model: name the base, and load the adapter on "
-                "it"
-            ]
-        return [f"{folder} has no config.json"]
-    if (folder / "adapter_config.json").is_file():  # transformers would put it on, unasked
-        return [f"{folder} holds an adapter beside the model: move it into a folder of its own"]
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        return [f"{folder}/config.json is no JSON: {error}"]
-    if not any(folder.glob("*.safetensors")):
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        mend = (
-            "; its pickled weights are never loaded: convert them to safetensors first"
-            if pickled
-            else ""
-        )
-        return [f"{folder} has no *.safetensors{mend}"]
-    return []
 
 
 _HEADS = frozenset({"classifier", "score", "pre_classifier", "pooler", "classification_head"})

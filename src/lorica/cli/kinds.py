@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorica.base.hub import hub_options
 from lorica.base.load import AUTO_CLASSES, EMBEDDED
 from lorica.errors import BaseModelError, ConfigError, nearest
 
@@ -68,13 +69,19 @@ def config_of(model: str) -> dict[str, Any]:
     if folder.exists() or model.startswith((".", "/", "~")):
         try:
             found = json.loads((folder / "config.json").read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        kinds = {"architectures": list, "id2label": dict}
+        return {
+            key: value
+            for key, value in (found if isinstance(found, dict) else {}).items()
+            if isinstance(value, kinds.get(key, object))
+        }
     from transformers import PretrainedConfig
 
+    local = hub_options(model)
     try:
-        return PretrainedConfig.get_config_dict(model)[0]
+        return PretrainedConfig.get_config_dict(model, **local)[0]
     except (OSError, ValueError) as error:
         raise BaseModelError(
             f"{model} is no folder here, and the hub gave none: {str(error).splitlines()[0]}",

@@ -11,10 +11,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from lorica.config.contradictions import contradictions
 from lorica.config.names import ALIASES, NO_TWIN, SECRET_KEY, SECRET_VALUE
 from lorica.config.settings import (
     REQUIRED,
@@ -26,7 +28,7 @@ from lorica.config.settings import (
     method_settings,
 )
 from lorica.config.text import Layer, yaml_text
-from lorica.config.words import is_mapping, problem_of
+from lorica.config.words import is_mapping, problem_of, shown
 from lorica.errors import ConfigError, nearest
 
 VERSION = 1
@@ -118,7 +120,8 @@ def resolve(
     run = _build(RunConfig, values, origins, problems)
     train = _build(TrainSettings, values, origins, problems)
     method = _build_method(kind, values, origins, problems) if kind else None
-    problems += _contradictions(run, train, origins)
+    if run is not None and train is not None:
+        problems += [_placed(problem, origins) for problem in contradictions(run, train)]
     if problems or run is None or train is None:
         reasons = f", for {len(problems)} reasons" if len(problems) > 1 else ""
         raise ConfigError(f"the settings cannot be used{reasons}", problems=problems)
@@ -174,11 +177,11 @@ def _merge(
             key = _key(name, known)
             if name == "version":
                 if value != VERSION or isinstance(value, bool):
-                    problems.append(f"{origin}: version is {value!r}; this program reads {VERSION}")
-            elif _hides_secret(name, value, key):
+                    problems.append(f"{origin}: version is {shown(value)}; it must be {VERSION}")
+            elif _hides_secret(name, value, key, known):
                 problems.append(
-                    f"{origin}: {name} looks like a secret, and settings are copied into the run "
-                    "folder; put it into the environment, such as HF_TOKEN"
+                    f"{origin}: {_short(name)} looks like a secret, and settings are copied into "
+                    "the run folder; put it into the environment, such as HF_TOKEN"
                 )
             elif key is None:
                 problems.append(f"{origin}: {_unknown(name, value, known)}")
@@ -213,12 +216,16 @@ def _unknown(name: str, value: object, known: Mapping[str, Setting]) -> str:
         return f"{name} is not a setting; settings lie flat, without sections"
     if key:
         return f"{name} is not a setting; did you mean {key}?"
-    return f"{name} is not a setting; `lorica train --help` lists them"
+    return f"{_short(name)} is not a setting; `lorica train --help` lists them"
 
 
-def _hides_secret(name: str, value: object, key: str | None) -> bool:
-    if key is None and SECRET_KEY.search(name):
-        return True
+def _short(name: str) -> str:
+    return name if len(name) <= 60 else f"{name[:57]}..."
+
+
+def _hides_secret(name: str, value: object, key: str | None, known: Mapping[str, Setting]) -> bool:
+    if key is None and SECRET_KEY.search(name) and not get_close_matches(name, known, 1, 0.85):
+        return True  # eos_tokn and the like are slips, not secrets
     return bool(SECRET_VALUE.search(json.dumps(value, default=str, ensure_ascii=False)))
 
 
@@ -284,26 +291,6 @@ def _placed(problem: str, origins: Mapping[str, str]) -> str:
     if problem.startswith(f"{key} is missing"):
         return f"{problem}; give it as --{key.replace('_', '-')}"
     return f"{origins[key]}: {problem}" if key in origins else problem
-
-
-def _contradictions(
-    run: RunConfig | None, train: TrainSettings | None, origins: Mapping[str, str]
-) -> list[str]:
-    """Between the groups; within one, its own class looks."""
-    if run is None or train is None:
-        return []
-    found = []
-    if run.eval_size == 0:
-        found += [
-            f"{key} has no effect with eval_size=0, which turns evaluation off"
-            for key in ("eval_steps", "early_stopping_patience", "eval_batch_size")
-            if getattr(train, key) is not None
-        ]
-    if run.task == "text-classification" and train.packing is True:
-        found.append(
-            "packing=true is not possible in text-classification; a row is one record there"
-        )
-    return [_placed(problem, origins) for problem in found]
 
 
 def _method_values(method: Any) -> dict[str, Any]:

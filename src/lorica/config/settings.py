@@ -352,12 +352,6 @@ class RunConfig(Settings):
             found.append(
                 f"eval_size={self.eval_size} has no effect beside eval_data; keep one of them"
             )
-        if self.task == "text-classification":
-            found += [
-                f"{key} has no effect in text-classification; take it out"
-                for key in ("chat_template", "system")
-                if getattr(self, key) is not None
-            ]
         return found
 
     def num_held_out(self, num_records: int) -> int:

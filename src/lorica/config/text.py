@@ -20,8 +20,9 @@ from lorica.config.settings import Setting
 from lorica.config.words import is_list, is_mapping, members
 from lorica.errors import ConfigError
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 256_000
 MAX_DEPTH = 10
+MAX_NAMES = 500
 
 _INTEGER = r"[-+]?(?:0|[1-9][0-9]*)"
 _FLOAT = (
@@ -98,11 +99,16 @@ def parse_yaml(text: str, *, name: str = "settings") -> Layer:
         if not isinstance(node, MappingNode):
             what = "holds no settings" if node is None else "is not a mapping of names to values"
             raise ConfigError(f"{name} {what}", mend=_MEND)
+        if len(node.value) > MAX_NAMES:
+            raise ConfigError(f"{name} has {len(node.value):,} names, more than there are settings")
         values = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}" if mark else name
-        raise ConfigError(f"{place}: {error.problem or error.context}", mend=_MEND) from None
+        problem = str(error.problem or error.context)[:300]
+        raise ConfigError(f"{place}: {problem}", mend=_MEND) from None
+    except ValueError:  # Python reads no number of more than 4,300 digits
+        raise ConfigError(f"{name} holds a number of too many digits", mend=_MEND) from None
     finally:
         loader.dispose()
     lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
@@ -114,6 +120,13 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: typing.ClassVar[dict] = {}
     depth = 0
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """Stop at a depth before the scanner does, whose time grows with its square."""
+        if self.flow_level > MAX_DEPTH:
+            problem = f"nested deeper than {MAX_DEPTH} levels"
+            raise yaml.MarkedYAMLError(None, None, problem, self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         event = self.peek_event()

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -138,7 +139,9 @@ def _read_records(reader: Any, name: str, wish: Wish, problems: Problems) -> Tab
     except csv.Error as error:
         unclosed = "unexpected end" in str(error)
         what = "a quote that never closes" if unclosed else "a field that cannot be read"
-        mend = 'close the quote; a quote inside a quoted field is written ""' if unclosed else ""
+        mend = 'close the quote; a quote inside a quoted field is written ""'
+        if "field limit" in str(error):
+            mend = "divide the field, or check that the quotes of the file close where they should"
         problems.add(RowProblem(what, str(error), mend=mend), name, line, fatal=True)
     return table
 
@@ -153,10 +156,11 @@ def _header(cells: list[str], table: Table, name: str) -> list[str]:
         if not cell:  # the index column that pandas writes
             header[index] = f"column {index}"
             table.notes.append(f'the column without a name is called "column {index}"')
-    twice = sorted({cell for cell in header if header.count(cell) > 1})
+    twice = sorted(cell for cell, times in Counter(header).items() if times > 1)
     if twice:
+        shown = ", ".join(cell[:60] for cell in twice[:10]) + (" ..." if twice[10:] else "")
         raise DataError(
-            f"{name}:1 the header names a column twice: {', '.join(twice)}",
+            f"{name}:1 the header names a column twice: {shown}",
             mend="rename one; or, where the file has no header, give columns by their place: "
             'columns={"text": "3", "label": "1"}',
         )

@@ -67,7 +67,7 @@ class Plan:
 def _listed(names: Iterable[str], most: int = 12) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(name if len(name) <= 60 else f"{name[:57]}..." for name in names[:most]) + more
 
 
 def columns_of(rows: Iterable[Row]) -> tuple[str, ...]:
@@ -158,19 +158,29 @@ def _refined(shape: Shape, rows: list[Row], seen: tuple[str, ...], format: str |
 
 def _no_shape(seen: tuple[str, ...], format: str | None) -> DataError:
     found = f"columns found: {_listed(seen, 20)}"
+    if {"chosen", "rejected"} <= {name.strip().lower() for name in seen}:
+        return DataError(
+            "these are pairs of a preferred and a rejected answer, on which nothing here trains; "
+            f"{found}",
+            mend="train on the preferred ones: "
+            'columns={"prompt": "prompt", "completion": "chosen"}',
+        )
     shapes = [shape for shape in SHAPES if format in (None, shape.format, shape.name)]
     for shape in shapes:
         names = _names(shape, seen)
         inputs = [column for column in shape.columns if column != shape.target]
         if inputs and all(column in names for column in inputs):
+            rest = [name for name in seen[:100] if name not in names.values()]
+            near = nearest(shape.target, rest)
+            hint = f"; {near!r} may be meant" if near else ""
             return NoTarget(
-                f"no column {shape.target!r} beside {_listed(names.values())}; {found}",
+                f"no column {shape.target!r} beside {_listed(names.values())}; {found}{hint}",
                 expected="a column with what is to be learned",
                 mend='name it, such as columns={"prompt": "...", "completion": "..."}',
             )
     known = dict.fromkeys(column for shape in shapes for column in shape.columns)
-    close = {name: nearest(name, known) for name in seen}
-    hints = [f"{name!r} is near {match!r}" for name, match in close.items() if match]
+    close = {name: nearest(name, known) for name in seen[:100] if name not in known}
+    hints = [f"{name[:60]!r} is near {match!r}" for name, match in close.items() if match]
     return DataError(
         f"the columns do not say what to learn from what; {found}",
         problems=hints[:5],
@@ -264,7 +274,7 @@ def converter(plan: Plan) -> Callable[[Row], Row]:
 
 
 def _missing(name: str, row: Row) -> RowProblem:
-    close = nearest(name, row)
+    close = nearest(name, list(row)[:100])
     hint = f"; {close!r} may be meant" if close else ""
     return RowProblem(
         f"no column {name!r}",

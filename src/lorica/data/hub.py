@@ -1,7 +1,11 @@
 """Rows of data sets on the Hugging Face hub, by the optional package `datasets`."""
 
 import os
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from lorica.data.locate import SPLIT_OF, HubId
 from lorica.data.problems import Problems
@@ -34,6 +38,7 @@ def hub_tables(hub: HubId, limit: int | None) -> dict[str, Table]:
             f"{hub.id} is on the hub, and the environment was set to offline after Python started",
             mend="set HF_HUB_OFFLINE=1 before the start, so that the libraries see it",
         )
+    _ask_once(hub, Path(datasets.config.HF_DATASETS_CACHE))
     try:
         # trust_remote_code is never passed: loading scripts are refused by the package itself
         loaded = datasets.load_dataset(
@@ -52,6 +57,41 @@ def hub_tables(hub: HubId, limit: int | None) -> dict[str, Table]:
             else "check the name and the network, and huggingface-cli login for private data",
         ) from error
     return tables_of(loaded, hub.id, limit)
+
+
+def _ask_once(hub: HubId, cache: Path) -> None:
+    """Find out in seconds whether the hub has it: the package would ask for half a minute.
+
+    Raises:
+        DataError: it does not, or does not answer and the cache has nothing of it either.
+    """
+    if offline():
+        return
+    where = {"repo_type": "dataset", "revision": hub.revision}
+    try:
+        get_hf_file_metadata(
+            hf_hub_url(hub.id, "README.md", **where), timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except GatedRepoError:  # one that is not found, by its class
+        return
+    except RepositoryNotFoundError as error:
+        why = f"{constants.ENDPOINT} has no data set of that name, or none for your token"
+        raise _nowhere(hub, why) from error
+    except HfHubHTTPError:
+        return  # the hub answered: the package says well what is wrong
+    except Exception as error:  # of several libraries: no network, no answer
+        if not (cache / hub.id.replace("/", "___")).exists():
+            raise _nowhere(
+                hub, f"{constants.ENDPOINT} did not answer: {str(error)[:120]}"
+            ) from error
+
+
+def _nowhere(hub: HubId, why: str) -> DataError:
+    return DataError(
+        f"{hub.id} is no file or folder here, and {why}",
+        expected="a file, a folder, or a hub id org/name[:config][@revision]",
+        mend="check the name and the network, and huggingface-cli login for private data",
+    )
 
 
 def tables_of(loaded: Any, name: str, limit: int | None) -> dict[str, Table]:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from typing import Any, BinaryIO, NoReturn
 
 from lorica.data.problems import Problems, RowProblem, show
@@ -17,8 +18,7 @@ _LIST_KEYS = ("data", "rows", "examples", "records")
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, times in Counter(k for k, _ in pairs).items() if times > 1)
         raise RowProblem("a key stands twice in one object", show(twice), mend="keep one of them")
     return value
 
@@ -61,11 +61,12 @@ def _decode_row(text: str, start: int = 0, *, alone: bool) -> tuple[Any, int, bo
     nested = text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH
     control = check_strings(value) if suspicious or nested else False
     if end - start > MAX_ROW_BYTES:
-        raise _too_long()
+        raise too_long()
     return value, end, control
 
 
-def _too_long() -> RowProblem:
+def too_long() -> RowProblem:
+    """Of a row that no tokenizer should be asked to hold."""
     return RowProblem(
         "a row that is too long",
         f"more than {MAX_ROW_BYTES >> 20} MiB",
@@ -97,7 +98,7 @@ def read_jsonl(file: BinaryIO, name: str, wish: Wish, problems: Problems) -> Tab
         if not raw:
             break
         if len(raw) > MAX_ROW_BYTES + 1:
-            problems.add(_too_long(), name, number + 1, fatal=True)
+            problems.add(too_long(), name, number + 1, fatal=True)
             break
         # a bare CR cannot stand inside a JSON value, so that it always ends a line
         parts = raw.split(b"\r") if b"\r" in raw[:-2] else (raw,)
@@ -115,9 +116,14 @@ def _read_line(raw: bytes, name: str, number: int, table: Table, problems: Probl
     text = ""
     try:
         if b"\0" in raw:
-            raise RowProblem("a NUL character", column=raw.index(b"\0") + 1, mend="remove it")
+            wide = 2 * raw.count(b"\0") >= len(raw) - 2
+            mend = "this is UTF-16 or UTF-32: convert it to UTF-8" if wide else "remove it"
+            raise RowProblem("a NUL character", column=raw.index(b"\0") + 1, mend=mend)
         text = raw.decode("utf-8").rstrip("\r\n")
         value, _, control = _decode_row(text, alone=True)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            mend = "this looks like a JSON array: name the file .json"
+            raise RowProblem("not an object", "a list of rows", mend=mend)
         keep(table, value, number, control)
     except UnicodeDecodeError as error:
         problem = RowProblem(

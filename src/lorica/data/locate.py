@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorica.data.problems import show
 from lorica.data.rows import READERS
 from lorica.errors import DataError, nearest
 
@@ -57,15 +58,30 @@ def locate(path: str | Path) -> Located:
         DataError: there is nothing, or nothing that can be read.
     """
     name, sample = _split_sample(str(path))
+    if not name or "\0" in name:
+        raise DataError("the path of the data is empty, or holds a NUL character")
     if name == "-":
         return Located("standard input", {}, standard_input=True, sample=sample)
-    file = Path(name).expanduser()
+    file = _expanded(name)
     if file.is_dir():
         groups, notes = _folder(file)
         return Located(name, groups, sample=sample, notes=notes)
     if os.path.lexists(file):
         return Located(name, {"": [[file]]}, sample=sample)
     return Located(name, {}, hub=_hub_id(name, file), sample=sample)
+
+
+def _expanded(name: str) -> Path:
+    """The path with ~ resolved, where the system can hold such a name at all."""
+    try:
+        file = Path(name).expanduser()
+        os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return file
+    except (OSError, ValueError, RuntimeError) as error:  # too long, half a surrogate, no home
+        why = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{show(name)} can be no path: {why}") from error
+    return file
 
 
 def _split_sample(text: str) -> tuple[str, int | None]:

@@ -7,6 +7,7 @@ from lorica.errors import DataError
 
 SHOWN = 3  # places shown per kind
 EXCERPT = 60  # characters
+LONGEST = 300  # of what is wrong with a row
 
 
 class RowProblem(Exception):
@@ -49,7 +50,8 @@ class Problems:
         excerpt: str = "",
         fatal: bool = False,
     ) -> None:
-        kind = self._kinds.setdefault(problem.kind, _Kind(problem.mend))
+        name, detail = (_clipped(text) for text in (problem.kind, problem.detail))
+        kind = self._kinds.setdefault(name, _Kind(problem.mend))
         kind.count += 1
         self.fatal |= fatal
         if not fatal:
@@ -58,7 +60,7 @@ class Problems:
                 self.bad_lines.append(line)
         if len(kind.shown) < SHOWN:
             place = ":".join(str(part) for part in (file, line, problem.column) if part is not None)
-            parts = [place, problem.detail, f"near {show(excerpt)}" if excerpt else ""]
+            parts = [place, detail, f"near {show(excerpt)}" if excerpt else ""]
             kind.shown.append(" ".join(part for part in parts if part))
 
     def lines(self) -> list[str]:
@@ -81,6 +83,11 @@ class Problems:
             problems=self.lines(),
             mend=f"mend the rows, or let them be left out, and counted, by max_bad_rows={count}",
         )
+
+
+def _clipped(text: str) -> str:
+    """Names of columns and roles are in it, of any length."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def counted(number: int, noun: str) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorica.data.delimited import read_csv, read_tsv
-from lorica.data.json_rows import read_json, read_jsonl
+from lorica.data.json_rows import read_json, read_jsonl, too_long
 from lorica.data.problems import Problems, RowProblem, counted
-from lorica.data.source import open_regular, whole_text
+from lorica.data.source import MAX_ROW_BYTES, open_regular, whole_text
 from lorica.data.table import CONTROL, Reader, Table, Wish, check_strings, keep
 from lorica.errors import DataError, MissingPackage
 
@@ -74,6 +74,9 @@ def read_text(file: BinaryIO, name: str, wish: Wish, problems: Problems) -> Tabl
     for line, block in blocks:
         if wish.reached(table):
             break
+        if len(block) > MAX_ROW_BYTES:
+            problems.add(too_long(), name, line)
+            continue
         table.num_control += CONTROL.search(block) is not None
         table.add({"text": block}, line)
     return table
@@ -140,7 +143,7 @@ def read_parquet(file: BinaryIO, name: str, wish: Wish, problems: Problems) -> T
                 if wish.reached(table):
                     return table
                 _add_row(row, len(table.rows) + 1, name, table, problems)
-    except (pyarrow.ArrowException, OSError) as error:
+    except Exception as error:  # the package raises a dozen kinds on a damaged file
         raise DataError(f"{name} is no readable Parquet file: {str(error)[:200]}") from error
     return table
 

@@ -112,7 +112,9 @@ def whole_text(file: BinaryIO, name: str) -> str:
             f"{name}:{line} is not {encoding.upper().removesuffix('-SIG')}: "
             f"byte 0x{raw[error.start]:02x} at byte {error.start:,}",
             expected="UTF-8, or UTF-16/32 with a byte order mark",
-            mend=f"iconv -f LATIN1 -t UTF-8 {name}   # or whatever encoding it was written in",
+            mend=f"iconv -f LATIN1 -t UTF-8 {name}   # or whatever encoding it was written in"
+            if encoding.startswith("utf-8")
+            else "the file is cut off or damaged: write it again",
         ) from error
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from lorica.data.budget import TooMuchWork
 from lorica.data.problems import show
 from lorica.data.sandbox import (
     LITERAL,
@@ -23,7 +24,6 @@ from lorica.data.sandbox import (
     TRAINED,
     TRAINED_END,
     Sandbox,
-    TooMuchWork,
 )
 from lorica.errors import DataError
 
@@ -95,10 +95,15 @@ class ChatTemplate:
             _ = self._compiled
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
-                f"the chat template is no valid jinja2, line {error.lineno}: {error.message}"
+                f"the chat template is no valid jinja2, line {error.lineno}: "
+                f"{str(error.message)[:300]}"
             ) from error
         except RecursionError:
             raise DataError("the chat template is nested too deeply") from None
+        except Exception as error:  # Python's own compiler, on what became of the template
+            raise DataError(
+                f"the chat template cannot be compiled: {type(error).__name__}: {str(error)[:200]}"
+            ) from error
 
     @classmethod
     def of(cls, tokenizer: Any) -> "ChatTemplate":
@@ -112,6 +117,8 @@ class ChatTemplate:
                     mend="set tokenizer.chat_template to one of them",
                 )
             source = source["default"]
+        if source is not None and not isinstance(source, str):
+            raise DataError(f"the chat template is a {type(source).__name__}", expected="text")
         names = {
             name: str(token)
             for name, token in tokenizer.special_tokens_map.items()
@@ -247,10 +254,12 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             roles = ", ".join(str(message.get("role")) for message in messages[:8])
             raise DataError(
-                f"the chat template refuses the messages: {error}", expected=f"roles seen: {roles}"
+                f"the chat template refuses the messages: {str(error)[:500]}",
+                expected=f"roles seen: {roles}",
             ) from error
-        except (TypeError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
-            raise DataError(f"the chat template failed: {type(error).__name__}: {error}") from error
+        except Exception as error:  # a stranger's program can raise anything
+            what = f"{type(error).__name__}: {str(error)[:200]}"
+            raise DataError(f"the chat template failed: {what}") from error
         return "".join(parts)
 
     # where the assistant's parts are

@@ -103,13 +103,21 @@ class PieceTokenizer:
     def _raw(self, texts: list[str], *, literal: bool) -> list[list[int]]:
         rows: list[list[int]] = []
         for start in range(0, len(texts), _BATCH):  # a batch at once, for the memory of its offsets
-            encoded = self.tokenizer(
-                texts[start : start + _BATCH],
-                add_special_tokens=False,
-                split_special_tokens=literal,
-                return_attention_mask=False,
-                verbose=False,  # the length of a text is not the model's concern here
-            )
+            try:
+                encoded = self.tokenizer(
+                    texts[start : start + _BATCH],
+                    add_special_tokens=False,
+                    split_special_tokens=literal,
+                    return_attention_mask=False,
+                    verbose=False,  # the length of a text is not the model's concern here
+                )
+            except BaseException as error:  # its patterns may fail in Rust, which is no Exception
+                if type(error).__name__ != "PanicException":
+                    raise
+                raise DataError(
+                    f"the tokenizer failed on a text: {str(error)[:200]}",
+                    mend="look for a pattern in its tokenizer.json that takes too long",
+                ) from error
             rows += encoded["input_ids"]
         return rows
 

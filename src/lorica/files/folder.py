@@ -116,7 +116,10 @@ def open_regular(path: Path) -> BinaryIO:
 
 def _cached(link: Path) -> Path:
     """Where a link of a Hugging Face cache leads; every other link is refused."""
-    folder, real = link.parent.resolve(), link.resolve()
+    try:
+        folder, real = link.parent.resolve(), link.resolve()
+    except (OSError, RuntimeError) as error:  # a loop; or it became a file while it was looked at
+        raise AdapterFileError(f"{link} is a link that leads nowhere") from error
     blobs = folder.parent.parent / "blobs"
     if real.parent == folder or (folder.parent.name == "snapshots" and real.parent == blobs):
         return real

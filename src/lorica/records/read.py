@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -14,6 +14,8 @@ from lorica.errors import DataError
 from lorica.records import folder as layout
 
 T = TypeVar("T")
+MAX_DEPTH = 20
+"""Of lists and mappings in a settings file."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def read_lines(path: Path) -> Lines:
             if not isinstance(value, dict):
                 raise ValueError(f"expected an object, found {type(value).__name__}")
             values.append(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if index == last:
                 torn = f"{path.name}: the last line ({index + 1}) is torn and was passed over"
             else:
@@ -143,6 +145,24 @@ def read_manifest(path: Path) -> dict:
     return value
 
 
+class _Plain(yaml.SafeLoader):
+    """Lorica writes no aliases, and nested ones would be spelled out without end; nor does it nest
+    lists deeply, which takes the scanner time that grows with the square of the depth.
+    """
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(None, None, "nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                None, None, "aliases (*) are not read in settings", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+
 def read_settings(path: Path) -> tuple[Setting, ...]:
     """Read config.yaml with its trailing comments; an absent file has no settings.
 
@@ -153,26 +173,21 @@ def read_settings(path: Path) -> tuple[Setting, ...]:
         return ()
     text = path.read_text("utf-8")
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Plain)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     if root is None:
         return ()
     if not isinstance(root, yaml.MappingNode):
         raise ValueError("expected a mapping of settings")
-    return tuple(_leaves(root, "", text.splitlines(), set()))
+    return tuple(_leaves(root, "", text.splitlines()))
 
 
-def _leaves(
-    node: yaml.MappingNode, prefix: str, lines: list[str], seen: set[int]
-) -> Iterator[Setting]:
-    if id(node) in seen:  # an alias; walking it again could take for ever
-        return
-    seen.add(id(node))
+def _leaves(node: yaml.MappingNode, prefix: str, lines: list[str]) -> Iterator[Setting]:
     for key, value in node.value:
         name = f"{prefix}{key.value}"
         if isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
-            yield from _leaves(value, f"{name}.", lines, seen)
+            yield from _leaves(value, f"{name}.", lines)
             continue
         origin = _comment(value.end_mark, lines) or _comment(key.end_mark, lines)
         yield Setting(name, _value_text(value), origin)
@@ -202,7 +217,7 @@ def _comment(mark: yaml.Mark | None, lines: list[str]) -> str:
 def _collect(read: Callable[[Path], T], path: Path, problems: list[str], otherwise: T) -> T:
     try:
         return read(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path.name}: {error}")
         return otherwise
 

@@ -43,6 +43,7 @@ _STATE = "state.json"
 _PREFIX, _TEMPORARY, _BAD = "step-", ".tmp-step-", ".bad-step-"
 _NAME = re.compile(rf"{_PREFIX}(\d+)")
 _GROUPS = ("adapters", "optimizers", "best")
+_FILE = re.compile(rf"{re.escape(_STATE)}|(?:{'|'.join(_GROUPS)})/[^./\\\0][^/\\\0]*\.safetensors")
 
 
 @dataclass
@@ -247,42 +248,61 @@ def _verify(path: Path) -> str | None:
             return f"{MANIFEST} is not as it was written"
         if manifest["schema"] != SCHEMA:
             raise CheckpointError(
-                f"{path} has the schema {manifest['schema']}; this version of Lorica reads "
-                f"{SCHEMA}",
+                f"{path} has the schema {_short(str(manifest['schema']))}; this version of Lorica "
+                f"reads {SCHEMA}",
                 mend="resume with the version that began the run",
             )
         if path.name != f"{_PREFIX}{manifest['step']:08d}":
             return f"it is the checkpoint of step {manifest['step']}"
         for name, entry in manifest["files"].items():
+            if not _FILE.fullmatch(name):
+                return f"{MANIFEST} names {name[:80]!r}, which is no part of a checkpoint"
+            if not (path / name).is_file() and (path / name).exists():
+                return f"{name} is no regular file"  # reading a FIFO would wait without end
             content = (path / name).read_bytes()
             if hashlib.sha256(content).hexdigest() != entry["sha256"]:
                 return f"{name} is not as it was written"
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"{Path(error.filename).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
     return None
 
 
 def _read(path: Path) -> State:
-    """A checkpoint that `_verify` found whole: the files of its manifest and no others."""
-    manifest = json.loads((path / MANIFEST).read_bytes())
-    numbers = json.loads((path / _STATE).read_bytes())
-    state = State(manifest["step"], manifest["identity"], manifest["circumstances"], **numbers)
+    """A checkpoint that `_verify` found whole: the files of its manifest and no others.
+
+    Raises:
+        CheckpointError: its hashes are right and its contents are not: Lorica did not write it.
+    """
     try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        numbers = json.loads((path / _STATE).read_bytes())
+        state = State(manifest["step"], manifest["identity"], manifest["circumstances"], **numbers)
+        for table in (state.identity, state.circumstances, state.counters):
+            if not isinstance(table, dict):
+                raise TypeError(f"a {type(table).__name__} instead of a table")
+        for word in (*state.identity.values(), *state.circumstances.values()):
+            if not isinstance(word, str):
+                raise TypeError(f"a {type(word).__name__} instead of a text")
         for name in manifest["files"]:
             group, _, file = name.rpartition("/")
             if group in _GROUPS:
                 tensors = safetensors.torch.load((path / name).read_bytes())
                 getattr(state, group)[file.removesuffix(".safetensors")] = tensors
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} holds a file that is no safetensors: {error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} has the right hashes and the wrong contents: {str(error)[:200]}",
+            expected="a checkpoint that Lorica wrote",
+            mend="start the run anew",
+        ) from error
     return state
 
 
 def _check_identity(found: dict[str, str], wanted: dict[str, str]) -> None:
     problems = [
-        f"{key}: the checkpoint has {_short(found.get(key))}, this run {_short(wanted.get(key))}"
+        f"{_short(key)}: the checkpoint has {_short(found.get(key))}, "
+        f"this run {_short(wanted.get(key))}"
         for key in sorted(found.keys() | wanted.keys())
         if found.get(key) != wanted.get(key)
     ]

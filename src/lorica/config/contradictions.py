@@ -1,0 +1,89 @@
+"""Settings that cannot hold together, or of which one would be silently without effect.
+
+What lies within one group of settings its own class looks after (settings.py); here is what lies
+between the groups, and between the settings and what the paths mean on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorica.config.settings import RunConfig, TrainSettings
+
+_OF_TEXTS = ("chat_template", "system", "separator", "train_on", "add_bos", "packing")
+"""Settings of causal-lm, which do nothing in the other tasks."""
+_NEUTRAL = {"packing": (False, "auto")}
+
+
+def contradictions(run: RunConfig, train: TrainSettings) -> list[str]:
+    """Each in a sentence that begins with the name of a setting."""
+    return [
+        *_evaluation(run, train),
+        *_task(run, train),
+        *_course(train),
+        *_base(run),
+        *_paths(run),
+    ]
+
+
+def _evaluation(run: RunConfig, train: TrainSettings) -> Iterator[str]:
+    if run.eval_size == 0:
+        for key in ("eval_steps", "early_stopping_patience", "eval_batch_size"):
+            if getattr(train, key) is not None:
+                yield f"{key} has no effect with eval_size=0, which turns evaluation off"
+    patience, every, steps = train.early_stopping_patience, train.eval_steps, train.max_steps
+    if patience and every and steps and patience * every >= steps:
+        yield (
+            f"early_stopping_patience={patience} evaluations, one in eval_steps={every}, are not "
+            f"fewer than max_steps={steps}; it could never stop the run"
+        )
+
+
+def _task(run: RunConfig, train: TrainSettings) -> Iterator[str]:
+    if run.task == "text-classification" and train.packing is True:
+        yield "packing=true is not possible in text-classification; a row is one record there"
+    for key in _OF_TEXTS if run.task in ("text-classification", "seq2seq") else ():
+        group = run if key in RunConfig.model_fields else train
+        value, default = getattr(group, key), type(group).model_fields[key].default
+        if value not in (None, default, *_NEUTRAL.get(key, ())):
+            if key == "packing" and run.task == "text-classification":
+                continue  # said above
+            yield f"{key} has no effect in {run.task}; take it out"
+
+
+def _course(train: TrainSettings) -> Iterator[str]:
+    if train.lr_scheduler_type == "wsd" and train.max_steps and train.warmup_steps:
+        decay = round(train.decay_ratio * train.max_steps)
+        if train.warmup_steps + decay > train.max_steps:
+            yield (
+                f"decay_ratio={train.decay_ratio} of max_steps={train.max_steps} and "
+                f"warmup_steps={train.warmup_steps} are together more than the whole run"
+            )
+
+
+def _base(run: RunConfig) -> Iterator[str]:
+    if run.model == "embedded":
+        where = "the embedded base, which travels with lorica"
+    elif Path(run.model).is_dir():
+        where = f"{run.model}, which is a folder"
+    else:
+        return
+    if run.revision is not None:
+        yield f"revision={run.revision} has no effect on {where}; it belongs to a base on the hub"
+    if run.trust_remote_code and run.model == "embedded":
+        yield f"trust_remote_code has no effect on {where}"
+
+
+def _paths(run: RunConfig) -> Iterator[str]:
+    for key in ("eval_data", "test_data"):
+        if (given := getattr(run, key)) is None or run.data == "embedded":
+            continue
+        if run.data == given == "-":
+            yield f"{key} and data are both standard input, which can be read once"
+        elif run.data == given:
+            yield f"{key} is the same as data; scores on what was trained say nothing"
+    for key in ("model", "data", "eval_data", "test_data"):
+        given = getattr(run, key)
+        if run.output_dir and given and Path(run.output_dir) == Path(given):
+            yield f"output_dir is the same as {key}; a run writes into a folder of its own"
