@@ -185,14 +185,19 @@ def _targets(model: nn.Module, shares: Mapping[str, float]) -> Iterator[_Target]
         layer = describe(module, parameter)
         own = [parameter or "weight"]
         own += [key for _, slot in parts if slot.method.replaces for key in slot.tensors]
+        own += ["bias" for _, slot in parts if _scales_bias(slot)]
         for name in dict.fromkeys(own):
             if module._parameters.get(name) is None:
                 continue
             acting = tuple(p for p in parts if name in p[1].tensors or not p[1].method.replaces)
-            if name != own[0]:  # a copy may hold a bias; what adds, adds to the weight alone
-                acting = tuple(p for p in acting if p[1].method.replaces)
+            if name != own[0]:  # a copy may hold a bias; most of what adds, adds to the weight
+                acting = tuple(p for p in acting if p[1].method.replaces or _scales_bias(p[1]))
             full = path if parameter else f"{path}.{name}" if path else name
             yield _Target(full, module, name, acting, layer)
+
+
+def _scales_bias(slot: Slot) -> bool:
+    return hasattr(slot.method, "merged_bias")
 
 
 def _hindrance(target: _Target) -> str | None:
@@ -244,9 +249,12 @@ def _update(target: _Target, slot: Slot, base: Tensor) -> Tensor:
     if slot.method.replaces:
         return slot.tensors[target.name].detach().to(base) - base
     tensors = {key: tensor.detach().to(base) for key, tensor in slot.tensors.items()}
-    if hasattr(slot.method, "delta"):  # without the detour by W, whose last bits it would cost
+    if target.name != "bias" and hasattr(slot.method, "delta"):  # no detour by W, for its last bits
         delta: Any = slot.method.delta  # pyright: ignore[reportAttributeAccessIssue]
         return to_stored(target.module, target.name, delta(tensors, target.layer))
+    if target.name == "bias":
+        scaled: Any = slot.method  # by `_targets`
+        return scaled.merged_bias(base, tensors, target.layer) - base
     plain = to_stored(target.module, target.name, base)
     merged = slot.method.merged(plain, tensors, target.layer)
     if merged is None:

@@ -49,7 +49,8 @@ class Adapter:
         """Name and tensor of everything that trains, in the order of the model."""
         for path, slot in self.slots.items():
             for key, tensor in slot.tensors.items():
-                yield f"{path}.{key}", tensor
+                if tensor.requires_grad:
+                    yield f"{path}.{key}", tensor
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What an optimizer is given."""
@@ -95,7 +96,7 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
     """
     model = unwrap(model)
     _check_name(name, attached_to(model))
-    places, reason = _places(model, method)
+    places, method, reason = _places(model, method)
     _check_places(places, method)
 
     def start(path: str, own: Method, layer: Layer) -> Tensors:
@@ -144,7 +145,7 @@ def _put(
         for path, (module, parameter, own) in places.items():
             plates = enter(module, path, attached.status, parameter)
             tensors = start(path, own, plates.layer)
-            slots[path] = plates.slots[name] = Slot(own, _parameters(tensors, module))
+            slots[path] = plates.slots[name] = Slot(own, _parameters(tensors, module, own.frozen))
     except BaseException:
         _withdraw(model, name)
         raise
@@ -231,35 +232,37 @@ def seat(modules: Mapping[str, nn.Module], path: str) -> tuple[str, str | None]:
     return path, None
 
 
-def _places(model: nn.Module, method: Method) -> tuple[Places, str]:
-    """Where the adapter goes, in the order of the model."""
+def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
+    """Where the adapter goes, in the order of the model; the settings that fit there, and why."""
     copied = _copied(model, getattr(method, "modules_to_save", ()))
     settings: Any = method  # those of a method that is placed by name
+    named = settings.target_modules
     targets = resolve(
         model,
-        target_modules=settings.target_modules,
+        target_modules=settings.auto if named == "auto" else named,
         exclude_modules=settings.exclude_modules,
         layers_to_transform=settings.layers_to_transform,
     )
     names = dict(model.named_modules(remove_duplicate=False))
-    found: Places = {}
+    taken: dict[str, tuple[str, nn.Module, str | None]] = {}  # path -> its name, for patterns
     for path, module in targets.modules.items():
-        if path in copied:
-            continue
-        place, parameter = seat(names, path)
-        found[place] = module, parameter, method.at(path)
+        if path not in copied:
+            place, parameter = seat(names, path)
+            taken[place] = path, module, parameter
     for path, (module, parameter) in targets.parameters.items():
-        found[path] = module, parameter, method.at(path)
+        taken[path] = path, module, parameter
+    settings = settings.over([describe(module, own) for _, module, own in taken.values()])
+    found: Places = {p: (module, own, settings.at(n)) for p, (n, module, own) in taken.items()}
     found.update({path: (module, None, Copy()) for path, module in copied.items()})
     for setting in ("rank_pattern", "alpha_pattern"):
-        paths = [p.removesuffix(".weight") if own[1] == "weight" else p for p, own in found.items()]
+        paths = [*(name for name, _, _ in taken.values()), *copied]
         if missed := unmatched_patterns(getattr(method, setting, {}), paths):
             listed = ", ".join(map(repr, missed))
             raise ConfigError(
                 f"{setting} has keys that match none of the adapted layers: {listed}",
                 mend="give names as they end in the list of adapted layers, for example 'q_proj'",
             )
-    return found, targets.reason
+    return found, settings, targets.reason
 
 
 def _copied(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -359,13 +362,18 @@ def _end_activation(model: nn.Module, name: str, status: Status) -> None:
             place.route = None
 
 
-def _parameters(tensors: Tensors, module: nn.Module) -> dict[str, nn.Parameter]:
+def _parameters(
+    tensors: Tensors, module: nn.Module, frozen: frozenset[str]
+) -> dict[str, nn.Parameter]:
     device = next(
         (p.device for p in module._parameters.values() if p is not None), torch.device("cpu")
     )
     if device.type == "meta":  # values that cannot be made again are kept
         device = torch.device("cpu")
-    return {key: nn.Parameter(tensor.to(device)) for key, tensor in tensors.items()}
+    return {
+        key: nn.Parameter(tensor.to(device), requires_grad=key not in frozen)
+        for key, tensor in tensors.items()
+    }
 
 
 def _generator(seed: int, path: str) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""The words that stand for a choice of layers: auto, all-linear, attention, mlp.
+"""The words that stand for a choice of layers: auto, all-linear, attention, mlp, and IA3's.
 
 `auto` goes by the family where `families` knows it, else by structure, and gives its reason. It
 adapts attention and feed-forward layers alike, where PEFT's table mostly says query and value only.
@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from lorica.attach.families import FAMILIES
 from lorica.attach.survey import Place, Role, Survey, ends, suffix_of
+from lorica.methods.ia3 import FEEDFORWARD, KEY_VALUE, NOT_FEEDFORWARD
 
-CHOICES = ("auto", "all-linear", "attention", "mlp")
+CHOICES = ("auto", "all-linear", "attention", "mlp", "key-value-feedforward")
 """The words that stand for a choice of layers."""
 
 _WHY_ALL = (
@@ -54,6 +55,8 @@ def choose(found: Survey, word: str, picked: Picked) -> None:
         roles = {"attention", "mlp", "mixer", "experts", "outside"}
         _take(found, picked, roles, ("linear", "packed", "experts"))
         picked.reason = _count("all-linear: every linear layer but heads and routers", picked)
+    elif word == "key-value-feedforward":
+        _choose_key_value(found, picked)
     else:
         roles = {"attention"} if word == "attention" else {"mlp", "experts"}
         _take(found, picked, roles, ("linear", "packed", "experts"))
@@ -64,6 +67,25 @@ def choose(found: Survey, word: str, picked: Picked) -> None:
             picked.problems.append(
                 f"{word!r}: this model has no such layers; its linear layers are: {roles_there}"
             )
+
+
+def _choose_key_value(found: Survey, picked: Picked) -> None:
+    """The layers of IA3, by their names: keys and values, and the output of each feed-forward."""
+    _take(found, picked, {"attention", "mlp"}, ("linear",))
+    for path, place in list(picked.places.items()):
+        names = KEY_VALUE if place.role == "attention" else FEEDFORWARD
+        if not any(ends(path, name) for name in names) or _ends_any(path, NOT_FEEDFORWARD):
+            picked.drop(path, "neither key nor value nor the output of a feed-forward")
+    picked.reason = _count("key-value-feedforward: what IA3 scales", picked)
+    if not picked.places:
+        picked.problems.append(
+            "key-value-feedforward: this model has no layers of a known name; name the layers of "
+            "keys, values and feed-forward outputs"
+        )
+
+
+def _ends_any(path: str, names: tuple[str, ...]) -> bool:
+    return any(ends(path, name) for name in names)
 
 
 def _take(found: Survey, picked: Picked, roles: set[str], kinds: tuple[str, ...]) -> None:

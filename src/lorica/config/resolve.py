@@ -244,6 +244,22 @@ def _build(
         return None
 
 
+def build_method(kind: Any, values: Mapping[str, Any]) -> Any:
+    """The settings object of a method (its class is `kind`) from values as JSON has them.
+
+    Raises:
+        ConfigError: unknown names, wrong types, values out of range; all at once.
+    """
+    known = {setting.key for setting in method_settings(kind.kind, kind)}
+    problems = [
+        f"{str(key)[:60]} is not a setting of {kind.kind}" for key in values if key not in known
+    ]
+    made = _build_method(kind, values, {}, problems)
+    if problems:
+        raise ConfigError(f"the settings of {kind.kind} cannot be used", problems=problems)
+    return made
+
+
 def _build_method(
     kind: Any, values: Mapping[str, Any], origins: Mapping[str, str], problems: list[str]
 ) -> Any:

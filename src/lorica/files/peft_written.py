@@ -33,6 +33,7 @@ from lorica.files.peft_layout import (
     modules_of,
 )
 from lorica.methods.copy import Copy
+from lorica.methods.dora import DoRA
 from lorica.methods.lora import LoRA
 
 
@@ -207,6 +208,7 @@ def written_config(adapter: Adapter, written: Written) -> dict[str, Any]:
         "lora_alpha": method.lora_alpha,
         "lora_dropout": method.lora_dropout,
         "use_rslora": method.use_rslora,
+        "use_dora": isinstance(method, DoRA),
         "init_lora_weights": next(
             theirs for theirs, ours in PLAIN_INITS.items() if ours == method.init_lora_weights
         ),

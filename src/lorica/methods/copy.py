@@ -17,6 +17,8 @@ class Copy:
 
     kind: ClassVar[str] = "copy"
     replaces: ClassVar[bool] = True
+    stacks: ClassVar[bool] = False
+    frozen: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def dropout(self) -> float:

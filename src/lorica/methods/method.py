@@ -19,6 +19,10 @@ Tensors = dict[str, Tensor]
 LayerKind = Literal["linear", "embedding", "conv1d", "conv2d", "experts", "other"]
 
 
+def _no_bias() -> None:  # no lambda: a layer is pickled with its model
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """What a method may know of the layer it adapts.
@@ -36,6 +40,9 @@ class Layer:
         geometry: keyword arguments of a convolution (see `ops.lora.lora_conv`), else empty.
         output_scale: what the layer multiplies its output with (scaled embeddings), else 1.
         parameters: makes copies of all own parameters by name.
+        stored: the weight in the layout of `weight` without a copy, and in its own dtype. It is
+            the base's: read it, never write it.
+        bias_values: the base's bias (out,), likewise only to be read; None where there is none.
     """
 
     kind: LayerKind
@@ -48,6 +55,8 @@ class Layer:
     geometry: dict[str, Any] = field(default_factory=dict)
     output_scale: float = 1.0
     parameters: Callable[[], Tensors] = dict
+    stored: Callable[[], Tensor] = torch.Tensor
+    bias_values: Callable[[], Tensor | None] = _no_bias
 
     @property
     def shape(self) -> str:
@@ -63,6 +72,11 @@ class Method(Protocol):
     kind: ClassVar[str]
     replaces: ClassVar[bool]
     """Whether the adapted layer stands in for the base layer (a full copy) or adds to it."""
+    stacks: ClassVar[bool]
+    """Whether it is a product of two factors on linear layers, given by `segment`: then mixtures
+    and several adapters in one batch go through `ops.lora.lora_linear` together."""
+    frozen: ClassVar[frozenset[str]]
+    """Names of its tensors that do not train."""
 
     @property
     def dropout(self) -> float:
@@ -88,6 +102,13 @@ class Method(Protocol):
     def merged(self, weight: Tensor, tensors: Tensors, layer: Layer) -> Tensor | None:
         """The adapted weight in the dtype of `weight`; None where there is no such weight."""
         ...
+
+
+def setting(default: Any, text: str, **more: Any) -> Any:
+    """A field of a method's dataclass, with the line that help and documentation show."""
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"help": text}, **more)
+    return field(default=default, metadata={"help": text}, **more)
 
 
 def numeric_problems(settings: object, ranges: dict[str, tuple[float, float]]) -> list[str]:

@@ -31,7 +31,6 @@ from lorica.attach.site import Route, is_site, plates_of
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import NonFiniteError, TrainingError
-from lorica.methods.lora import LoRA
 from lorica.tasks.task import Task
 from lorica.train.optim import learning_rate, make_optimizer
 
@@ -147,13 +146,13 @@ class Engine:
         """Whether all adapters can go through one pass and still train to the same bits as alone.
 
         Not where a base layer or an adapter draws random numbers for the whole row, where the
-        output head is adapted (it sees labelled rows only), or where a method is not LoRA on linear
-        layers.
+        output head is adapted (it sees labelled rows only), or where a method does not stack on
+        linear layers.
         """
         if not self._shares:
             return False
         slots = [s for t in trainees for s in t.adapter.slots.values()]
-        plain = all(isinstance(s.method, LoRA) and not s.method.dropout for s in slots)
+        plain = all(s.method.stacks and not s.method.dropout for s in slots)
         linear = all(
             p.layer.kind == "linear"
             for m in self.model.modules()
