@@ -21,12 +21,12 @@ from torch import nn
 from lorica.attach.attach import Adapter, attach_tensors
 from lorica.base.load import base_of
 from lorica.errors import AdapterFileError, LoricaWarning
-from lorica.files import native, peft
+from lorica.files import native, peft, peft_kinds
 from lorica.files.folder import MAX_JSON_BYTES, new_folder, read_json
 from lorica.files.safetensors_file import TensorFile, write_tensors
 from lorica.records.atomic import write_file
 
-LAYOUTS = (peft, native)
+LAYOUTS = (peft, peft_kinds, native)
 """How the first two files may be laid out: the first that fits is written.
 
 A layout has `fits(adapter)`, `write(adapter)`, and for reading `claims(config)`,

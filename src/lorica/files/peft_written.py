@@ -90,7 +90,7 @@ def to_peft(adapter: Adapter) -> Written:
         found.tensors.update(
             spot.to_file({name: _plain(tensor) for name, tensor in slot.tensors.items()})
         )
-    found.whole = _whole(adapter)
+    found.whole = whole_names(adapter)
     found.unreadable += [
         path
         for path in found.modules
@@ -163,7 +163,7 @@ def _fill_attention(found: Written, modules: Mapping[str, nn.Module]) -> None:
                 found.tensors.setdefault(spot.key(factor), torch.zeros(shape))
 
 
-def _whole(adapter: Adapter) -> list[str]:
+def whole_names(adapter: Adapter) -> list[str]:
     """Names for modules_to_save: the settings' own where they say it, else the full paths."""
     copied = [path for path, slot in adapter.slots.items() if isinstance(slot.method, Copy)]
     names = [name for name in getattr(adapter.method, "modules_to_save", ()) if name]
