@@ -1,5 +1,6 @@
 """Methods: settings, tensors, arithmetic and merged form of one way to adapt a layer each."""
 
+from lorica.config.settings import Preset
 from lorica.methods.dora import DoRA
 from lorica.methods.hira import HiRA
 from lorica.methods.ia3 import IA3
@@ -9,6 +10,41 @@ from lorica.methods.lora import LoRA, LoRAFA
 from lorica.methods.vera import VeRA
 
 METHODS = {method.kind: method for method in (LoRA, LoRAFA, DoRA, VeRA, LoHa, LoKr, HiRA, IA3)}
-"""The word in YAML and on the command line -> the settings class, which is the method."""
+"""Kind -> the settings class, which is the method."""
 
-__all__ = ["IA3", "METHODS", "DoRA", "HiRA", "LoHa", "LoKr", "LoRA", "LoRAFA", "VeRA"]
+PRESETS = {
+    "rslora": Preset(
+        LoRA, {"use_rslora": True}, "LoRA scaled by the root of the rank (arXiv 2312.03732)"
+    ),
+    "lora-plus": Preset(
+        LoRA, {"loraplus_lr_ratio": 16.0}, "LoRA, B learns 16 times as fast (arXiv 2402.12354)"
+    ),
+    "pissa": Preset(
+        LoRA,
+        {"init_lora_weights": "pissa"},
+        "LoRA from the weight's first singular vectors (arXiv 2404.02948)",
+    ),
+    "olora": Preset(
+        LoRA,
+        {"init_lora_weights": "olora"},
+        "LoRA from the weight's QR decomposition (arXiv 2406.01775)",
+    ),
+}
+"""A method's own name -> the settings of another one that it is."""
+
+WORDS: dict[str, type | Preset] = {**METHODS, **PRESETS}
+"""Every word that `method` takes in YAML and on the command line."""
+
+__all__ = [
+    "IA3",
+    "METHODS",
+    "PRESETS",
+    "WORDS",
+    "DoRA",
+    "HiRA",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "LoRAFA",
+    "VeRA",
+]

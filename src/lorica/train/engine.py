@@ -47,7 +47,7 @@ class Trainee:
 
     def __init__(self, adapter: Adapter, settings: TrainSettings, total: int) -> None:
         self.adapter, self.settings, self.total, self.step = adapter, settings, total, 0
-        self.optimizer = make_optimizer(adapter.parameters(), settings)
+        self.optimizer = make_optimizer(adapter.named_parameters(), settings)
 
     @property
     def learning_rate(self) -> float:
@@ -258,7 +258,7 @@ def _clip(trainee: Trainee, total: _Totals) -> float:
 def _update(trainee: Trainee, total: _Totals, norm: float) -> StepResult:
     rate = trainee.learning_rate
     for group in trainee.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
     trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
     trainee.step += 1
