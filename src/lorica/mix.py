@@ -132,7 +132,8 @@ def merge(
     """
     shares = _shares(model, mixture)
     targets = list(_targets(model, shares))
-    problems = [f"{t.path}: {why}" for t in targets if (why := _hindrance(t))]
+    problems = _not_weights(model, shares)
+    problems += [f"{t.path}: {why}" for t in targets if (why := _hindrance(t))]
     untie, tied_problems = _ties(model, targets)  # path -> all that share it
     problems += tied_problems
     if problems:
@@ -193,7 +194,27 @@ def _targets(model: nn.Module, shares: Mapping[str, float]) -> Iterator[_Target]
             if name != own[0]:  # a copy may hold a bias; most of what adds, adds to the weight
                 acting = tuple(p for p in acting if p[1].method.replaces or _scales_bias(p[1]))
             full = path if parameter else f"{path}.{name}" if path else name
+            if not acting:  # a copy of other parameters of this layer
+                continue
             yield _Target(full, module, name, acting, layer)
+
+
+def _not_weights(model: nn.Module, shares: Mapping[str, float]) -> list[str]:
+    """Adapters for which no weight makes the base answer as they do."""
+    found = []
+    for name in shares:
+        slots = find(model, name).slots.values()
+        ways = ("delta", "merged_bias")
+        stuck = {
+            s.method.kind
+            for s in slots
+            if not s.method.replaces and not any(hasattr(s.method, way) for way in ways)
+        }
+        found += [
+            f"{name}: {kind} is no change of a weight; keep the adapter and load it beside the base"
+            for kind in sorted(stuck)
+        ]
+    return found
 
 
 def _scales_bias(slot: Slot) -> bool:

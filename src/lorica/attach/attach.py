@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.attach.layers import describe
+from lorica.attach.params import select
 from lorica.attach.probe import weight_read
 from lorica.attach.site import Slot, Status, check_unchanged, enter, is_site, leave, plates_of
 from lorica.attach.survey import unwrap
@@ -21,6 +22,7 @@ from lorica.errors import ConfigError, TargetError, nearest
 from lorica.methods.copy import Copy
 from lorica.methods.method import Layer, Method, Tensors
 from lorica.methods.patterns import unmatched_patterns
+from lorica.methods.selective import Selective
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -234,6 +236,10 @@ def seat(modules: Mapping[str, nn.Module], path: str) -> tuple[str, str | None]:
 
 def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     """Where the adapter goes, in the order of the model; the settings that fit there, and why."""
+    if isinstance(method, Selective):
+        chosen = select(model, method)
+        copies: Places = {p: (m, None, Copy(only)) for p, (m, only) in chosen.modules.items()}
+        return copies, method, chosen.reason
     copied = _copied(model, getattr(method, "modules_to_save", ()))
     settings: Any = method  # those of a method that is placed by name
     named = settings.target_modules
@@ -245,10 +251,11 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     )
     names = dict(model.named_modules(remove_duplicate=False))
     taken: dict[str, tuple[str, nn.Module, str | None]] = {}  # path -> its name, for patterns
-    for path, module in targets.modules.items():
+    for path in targets.modules:
         if path not in copied:
-            place, parameter = seat(names, path)
-            taken[place] = path, module, parameter
+            host = settings.host(path)
+            place, parameter = (host, None) if host != path else seat(names, path)
+            taken[place] = path, names[host], parameter
     for path, (module, parameter) in targets.parameters.items():
         taken[path] = path, module, parameter
     settings = settings.over([describe(module, own) for _, module, own in taken.values()])

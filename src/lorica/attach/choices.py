@@ -1,4 +1,4 @@
-"""The words that stand for a choice of layers: auto, all-linear, attention, mlp, and IA3's.
+"""The words that stand for a choice of layers: auto, all-linear, attention, mlp, and by part.
 
 `auto` goes by the family where `families` knows it, else by structure, and gives its reason. It
 adapts attention and feed-forward layers alike, where PEFT's table mostly says query and value only.
@@ -11,9 +11,17 @@ from dataclasses import dataclass, field
 
 from lorica.attach.families import FAMILIES
 from lorica.attach.survey import Place, Role, Survey, ends, suffix_of
-from lorica.methods.ia3 import FEEDFORWARD, KEY_VALUE, NOT_FEEDFORWARD
+from lorica.methods.ia3 import ATTENTION_OUTPUT, FEEDFORWARD, KEY_VALUE, NOT_FEEDFORWARD
 
-CHOICES = ("auto", "all-linear", "attention", "mlp", "key-value-feedforward")
+CHOICES = (
+    "auto",
+    "all-linear",
+    "attention",
+    "mlp",
+    "key-value-feedforward",
+    "block-outputs",
+    "feedforward-outputs",
+)
 """The words that stand for a choice of layers."""
 
 _WHY_ALL = (
@@ -55,8 +63,8 @@ def choose(found: Survey, word: str, picked: Picked) -> None:
         roles = {"attention", "mlp", "mixer", "experts", "outside"}
         _take(found, picked, roles, ("linear", "packed", "experts"))
         picked.reason = _count("all-linear: every linear layer but heads and routers", picked)
-    elif word == "key-value-feedforward":
-        _choose_key_value(found, picked)
+    elif word in _PARTS:
+        _choose_parts(found, word, picked)
     else:
         roles = {"attention"} if word == "attention" else {"mlp", "experts"}
         _take(found, picked, roles, ("linear", "packed", "experts"))
@@ -69,19 +77,26 @@ def choose(found: Survey, word: str, picked: Picked) -> None:
             )
 
 
-def _choose_key_value(found: Survey, picked: Picked) -> None:
-    """The layers of IA3, by their names: keys and values, and the output of each feed-forward."""
-    _take(found, picked, {"attention", "mlp"}, ("linear",))
+_PARTS: dict[str, dict[Role, tuple[str, ...]]] = {
+    "key-value-feedforward": {"attention": KEY_VALUE, "mlp": FEEDFORWARD},
+    "block-outputs": {"attention": ATTENTION_OUTPUT, "mlp": FEEDFORWARD},
+    "feedforward-outputs": {"mlp": FEEDFORWARD},
+}
+"""Choice -> role of a layer -> the ends of the names that it takes."""
+
+
+def _choose_parts(found: Survey, word: str, picked: Picked) -> None:
+    """Layers by what they are called: keys and values, and the outputs of the parts of a block."""
+    wanted = _PARTS[word]
+    _take(found, picked, set(wanted), ("linear",))
     for path, place in list(picked.places.items()):
-        names = KEY_VALUE if place.role == "attention" else FEEDFORWARD
-        if not any(ends(path, name) for name in names) or _ends_any(path, NOT_FEEDFORWARD):
-            picked.drop(path, "neither key nor value nor the output of a feed-forward")
-    picked.reason = _count("key-value-feedforward: what IA3 scales", picked)
+        if not _ends_any(path, wanted[place.role]) or (
+            place.role == "mlp" and _ends_any(path, NOT_FEEDFORWARD)
+        ):
+            picked.drop(path, f"not among {word}")
+    picked.reason = _count(f"{word}: {', '.join(Counter(map(suffix_of, picked.places)))}", picked)
     if not picked.places:
-        picked.problems.append(
-            "key-value-feedforward: this model has no layers of a known name; name the layers of "
-            "keys, values and feed-forward outputs"
-        )
+        picked.problems.append(f"{word!r}: no layer of this model is called so; name the layers")
 
 
 def _ends_any(path: str, names: tuple[str, ...]) -> bool:

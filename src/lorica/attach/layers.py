@@ -43,6 +43,11 @@ def describe(module: nn.Module, parameter: str | None = None) -> Layer:
     if parameter is not None:  # a bare 2-D parameter, (out, in)
         width_out, width_in = _stored(module, parameter).shape
         return Layer("linear", width_in, width_out, weight, stored=access["stored"])
+    inside = [m for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
+    if inside:
+        first, last = describe(inside[0]), describe(inside[-1])
+        nothing = partial(torch.empty, 0)
+        return Layer("block", first.in_features, last.out_features, nothing)
     return Layer("other", 0, 0, partial(torch.empty, 0), parameters=access["parameters"])
 
 

@@ -60,6 +60,8 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
             )
         core, parameter = (path, None) if path in modules else path.rpartition(".")[::2]
         places[path] = {"core": core, "parameter": parameter, "kind": slot.method.kind}
+        if isinstance(slot.method, Copy) and slot.method.only is not None:
+            places[path]["only"] = list(slot.method.only)
         tensors |= {f"{path}.{name}": _plain(tensor) for name, tensor in slot.tensors.items()}
     config = {
         "format": FORMAT,
@@ -153,13 +155,25 @@ def _place(
         raise AdapterFileError("its core and parameter name another place")
     if parameter is not None and module._parameters.get(str(parameter)) is None:
         raise AdapterFileError(f"{core} has no parameter {str(parameter)[:40]!r}")
-    own: Method = Copy() if entry.get("kind") == Copy.kind else method.at(_name(path, parameter))
+    own = _own(path, parameter, entry, method)
     if entry.get("kind") != own.kind:
         raise AdapterFileError(f"kind is {str(entry.get('kind'))[:40]!r}, not {own.kind}")
     layer = describe(module, parameter)
     if found := own.problems(layer):
         raise AdapterFileError("; ".join(found))
     return (module, parameter, own), own.start(layer, torch.Generator())
+
+
+def _own(path: str, parameter: str | None, entry: Mapping[str, Any], method: Method) -> Method:
+    """The settings at one place."""
+    if entry.get("kind") != Copy.kind:
+        return method.at(_name(path, parameter))
+    only = entry.get("only")
+    if only is None:
+        return Copy()
+    if not isinstance(only, list) or not all(isinstance(name, str) for name in only):
+        raise AdapterFileError("only is no list of names")
+    return Copy(tuple(only))
 
 
 def _name(path: str, parameter: str | None) -> str:

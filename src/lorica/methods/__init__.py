@@ -1,15 +1,32 @@
 """Methods: settings, tensors, arithmetic and merged form of one way to adapt a layer each."""
 
 from lorica.config.settings import Preset
+from lorica.methods.bottleneck import Bottleneck, Compacter
 from lorica.methods.dora import DoRA
 from lorica.methods.hira import HiRA
 from lorica.methods.ia3 import IA3
 from lorica.methods.loha import LoHa
 from lorica.methods.lokr import LoKr
 from lorica.methods.lora import LoRA, LoRAFA
+from lorica.methods.selective import Selective
 from lorica.methods.vera import VeRA
 
-METHODS = {method.kind: method for method in (LoRA, LoRAFA, DoRA, VeRA, LoHa, LoKr, HiRA, IA3)}
+METHODS = {
+    method.kind: method
+    for method in (
+        LoRA,
+        LoRAFA,
+        DoRA,
+        VeRA,
+        LoHa,
+        LoKr,
+        HiRA,
+        IA3,
+        Bottleneck,
+        Compacter,
+        Selective,
+    )
+}
 """Kind -> the settings class, which is the method."""
 
 PRESETS = {
@@ -29,6 +46,24 @@ PRESETS = {
         {"init_lora_weights": "olora"},
         "LoRA from the weight's QR decomposition (arXiv 2406.01775)",
     ),
+    "houlsby": Preset(
+        Bottleneck, {"layout": "houlsby"}, "bottlenecks behind both parts (arXiv 1902.00751)"
+    ),
+    "pfeiffer": Preset(
+        Bottleneck, {"layout": "pfeiffer"}, "bottlenecks behind feed-forward (arXiv 2005.00052)"
+    ),
+    "parallel": Preset(
+        Bottleneck,
+        {"layout": "parallel", "adapter_scaling": 4.0},
+        "bottlenecks beside feed-forward (arXiv 2110.04366)",
+    ),
+    "full": Preset(
+        Selective, {"parameters": "all"}, "every parameter, kept as a difference (arXiv 1801.06146)"
+    ),
+    "bitfit": Preset(Selective, {"parameters": "bias"}, "the biases alone (arXiv 2106.10199)"),
+    "norms": Preset(
+        Selective, {"parameters": "norm"}, "normalisation layers alone (arXiv 2312.11420)"
+    ),
 }
 """A method's own name -> the settings of another one that it is."""
 
@@ -40,11 +75,14 @@ __all__ = [
     "METHODS",
     "PRESETS",
     "WORDS",
+    "Bottleneck",
+    "Compacter",
     "DoRA",
     "HiRA",
     "LoHa",
     "LoKr",
     "LoRA",
     "LoRAFA",
+    "Selective",
     "VeRA",
 ]

@@ -60,6 +60,22 @@ KEY_VALUE = (
     "kv_b_proj",
 )
 """Ends of the names of layers that make keys and values, or both with the queries."""
+ATTENTION_OUTPUT = (
+    "o_proj",
+    "out_proj",
+    "attn.c_proj",
+    "attention.output.dense",
+    "crossattention.output.dense",
+    "self_attention.dense",
+    "attention.dense",
+    "self_attn.dense",
+    "SelfAttention.o",
+    "EncDecAttention.o",
+    "out_lin",
+    "attn.proj",
+    "to_out.0",
+)
+"""Ends of the names of layers that are an attention's output."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 """The tensors of one adapter at one place, by the method's own names ("A", "B", ...)."""
 
-LayerKind = Literal["linear", "embedding", "conv1d", "conv2d", "experts", "other"]
+LayerKind = Literal["linear", "embedding", "conv1d", "conv2d", "experts", "block", "other"]
 
 
 def _no_bias() -> None:  # no lambda: a layer is pickled with its model
@@ -29,7 +29,9 @@ class Layer:
 
     Attributes:
         kind: what the layer computes. "experts" is a stack of linear layers in one 3-D parameter;
-            "other" is any module that owns parameters (a norm, say) and can only be copied.
+            "block" is a module around linear layers, such as a feed-forward, of whose input and
+            output alone the sizes are known; "other" is any module that owns parameters (a norm,
+            say) and can only be copied.
         in_features, out_features: sizes; for an embedding the vocabulary and the width; for a
             convolution the channels.
         weight: makes a plain copy of the weight in float32: (out, in), embedding (vocabulary,

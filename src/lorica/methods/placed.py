@@ -56,6 +56,10 @@ class Placed:
     def at(self, path: str) -> Self:
         return self
 
+    def host(self, path: str) -> str:
+        """The module that it sits on, where the layer at `path` was chosen."""
+        return path
+
     def over(self, layers: Sequence[Layer]) -> Self:
         """The settings when all layers of the adapter are known."""
         return self
