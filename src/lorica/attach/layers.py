@@ -46,8 +46,8 @@ def describe(module: nn.Module, parameter: str | None = None) -> Layer:
     inside = [m for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
     if inside:
         first, last = describe(inside[0]), describe(inside[-1])
-        nothing = partial(torch.empty, 0)
-        return Layer("block", first.in_features, last.out_features, nothing)
+        sizes = first.in_features, last.out_features
+        return Layer("block", *sizes, partial(torch.empty, 0), parameters=access["parameters"])
     return Layer("other", 0, 0, partial(torch.empty, 0), parameters=access["parameters"])
 
 

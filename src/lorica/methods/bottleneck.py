@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorica.methods.method import Layer, Tensors, setting
-from lorica.methods.placed import Placed, scale_problems
+from lorica.methods.placed import Placed, scale_problems, whole
 from lorica.methods.update import uniform
 
 NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -98,6 +98,10 @@ class Bottleneck(Placed):
 
     def _width_in(self, layer: Layer) -> int:
         return layer.in_features if self.layout == "parallel" else layer.out_features
+
+    def _canonical(self) -> dict[str, Any]:
+        sizes = ("reduction_factor", "adapter_scaling")
+        return super()._canonical() | {name: whole(getattr(self, name)) for name in sizes}
 
     def _problems(self) -> list[str]:
         found = scale_problems("adapter_scaling", self.adapter_scaling)
