@@ -64,3 +64,28 @@ def test_options_of_other_methods_are_refused():
     assert resolve(("a", {**NEEDED, "r": 2}), methods=WORDS).method == LoRA(r=2)
     with pytest.raises(ConfigError, match="d_initial has no effect with the method lora"):
         resolve(("a", {**NEEDED, "d_initial": 0.2}), methods=WORDS)
+
+
+TRAINABLE = {
+    **{word: [] for word in METHODS},
+    "vera": ["--r", "8"],
+    "hira": ["--r", "4"],
+    "bitfit": [],
+    "pissa": [],
+}
+
+
+@pytest.mark.parametrize("word", TRAINABLE)
+def test_every_method_trains_saves_and_is_read_back(lorica, stock, quick, word):
+    base, data = ("bert", "classes.csv") if word == "bitfit" else ("llama", "pairs.jsonl")
+    flags = dict(zip(quick[::2], quick[1::2], strict=True))
+    for flag in ("--r", *(["--max-new-tokens"] if word == "bitfit" else [])):
+        del flags[flag]
+    words = [*(part for pair in flags.items() for part in pair), *TRAINABLE[word]]
+    given = ["--model", stock / base, "--data", stock / data, "--method", word]
+    done = lorica("train", *given, *words, "--output-dir", "run", "--quiet")
+    assert done.code == 0, done.err
+    judged = lorica("eval", "run", "--data", stock / data, "--limit", "4", "--metrics", "loss")
+    assert judged.code == 0, judged.err
+    again = lorica("train", "--resume", "run")
+    assert again.code == 0 and "is finished" in again.out

@@ -201,7 +201,10 @@ def _size(adapter: Adapter, of: int) -> str:
     method: Any = adapter.method
     share = adapter.num_parameters / of
     text = f"{count(adapter.num_parameters)} parameters train in {len(adapter.slots)} places"
-    rank = f"; r={method.r}, lora_alpha={method.lora_alpha:g}" if hasattr(method, "r") else ""
+    sizes = [
+        f"{key}={getattr(method, key):g}" for key in ("r", "lora_alpha") if hasattr(method, key)
+    ]
+    rank = f"; {', '.join(sizes)}" if sizes else ""
     return f"{method.kind}, {text} ({share:.2%} of the base){rank}"
 
 

@@ -80,7 +80,8 @@ class DoRA(LoRA):
         A, B, weight = tensors["A"], tensors["B"], layer.stored()
         if not self.dora_detach_norm and torch.is_grad_enabled():
             return _norm(as_matrix(weight, layer), *_thin(A, B, layer), self.scale)
-        state = (A.data_ptr(), A._version, B._version, weight.data_ptr(), weight._version)
+        own = [tensor.untyped_storage()._cdata for tensor in (A, weight)]
+        state = (*own, A._version, B._version, weight._version)
         known = _NORMS.get(B)
         if known is None or known[0] != state:
             with torch.no_grad():

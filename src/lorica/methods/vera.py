@@ -52,7 +52,7 @@ class VeRA(WeightUpdate):
         return replace(self, widths=(max(s[-1] for s in shapes), max(s[-2] for s in shapes)))
 
     def problems(self, layer: Layer) -> list[str]:
-        if layer.kind == "other":
+        if layer.kind in ("other", "block"):
             return super().problems(layer)
         found = []
         if all(self.widths):
@@ -97,9 +97,19 @@ class VeRA(WeightUpdate):
         return found
 
 
-@functools.lru_cache(maxsize=4)
 def projection(key: int, r: int, widest_in: int, widest_out: int) -> tuple[Tensor, Tensor]:
     """The frozen pair: A (r, widest_in), B (widest_out, r), as PEFT draws it from `key`."""
+    if type(torch.empty(0)) is not Tensor:  # tensors without values are not for keeping
+        return _draw(key, r, widest_in, widest_out)
+    return _kept(key, r, widest_in, widest_out)
+
+
+@functools.lru_cache(maxsize=4)
+def _kept(key: int, r: int, widest_in: int, widest_out: int) -> tuple[Tensor, Tensor]:
+    return _draw(key, r, widest_in, widest_out)
+
+
+def _draw(key: int, r: int, widest_in: int, widest_out: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(key)
     A = torch.empty(r, widest_in).uniform_(
         -math.sqrt(6 / widest_in), math.sqrt(6 / widest_in), generator=generator
