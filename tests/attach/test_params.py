@@ -24,6 +24,12 @@ def test_biases_alone():
         chosen("llama", parameters="bias")
 
 
+def test_a_new_head_trains_whole_beside_them():
+    found = chosen("bert", parameters="bias", modules_to_save=("classifier",))
+    assert {"classifier.weight", "classifier.bias"} <= found
+    assert {p for p in found if p.endswith("weight")} == {"classifier.weight"}
+
+
 def test_norms_alone():
     found = chosen("llama", parameters="norm")
     assert found and all("norm" in path for path in found)

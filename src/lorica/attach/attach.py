@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -239,6 +239,8 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     if isinstance(method, Selective):
         chosen = select(model, method)
         copies: Places = {p: (m, None, Copy(only)) for p, (m, only) in chosen.modules.items()}
+        whole = _copied(model, method.modules_to_save)
+        copies.update({path: (module, None, Copy()) for path, module in whole.items()})
         return copies, method, chosen.reason
     copied = _copied(model, getattr(method, "modules_to_save", ()))
     settings: Any = method  # those of a method that is placed by name
@@ -272,7 +274,7 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     return found, settings, targets.reason
 
 
-def _copied(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
+def _copied(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The modules of `modules_to_save`, down to those that own parameters."""
     every = dict(model.named_modules())
     found: dict[str, nn.Module] = {}
