@@ -39,6 +39,7 @@ _PUBLIC = {
     "Dataset": "lorica.data.dataset",
     # doing
     "train": "lorica.train.loop",
+    "attach_relevant": "lorica.train.importance",
     "merge": "lorica.mix",
     "MergeReport": "lorica.mix",
     # judging
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # the same for editors and type checkers; a test holds both e
     from lorica.mix import MergeReport as MergeReport
     from lorica.mix import merge as merge
     from lorica.records.report import write_report as write_report
+    from lorica.train.importance import attach_relevant as attach_relevant
     from lorica.train.loop import train as train
 
 __all__ = [*_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]

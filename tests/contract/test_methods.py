@@ -54,6 +54,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "hira": {"plain": {"r": 3}, "dropout": {"r": 3, "hira_dropout": 0.4}},
     "ia3": {"plain": {}, "on-input": {"on_input": True}},
+    "sparse": {
+        "plain": {"density": 0.2, "selection": "random"},
+        "some": {"count": 3, "selection": "random"},
+    },
     "bottleneck": {"plain": {"reduction_factor": 2}},
     "compacter": {"plain": {"reduction_factor": 1, "phm_dim": 1}},
 }
@@ -616,7 +620,7 @@ def test_errors_name_the_target(kind, case):
     model, _ = build(case)
     before = _snapshot(model)
     with pytest.raises(TargetError, match="'layerr' matches nothing; did you mean 'layer"):
-        lorica.attach(model, METHODS[kind](target_modules=("layerr",)))
+        lorica.attach(model, METHODS[kind](target_modules=("layerr",), **_smallest(kind)))
     after = _snapshot(model)
     assert after["modules"] == before["modules"] and after["parameters"] == before["parameters"]
 
@@ -626,7 +630,7 @@ def test_errors_name_the_target(kind, case):
 def test_a_module_that_cannot_carry_it_is_refused_by_name(kind, module):
     model = Host(module)
     with pytest.raises(TargetError, match=rf"layer.*{type(module).__name__}"):
-        lorica.attach(model, METHODS[kind](target_modules=("layer",)))
+        lorica.attach(model, METHODS[kind](target_modules=("layer",), **_smallest(kind)))
     assert type(model.layer) is type(module)
 
 

@@ -279,7 +279,7 @@ def test_what_is_no_adapter_folder(folder, tmp_path):
 # --- the config -----------------------------------------------------------------------------------
 
 CONFIGS = {
-    "another method": ({"peft_type": "IA3"}, "peft_type"),
+    "another method": ({"peft_type": "OFT"}, "peft_type"),
     "no method": ({"peft_type": None}, "peft_type"),
     "r as text": ({"r": "8"}, "wrong type"),
     "r true": ({"r": True}, "wrong type"),

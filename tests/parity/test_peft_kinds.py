@@ -14,6 +14,8 @@ from lorica.attach.activate import activate
 from lorica.attach.attach import attach
 from lorica.errors import AdapterFileError
 from lorica.files.adapter import load_adapter, save_adapter
+from lorica.files.peft_config import OTHER_KINDS
+from lorica.files.peft_kinds import KINDS
 from lorica.methods import IA3, DoRA, HiRA, LoHa, LoKr, LoRA, VeRA
 
 pytestmark = [
@@ -212,3 +214,7 @@ def test_what_does_not_fit_is_refused(change, word, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(AdapterFileError, match=word):
         load_adapter(ARCHITECTURES[name].build(), tmp_path / "x")
+
+
+def test_the_kinds_that_are_read_are_told():
+    assert tuple(KINDS) == OTHER_KINDS

@@ -98,8 +98,12 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
     """
     model = unwrap(model)
     _check_name(name, attached_to(model))
-    places, method, reason = _places(model, method)
-    _check_places(places, method)
+    if getattr(method, "needs_records", False):
+        raise ConfigError(
+            f"selection={method.selection} needs records to choose by",  # type: ignore[attr-defined]
+            mend="use lorica.attach_relevant(model, method, task, examples), or selection: random",
+        )
+    places, method, reason = places_of(model, method)
 
     def start(path: str, own: Method, layer: Layer) -> Tensors:
         return own.start(layer, _generator(seed, path))
@@ -234,8 +238,20 @@ def seat(modules: Mapping[str, nn.Module], path: str) -> tuple[str, str | None]:
     return path, None
 
 
+def places_of(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
+    """Where an adapter of this method goes, in the order of the model; the settings that fit all
+    these places; and why it goes there.
+
+    Raises:
+        TargetError: a target matched nothing, or a layer cannot carry the adapter.
+        ConfigError: a pattern of the settings matched nothing.
+    """
+    places, method, reason = _places(model, method)
+    _check_places(places, method)
+    return places, method, reason
+
+
 def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
-    """Where the adapter goes, in the order of the model; the settings that fit there, and why."""
     if isinstance(method, Selective):
         chosen = select(model, method)
         copies: Places = {p: (m, None, Copy(only)) for p, (m, only) in chosen.modules.items()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,15 +83,15 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
     """
     method = _method(raw, folder)
     modules, problems = modules_of(model), list[str]()
+    there = {key: tuple(entry.shape) for key, entry in file.entries.items()}
     places: Places = {}
     wanted: dict[str, Tensors] = {}
     for path, entry in _entries(raw, folder).items():
         try:
-            places[path], wanted[path] = _place(modules, path, entry, method)
+            places[path], wanted[path] = _place(modules, path, entry, method, there)
         except (AdapterFileError, ConfigError) as error:
             problems.append(f"{path}: {error.what}")
     keys = {f"{path}.{name}": t for path, own in wanted.items() for name, t in own.items()}
-    there = {key: entry.shape for key, entry in file.entries.items()}
     problems += [f"{key}: missing from the file" for key in keys if key not in there]
     problems += [f"{key}: has no place" for key in there if key not in keys and not problems]
     problems += [
@@ -109,6 +109,10 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
         path: {name: _wide(file.read(f"{path}.{name}")) for name in own}
         for path, own in wanted.items()
     }
+    for path, (module, parameter, own) in places.items():
+        check: Any = getattr(own, "tensor_problems", lambda tensors, layer: [])
+        if found := check(tensors[path], describe(module, parameter)):
+            raise AdapterFileError(f"{folder}: {path}: {'; '.join(found)}")
     task = raw.get("task")
     return Found(method, places, tensors, base_name(raw), task if isinstance(task, str) else None)
 
@@ -144,7 +148,11 @@ def _entries(raw: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _place(
-    modules: Mapping[str, nn.Module], path: str, entry: Mapping[str, Any], method: Method
+    modules: Mapping[str, nn.Module],
+    path: str,
+    entry: Mapping[str, Any],
+    method: Method,
+    there: Mapping[str, tuple[int, ...]],
 ) -> tuple[tuple[nn.Module, str | None, Method], Tensors]:
     """The place that an entry names, and what its tensors must look like."""
     core, parameter = entry.get("core"), entry.get("parameter")
@@ -158,6 +166,10 @@ def _place(
     own = _own(path, parameter, entry, method)
     if entry.get("kind") != own.kind:
         raise AdapterFileError(f"kind is {str(entry.get('kind'))[:40]!r}, not {own.kind}")
+    if hasattr(own, "sized"):  # how much there is, only the file knows
+        head, growing = f"{path}.", cast(Any, own)
+        shapes = {key.removeprefix(head): s for key, s in there.items() if key.startswith(head)}
+        own = growing.sized(shapes)
     layer = describe(module, parameter)
     if found := own.problems(layer):
         raise AdapterFileError("; ".join(found))
@@ -182,9 +194,10 @@ def _name(path: str, parameter: str | None) -> str:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return _wide(tensor.detach().cpu())
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    """In float32; what is float64 or counts stays as it is."""
+    keeps = tensor.dtype == torch.float64 or not tensor.is_floating_point()
+    return tensor if keeps else tensor.float()

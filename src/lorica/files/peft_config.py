@@ -18,6 +18,9 @@ from lorica.methods.patterns import Pattern, spelling
 PEFT_VERSION = "0.21.2"
 """The version whose layout is written."""
 
+OTHER_KINDS = ("VERA", "LOHA", "LOKR", "HIRA", "IA3")
+"""What is read besides LORA: see `peft_kinds`."""
+
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
     "text-classification": "SEQ_CLS",
@@ -202,7 +205,8 @@ def parse_config(raw: Mapping[str, Any], where: str) -> PeftConfig:
 def _kind_problems(raw: Mapping[str, Any]) -> list[str]:
     """Unknown keys, and values of the wrong type."""
     if raw.get("peft_type") != "LORA":
-        return [f"peft_type is {str(raw.get('peft_type'))[:40]!r}; only LORA is read"]
+        kinds = ", ".join(("LORA", *OTHER_KINDS))
+        return [f"peft_type is {str(raw.get('peft_type'))[:40]!r}; of PEFT's {kinds} are read"]
     problems = []
     for key, value in raw.items():
         if key in _KINDS:

@@ -9,6 +9,7 @@ from lorica.methods.loha import LoHa
 from lorica.methods.lokr import LoKr
 from lorica.methods.lora import LoRA, LoRAFA
 from lorica.methods.selective import Selective
+from lorica.methods.sparse import Sparse
 from lorica.methods.vera import VeRA
 
 METHODS = {
@@ -25,6 +26,7 @@ METHODS = {
         Bottleneck,
         Compacter,
         Selective,
+        Sparse,
     )
 }
 """Kind -> the settings class, which is the method."""
@@ -84,5 +86,6 @@ __all__ = [
     "LoRA",
     "LoRAFA",
     "Selective",
+    "Sparse",
     "VeRA",
 ]
