@@ -48,6 +48,8 @@ class Job:
         model: folder of the base in transformers' layout.
         train, test: JSON lines in Lorica's canonical shapes.
         output_dir: where the side writes.
+        method: a word of `lorica methods`; PEFT's side knows those of `peers.CONFIGS`.
+        method_settings: of another method than LoRA, spelled as in Lorica.
         r, lora_alpha, lora_dropout, target_modules: LoRA, spelled as in PEFT.
         modules_to_save: modules trained in full beside the adapter (a new classification head).
         batch_size: records per optimizer step.
@@ -65,6 +67,8 @@ class Job:
     train: str
     test: str
     output_dir: str
+    method: str = "lora"
+    method_settings: dict = field(default_factory=dict)
     r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0

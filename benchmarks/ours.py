@@ -4,12 +4,16 @@ python benchmarks/ours.py job.json         (see jobs.Job; e2e.py and glue.py wri
 """
 
 import json
+from dataclasses import fields
+from typing import Any
 
 import torch
 from jobs import Clock, Job, examples_digest, memory_bytes, read_job, read_lines, write_lines
 
 import lorica
 from lorica.base.load import base_of
+from lorica.config import Preset
+from lorica.methods import WORDS
 from lorica.tasks import CausalLM
 from lorica.tasks.task import Task
 from lorica.train.loop import default_task
@@ -32,6 +36,20 @@ def task_of(model, job: Job, settings) -> Task:
     )
 
 
+def method_of(job: Job):
+    """The method that the job names, and what its name says of training (LoRA+)."""
+    known = WORDS[job.method]
+    values = dict(known.values) if isinstance(known, Preset) else {}
+    kind: Any = known.method if isinstance(known, Preset) else known
+    if job.method == "lora":
+        sizes = ("r", "lora_alpha", "lora_dropout", "target_modules")
+        values |= {name: getattr(job, name) for name in sizes}
+    values |= job.method_settings | {"modules_to_save": tuple(job.modules_to_save)}
+    own = {f.name for f in fields(kind)}
+    of_training = {key: value for key, value in values.items() if key not in own}
+    return kind(**{key: value for key, value in values.items() if key in own}), of_training
+
+
 def main() -> None:
     job, folder = read_job()
     torch.set_num_threads(job.num_threads)
@@ -41,15 +59,10 @@ def main() -> None:
         model = lorica.load_model(
             job.model, task=job.task, dtype=job.dtype, labels=tuple(job.labels), device="cpu"
         )
-        method = lorica.LoRA(
-            r=job.r,
-            lora_alpha=job.lora_alpha,
-            lora_dropout=job.lora_dropout,
-            target_modules=job.target_modules,
-            modules_to_save=tuple(job.modules_to_save),
-        )
+        method, of_training = method_of(job)
         adapter = lorica.attach(model, method, name="tuned", seed=job.seed)
     settings = lorica.TrainSettings(
+        **of_training,
         learning_rate=job.learning_rate,
         lr_scheduler_type=job.lr_scheduler_type,
         warmup_ratio=job.warmup_ratio,

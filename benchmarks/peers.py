@@ -21,7 +21,17 @@ from jobs import (
     read_lines,
     write_lines,
 )
-from peft import LoraConfig, get_peft_model
+from peft import (
+    HiraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
@@ -71,15 +81,39 @@ def load(job: Job):
             job.model, num_labels=len(job.labels), dtype=job.dtype
         )
     model.config.pad_token_id = tokenizer.pad_token_id
-    settings = LoraConfig(
+    return get_peft_model(model, config_of(job)), tokenizer
+
+
+CONFIGS = {
+    "lora": (LoraConfig, {}),
+    "dora": (LoraConfig, {"use_dora": True}),
+    "pissa": (LoraConfig, {"init_lora_weights": "pissa"}),
+    "olora": (LoraConfig, {"init_lora_weights": "olora"}),
+    "vera": (VeraConfig, {}),
+    "loha": (LoHaConfig, {}),
+    "lokr": (LoKrConfig, {}),
+    "hira": (HiraConfig, {}),
+    "ia3": (IA3Config, {}),
+    "norms": (LNTuningConfig, {}),
+}
+"""Word of Lorica -> PEFT's config and what the word says in it."""
+
+
+def config_of(job: Job) -> PeftConfig:
+    """PEFT's config of the job."""
+    kind, values = CONFIGS[job.method]
+    given = {"r": job.r, "lora_alpha": job.lora_alpha, "lora_dropout": job.lora_dropout}
+    given = given if job.method == "lora" else {}
+    given |= {"target_modules": job.target_modules, **values, **job.method_settings}
+    if kind in (LoHaConfig, LoKrConfig) and "lora_alpha" in given:
+        given["alpha"] = given.pop("lora_alpha")
+    if kind is LNTuningConfig:
+        given["target_modules"] = ["LayerNorm"]
+    return kind(
         task_type="CAUSAL_LM" if job.task == "causal-lm" else "SEQ_CLS",
-        r=job.r,
-        lora_alpha=job.lora_alpha,
-        lora_dropout=job.lora_dropout,
-        target_modules=job.target_modules,
         modules_to_save=job.modules_to_save or None,
+        **given,
     )
-    return get_peft_model(model, settings), tokenizer
 
 
 def arguments(job: Job, folder: Path) -> TrainingArguments:

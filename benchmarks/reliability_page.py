@@ -94,6 +94,15 @@ def write_page(path: Path, figures: Figures) -> None:
     path.write_text(page(figures), encoding="utf-8")
 
 
+def _machine(own: Figures) -> str:
+    """What the figures depend on, in words."""
+    system = str(own.get("system", "")).split("-")[0]
+    return (
+        f"torch {own.get('torch')}, Python {own.get('python')}, {system}, "
+        f"{own.get('processors')} processors"
+    )
+
+
 def page(figures: Figures) -> str:
     """The whole text."""
     measured = [part for part in SECTIONS if part in figures]
@@ -104,7 +113,7 @@ def page(figures: Figures) -> str:
     lines.append("")
     if measured:
         own = figures[measured[0]]
-        machine = ", ".join(f"{key} {value}" for key, value in own.get("machine", {}).items())
+        machine = _machine(own.get("machine", {}))
         lines += [f"Measured on {own.get('date')}: {machine}.",
                   ""]  # fmt: skip
     for part in more:

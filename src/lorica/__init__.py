@@ -31,14 +31,15 @@ _PUBLIC = {
     "Adapter": "lorica.attach.attach",
     "survey": "lorica.attach.survey",
     # files
-    "save_adapter": "lorica.files.peft",
-    "load_adapter": "lorica.files.peft",
+    "save_adapter": "lorica.files.adapter",
+    "load_adapter": "lorica.files.adapter",
     # data
     "read": "lorica.data.read",
     "read_splits": "lorica.data.read",
     "Dataset": "lorica.data.dataset",
     # doing
     "train": "lorica.train.loop",
+    "attach_relevant": "lorica.train.importance",
     "merge": "lorica.mix",
     "MergeReport": "lorica.mix",
     # judging
@@ -64,12 +65,13 @@ if TYPE_CHECKING:  # the same for editors and type checkers; a test holds both e
     from lorica.errors import LoricaWarning as LoricaWarning
     from lorica.evaluate.compare import compare as compare
     from lorica.evaluate.score import score as score
-    from lorica.files.peft import load_adapter as load_adapter
-    from lorica.files.peft import save_adapter as save_adapter
+    from lorica.files.adapter import load_adapter as load_adapter
+    from lorica.files.adapter import save_adapter as save_adapter
     from lorica.methods.lora import LoRA as LoRA
     from lorica.mix import MergeReport as MergeReport
     from lorica.mix import merge as merge
     from lorica.records.report import write_report as write_report
+    from lorica.train.importance import attach_relevant as attach_relevant
     from lorica.train.loop import train as train
 
 __all__ = [*_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]

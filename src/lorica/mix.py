@@ -132,7 +132,8 @@ def merge(
     """
     shares = _shares(model, mixture)
     targets = list(_targets(model, shares))
-    problems = [f"{t.path}: {why}" for t in targets if (why := _hindrance(t))]
+    problems = _not_weights(model, shares)
+    problems += [f"{t.path}: {why}" for t in targets if (why := _hindrance(t))]
     untie, tied_problems = _ties(model, targets)  # path -> all that share it
     problems += tied_problems
     if problems:
@@ -185,14 +186,39 @@ def _targets(model: nn.Module, shares: Mapping[str, float]) -> Iterator[_Target]
         layer = describe(module, parameter)
         own = [parameter or "weight"]
         own += [key for _, slot in parts if slot.method.replaces for key in slot.tensors]
+        own += ["bias" for _, slot in parts if _scales_bias(slot)]
         for name in dict.fromkeys(own):
             if module._parameters.get(name) is None:
                 continue
             acting = tuple(p for p in parts if name in p[1].tensors or not p[1].method.replaces)
-            if name != own[0]:  # a copy may hold a bias; what adds, adds to the weight alone
-                acting = tuple(p for p in acting if p[1].method.replaces)
+            if name != own[0]:  # a copy may hold a bias; most of what adds, adds to the weight
+                acting = tuple(p for p in acting if p[1].method.replaces or _scales_bias(p[1]))
             full = path if parameter else f"{path}.{name}" if path else name
+            if not acting:  # a copy of other parameters of this layer
+                continue
             yield _Target(full, module, name, acting, layer)
+
+
+def _not_weights(model: nn.Module, shares: Mapping[str, float]) -> list[str]:
+    """Adapters for which no weight makes the base answer as they do."""
+    found = []
+    for name in shares:
+        slots = find(model, name).slots.values()
+        ways = ("delta", "merged_bias")
+        stuck = {
+            s.method.kind
+            for s in slots
+            if not s.method.replaces and not any(hasattr(s.method, way) for way in ways)
+        }
+        found += [
+            f"{name}: {kind} is no change of a weight; keep the adapter and load it beside the base"
+            for kind in sorted(stuck)
+        ]
+    return found
+
+
+def _scales_bias(slot: Slot) -> bool:
+    return hasattr(slot.method, "merged_bias")
 
 
 def _hindrance(target: _Target) -> str | None:
@@ -208,7 +234,7 @@ def _hindrance(target: _Target) -> str | None:
         return "the update of a grouped convolution is no grouped convolution itself"
     if adds and getattr(target.module, "max_norm", None) is not None:
         return "the embedding changes its own weight when it is read (max_norm)"
-    if layer.kind == "other" and [share for share, _ in copies] not in ([1.0], []):
+    if layer.kind in ("other", "block") and [share for share, _ in copies] not in ([1.0], []):
         kind = type(target.module).__name__
         return f"a mixture of {kind} modules is no {kind}; give one adapter the weight 1"
     return None
@@ -244,9 +270,12 @@ def _update(target: _Target, slot: Slot, base: Tensor) -> Tensor:
     if slot.method.replaces:
         return slot.tensors[target.name].detach().to(base) - base
     tensors = {key: tensor.detach().to(base) for key, tensor in slot.tensors.items()}
-    if hasattr(slot.method, "delta"):  # without the detour by W, whose last bits it would cost
+    if target.name != "bias" and hasattr(slot.method, "delta"):  # no detour by W, for its last bits
         delta: Any = slot.method.delta  # pyright: ignore[reportAttributeAccessIssue]
         return to_stored(target.module, target.name, delta(tensors, target.layer))
+    if target.name == "bias":
+        scaled: Any = slot.method  # by `_targets`
+        return scaled.merged_bias(base, tensors, target.layer) - base
     plain = to_stored(target.module, target.name, base)
     merged = slot.method.merged(plain, tensors, target.layer)
     if merged is None:

@@ -20,7 +20,7 @@ from lorica.base.load import (
     load_model,
 )
 from lorica.errors import BaseModelError
-from lorica.files.peft import save_adapter
+from lorica.files.adapter import save_adapter
 from lorica.methods.lora import LoRA
 from train.words import fast_tokenizer
 

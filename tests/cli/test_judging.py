@@ -12,7 +12,7 @@ import transformers as hf
 from lorica.attach.activate import activate
 from lorica.base.load import load_model
 from lorica.cli.dialogue import Dialogue
-from lorica.files.peft import load_adapter
+from lorica.files.adapter import load_adapter
 
 
 def test_eval_of_a_run(lorica, finished_run, stock):

@@ -22,18 +22,44 @@ from lorica.attach.activate import Activation, activate
 from lorica.attach.attach import Adapter, attach_tensors
 from lorica.attach.layers import describe, to_stored
 from lorica.attach.site import Route
-from lorica.errors import ActivationError, TargetError
-from lorica.methods import METHODS
+from lorica.errors import ActivationError, MergeError, TargetError
+from lorica.methods import METHODS as EVERY
 from lorica.methods.copy import Copy
 from lorica.methods.method import Method
+
+METHODS: dict[str, Any] = {kind: m for kind, m in EVERY.items() if hasattr(m, "apply")}
+"""Those that sit on layers; selections of the base's own parameters are in attach/test_params."""
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {
         "plain": {"r": 3, "lora_alpha": 5},
         "rslora": {"r": 3, "lora_alpha": 5, "use_rslora": True},
         "gaussian": {"r": 3, "init_lora_weights": "gaussian"},
+        "orthogonal": {"r": 2, "init_lora_weights": "orthogonal"},
+        "pissa": {"r": 3, "init_lora_weights": "pissa"},
+        "olora": {"r": 3, "init_lora_weights": "olora"},
         "dropout": {"r": 3, "lora_dropout": 0.4},
     },
+    "lora-fa": {"plain": {"r": 3}, "pissa": {"r": 3, "init_lora_weights": "pissa"}},
+    "dora": {
+        "plain": {"r": 3, "lora_alpha": 5, "dora_detach_norm": False},
+        "detached": {"r": 3, "lora_alpha": 5},
+        "dropout": {"r": 3, "lora_dropout": 0.4},
+    },
+    "vera": {"plain": {"r": 6, "d_initial": 0.4}, "dropout": {"r": 6, "vera_dropout": 0.4}},
+    "loha": {"plain": {"r": 3}},
+    "lokr": {
+        "plain": {"r": 1, "decompose_both": True},
+        "whole": {"r": 8, "decompose_factor": 2},
+    },
+    "hira": {"plain": {"r": 3}, "dropout": {"r": 3, "hira_dropout": 0.4}},
+    "ia3": {"plain": {}, "on-input": {"on_input": True}},
+    "sparse": {
+        "plain": {"density": 0.2, "selection": "random"},
+        "some": {"count": 3, "selection": "random"},
+    },
+    "bottleneck": {"plain": {"reduction_factor": 2}},
+    "compacter": {"plain": {"reduction_factor": 1, "phm_dim": 1}},
 }
 BATCH = 4
 
@@ -168,6 +194,14 @@ def _dropping(method: Method, case: Case) -> bool:
     return bool(method.dropout) and case.reads is not None
 
 
+def _fits(method: Method, case: Case) -> bool:
+    """Whether the method takes layers of this kind; where not, it says so by name."""
+    module = Host(case.make()).get_submodule(case.path)
+    layer = describe(module, case.reads if case.place(method) != case.path else None)
+    readable = case.reads is None or method.replaces or hasattr(method, "delta")
+    return readable and not method.problems(layer)
+
+
 PAIRS = [
     pytest.param(SETTINGS[key], case, id=f"{key}-{name}")
     for key in SETTINGS
@@ -175,6 +209,13 @@ PAIRS = [
     # test_a_copy_of_a_read_weight_is_refused, test_a_copy_that_returns_a_tuple_cannot_be_mixed
     if not (key == "copy" and name in ("weight-read", "packed"))
     and not _dropping(SETTINGS[key](case), case)  # test_dropout_that_could_not_act_is_refused
+    and _fits(SETTINGS[key](case), case)  # test_what_does_not_fit_is_refused_by_name
+]
+UNFIT = [
+    pytest.param(SETTINGS[key], case, id=f"{key}-{name}")
+    for key in SETTINGS
+    for name, case in CASES.items()
+    if key != "copy" and not _fits(SETTINGS[key](case), case)
 ]
 _FIRST = {f"{kind}-{next(iter(VARIANTS.get(kind, {'plain': {}})))}" for kind in METHODS} | {"copy"}
 PLAIN = [p for p in PAIRS if str(p.id).startswith(tuple(f"{key}-" for key in _FIRST))]
@@ -250,8 +291,10 @@ def test_its_start_depends_on_the_seed_and_the_path_only(settings, case):
     def started(host: Host, name: str = "a", seed: int = 0) -> dict[str, Tensor]:
         method = settings(case)
         if method.replaces:
-            return dict(put(host, case, method, noise=None).named_parameters())
-        return dict(lorica.attach(host, method, name=name, seed=seed).named_parameters())
+            adapter = put(host, case, method, noise=None)
+        else:
+            adapter = lorica.attach(host, method, name=name, seed=seed)
+        return {f"{p}.{n}": t for p, s in adapter.slots.items() for n, t in s.tensors.items()}
 
     before = torch.get_rng_state()
     first = started(build(case)[0])
@@ -262,10 +305,20 @@ def test_its_start_depends_on_the_seed_and_the_path_only(settings, case):
     again = started(crowded, name="another")
     assert first.keys() == again.keys()
     assert all(torch.equal(first[key], again[key]) for key in first)
-    if settings(case).replaces:
+    if settings(case).replaces or not _draws(settings(case), case):
         return
     other = started(build(case)[0], seed=1)
     assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def _draws(method: Method, case: Case) -> bool:
+    """Whether anything of its start is drawn at random."""
+    generator = torch.Generator().manual_seed(0)
+    module = build(case)[0].get_submodule(case.path)
+    layer = describe(module, None if case.place(method) == case.path else case.reads)
+    state = generator.get_state()
+    method.start(layer, generator)
+    return not torch.equal(generator.get_state(), state)
 
 
 @plain
@@ -385,6 +438,8 @@ def _write_merged(model: Host, case: Case, adapter: Adapter) -> bool:
             return False
         assert merged.shape == weight.shape and merged.dtype == weight.dtype
         stored = to_stored(module, parameter, merged)
+        if hasattr(slot.method, "merged_bias") and getattr(module, "bias", None) is not None:
+            module.bias.copy_(slot.method.merged_bias(module.bias, slot.tensors, layer))
         module.get_parameter(parameter).copy_(stored)
     return True
 
@@ -395,7 +450,10 @@ def test_merged_equals_attached(settings, case):
     adapter = put(model, case, settings(case))
     merged = build(case)[0]
     if not _write_merged(merged, case, adapter):
-        assert describe(model.get_submodule(case.path)).geometry.get("groups", 1) > 1
+        grouped = describe(model.get_submodule(case.path)).geometry.get("groups", 1) > 1
+        assert grouped or not hasattr(adapter.method, "delta")
+        with pytest.raises(MergeError):
+            lorica.merge(model, "a")
         return
     output = run(model, "a", x)
     assert (output - run(model, None, x)).abs().max() > 0.05
@@ -562,7 +620,7 @@ def test_errors_name_the_target(kind, case):
     model, _ = build(case)
     before = _snapshot(model)
     with pytest.raises(TargetError, match="'layerr' matches nothing; did you mean 'layer"):
-        lorica.attach(model, METHODS[kind](target_modules=("layerr",)))
+        lorica.attach(model, METHODS[kind](target_modules=("layerr",), **_smallest(kind)))
     after = _snapshot(model)
     assert after["modules"] == before["modules"] and after["parameters"] == before["parameters"]
 
@@ -572,8 +630,18 @@ def test_errors_name_the_target(kind, case):
 def test_a_module_that_cannot_carry_it_is_refused_by_name(kind, module):
     model = Host(module)
     with pytest.raises(TargetError, match=rf"layer.*{type(module).__name__}"):
-        lorica.attach(model, METHODS[kind](target_modules=("layer",)))
+        lorica.attach(model, METHODS[kind](target_modules=("layer",), **_smallest(kind)))
     assert type(model.layer) is type(module)
+
+
+@pytest.mark.parametrize(("settings", "case"), UNFIT)
+def test_what_does_not_fit_is_refused_by_name(settings, case):
+    model, _ = build(case)
+    before = _snapshot(model)
+    with pytest.raises(TargetError, match=rf"{settings(case).kind} does not fit(.|\n)*{case.path}"):
+        lorica.attach(model, settings(case))
+    after = _snapshot(model)
+    assert after["modules"] == before["modules"] and after["parameters"] == before["parameters"]
 
 
 READ = [case for case in CASES.values() if case.reads]

@@ -95,7 +95,7 @@ def test_training_agrees_with_the_equations(both):
     model, adapter, oracle = both
     rng = np.random.default_rng(1)
     parameters = [adapter.slots[path].tensors[name] for path in ("0", "2") for name in ("A", "B")]
-    optimizer = make_optimizer(parameters, SETTINGS)
+    optimizer = make_optimizer(adapter.named_parameters(), SETTINGS)
     with lorica.activate(model, adapter):
         for step in range(200):
             x, y = rng.normal(size=(9, SIZES[0])), rng.integers(0, CLASSES, 9)

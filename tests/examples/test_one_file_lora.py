@@ -62,7 +62,7 @@ def test_both_train_the_same_adapter(flat):
 
 
 def test_its_folder_is_one_that_lorica_reads(flat, tmp_path):
-    from lorica.files.peft import load_adapter
+    from lorica.files.adapter import load_adapter
 
     model = ARCHITECTURES["llama"].build()
     trained = flat.add_lora(model, flat.R, flat.ALPHA, flat.TARGETS, seed=3)

@@ -14,7 +14,7 @@ from architectures import ARCHITECTURES
 from faults.injection import Operation
 from lorica.attach.attach import adapters, attach
 from lorica.errors import LoricaError
-from lorica.files.peft import load_adapter, save_adapter
+from lorica.files.adapter import load_adapter, save_adapter
 from lorica.files.whole import save_merged
 from lorica.methods.lora import LoRA
 from lorica.records.folder import RunFolder

@@ -14,7 +14,7 @@ from lorica.attach.activate import activate
 from lorica.attach.attach import adapters, attach, detach
 from lorica.base.load import Base
 from lorica.errors import AdapterFileError, ConfigError, LoricaWarning
-from lorica.files.peft import CARD, CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter
+from lorica.files.adapter import CARD, CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter
 from lorica.methods.lora import LoRA
 
 FILES = (CONFIG, WEIGHTS, CARD, PROVENANCE)

@@ -22,7 +22,7 @@ from architectures import ARCHITECTURES
 from lorica.attach.attach import adapters, attach
 from lorica.attach.site import is_site
 from lorica.errors import AdapterFileError, ConfigError, LoricaError
-from lorica.files.peft import CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter
+from lorica.files.adapter import CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter
 from lorica.files.safetensors_file import MAX_HEADER_BYTES, MAX_TENSORS, TensorFile
 from lorica.methods.lora import LoRA
 
@@ -279,17 +279,17 @@ def test_what_is_no_adapter_folder(folder, tmp_path):
 # --- the config -----------------------------------------------------------------------------------
 
 CONFIGS = {
-    "another method": ({"peft_type": "IA3"}, "peft_type"),
+    "another method": ({"peft_type": "OFT"}, "peft_type"),
     "no method": ({"peft_type": None}, "peft_type"),
     "r as text": ({"r": "8"}, "wrong type"),
     "r true": ({"r": True}, "wrong type"),
-    "r negative": ({"r": -1}, "between"),
-    "r enormous": ({"r": 10**9}, "between"),
+    "r negative": ({"r": -1}, "whole number from 1"),
+    "r enormous": ({"r": 10**9}, "whole number from 1"),
     "alpha negative": ({"lora_alpha": -4}, "lora_alpha"),
     "alpha in a pattern": ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern"),
     "rank in a pattern": ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern"),
     "dropout": ({"lora_dropout": 1.5}, "lora_dropout"),
-    "dora": ({"use_dora": True}, "DoRA"),
+    "dora without magnitudes": ({"use_dora": True}, "lora_magnitude_vector"),
     "bias": ({"bias": "lora_only"}, "biases"),
     "bias on B": ({"lora_bias": True}, "lora_B"),
     "alora": ({"alora_invocation_tokens": [1, 2]}, "sequence"),
@@ -317,7 +317,7 @@ def test_bad_configs(case, folder):
 
 
 def test_all_problems_of_a_config_are_told_at_once(folder):
-    edit_config(folder, use_dora=True, lora_bias=True, whatever=1, r="x")
+    edit_config(folder, use_dora="yes", lora_bias=True, whatever=1, r="x")
     assert len(refused(folder).problems) == 4
 
 

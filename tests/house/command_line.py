@@ -6,7 +6,7 @@ import typer.main
 
 from lorica.cli import app
 from lorica.config import known_settings
-from lorica.methods import METHODS
+from lorica.methods import WORDS
 
 
 def commands() -> dict[str, frozenset[str]]:
@@ -24,7 +24,7 @@ def _walk(command, name):
         if flag.startswith("-")
     }
     if context.ignore_unknown_options:  # every setting of a run is a flag there
-        flags |= {setting.flag for setting in known_settings(METHODS).values()}
+        flags |= {setting.flag for setting in known_settings(WORDS).values()}
     yield name, frozenset(flags)
     for child in getattr(command, "list_commands", lambda _: [])(context):
         yield from _walk(command.get_command(context, child), f"{name} {child}".strip())
@@ -32,7 +32,7 @@ def _walk(command, name):
 
 def aliases() -> set[str]:
     """Further spellings of the flags that are settings: other tools' names, and `--no-x`."""
-    known = known_settings(METHODS).values()
+    known = known_settings(WORDS).values()
     other = {alias for setting in known for alias in setting.aliases}
     other |= {f"no_{setting.key}" for setting in known if bool in setting.kinds}
     return {"--" + name.replace("_", "-") for name in other}

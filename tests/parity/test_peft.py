@@ -15,7 +15,7 @@ from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter, adapters, attach
 from lorica.errors import LoricaWarning
-from lorica.files.peft import load_adapter, save_adapter
+from lorica.files.adapter import load_adapter, save_adapter
 from lorica.files.peft_written import exact_names
 from lorica.methods.lora import LoRA
 

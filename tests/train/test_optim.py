@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lorica.config import TrainSettings
+from lorica.errors import ConfigError
 from lorica.train.optim import (
     learning_rate,
     make_optimizer,
@@ -72,7 +73,7 @@ def test_adamw_against_its_equations():
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(5, 7, generator=generator, dtype=torch.float64)
     parameter = torch.nn.Parameter(start.clone())
-    optimizer = make_optimizer([parameter], settings)
+    optimizer = make_optimizer([("a.A", parameter)], settings)
     wanted, m, v = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
     for step in range(6):
         gradient = torch.randn(5, 7, generator=generator, dtype=torch.float64)
@@ -95,13 +96,31 @@ def test_moments_go_to_another_optimizer():
         optimizer.step()
 
     one = torch.nn.Parameter(torch.ones(3, 2))
-    first = make_optimizer([one], TrainSettings())
+    first = make_optimizer([("a.A", one)], TrainSettings())
     stepped(one, first, 0)
     other = torch.nn.Parameter(one.detach().clone())
-    second = make_optimizer([other], TrainSettings())
+    second = make_optimizer([("a.A", other)], TrainSettings())
     held = {key: value.clone() for key, value in moments(first, {"x": one}).items()}
     assert held.keys() == {"x|step", "x|exp_avg", "x|exp_avg_sq"}
     set_moments(second, {"x": other}, held)
     stepped(one, first, 1)
     stepped(other, second, 1)
     assert torch.equal(one, other)
+
+
+def test_lora_plus_lets_B_learn_faster():
+    A, B = (torch.nn.Parameter(torch.ones(3)) for _ in "AB")
+    settings = TrainSettings(learning_rate=0.01, loraplus_lr_ratio=16)
+    optimizer = make_optimizer([("x.A", A), ("x.B", B)], settings)
+    A.grad, B.grad = torch.ones(3), torch.ones(3)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01 * group["factor"]
+    optimizer.step()
+    torch.testing.assert_close(1 - B.detach(), 16 * (1 - A.detach()))
+
+
+def test_lora_plus_without_a_B_is_refused():
+    with pytest.raises(ConfigError, match=r"loraplus_lr_ratio=16\.0 has no effect"):
+        make_optimizer(
+            [("x.l", torch.nn.Parameter(torch.ones(3)))], TrainSettings(loraplus_lr_ratio=16)
+        )

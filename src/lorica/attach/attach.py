@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.attach.layers import describe
+from lorica.attach.params import select
 from lorica.attach.probe import weight_read
 from lorica.attach.site import Slot, Status, check_unchanged, enter, is_site, leave, plates_of
 from lorica.attach.survey import unwrap
@@ -21,6 +22,7 @@ from lorica.errors import ConfigError, TargetError, nearest
 from lorica.methods.copy import Copy
 from lorica.methods.method import Layer, Method, Tensors
 from lorica.methods.patterns import unmatched_patterns
+from lorica.methods.selective import Selective
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -49,7 +51,8 @@ class Adapter:
         """Name and tensor of everything that trains, in the order of the model."""
         for path, slot in self.slots.items():
             for key, tensor in slot.tensors.items():
-                yield f"{path}.{key}", tensor
+                if tensor.requires_grad:
+                    yield f"{path}.{key}", tensor
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What an optimizer is given."""
@@ -95,8 +98,12 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
     """
     model = unwrap(model)
     _check_name(name, attached_to(model))
-    places, reason = _places(model, method)
-    _check_places(places, method)
+    if getattr(method, "needs_records", False):
+        raise ConfigError(
+            f"selection={method.selection} needs records to choose by",  # type: ignore[attr-defined]
+            mend="use lorica.attach_relevant(model, method, task, examples), or selection: random",
+        )
+    places, method, reason = places_of(model, method)
 
     def start(path: str, own: Method, layer: Layer) -> Tensors:
         return own.start(layer, _generator(seed, path))
@@ -144,7 +151,7 @@ def _put(
         for path, (module, parameter, own) in places.items():
             plates = enter(module, path, attached.status, parameter)
             tensors = start(path, own, plates.layer)
-            slots[path] = plates.slots[name] = Slot(own, _parameters(tensors, module))
+            slots[path] = plates.slots[name] = Slot(own, _parameters(tensors, module, own.frozen))
     except BaseException:
         _withdraw(model, name)
         raise
@@ -231,38 +238,59 @@ def seat(modules: Mapping[str, nn.Module], path: str) -> tuple[str, str | None]:
     return path, None
 
 
-def _places(model: nn.Module, method: Method) -> tuple[Places, str]:
-    """Where the adapter goes, in the order of the model."""
+def places_of(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
+    """Where an adapter of this method goes, in the order of the model; the settings that fit all
+    these places; and why it goes there.
+
+    Raises:
+        TargetError: a target matched nothing, or a layer cannot carry the adapter.
+        ConfigError: a pattern of the settings matched nothing.
+    """
+    places, method, reason = _places(model, method)
+    _check_places(places, method)
+    return places, method, reason
+
+
+def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
+    if isinstance(method, Selective):
+        chosen = select(model, method)
+        copies: Places = {p: (m, None, Copy(only)) for p, (m, only) in chosen.modules.items()}
+        whole = _copied(model, method.modules_to_save)
+        copies.update({path: (module, None, Copy()) for path, module in whole.items()})
+        return copies, method, chosen.reason
     copied = _copied(model, getattr(method, "modules_to_save", ()))
     settings: Any = method  # those of a method that is placed by name
+    named = settings.target_modules
     targets = resolve(
         model,
-        target_modules=settings.target_modules,
+        target_modules=settings.auto if named == "auto" else named,
         exclude_modules=settings.exclude_modules,
         layers_to_transform=settings.layers_to_transform,
     )
     names = dict(model.named_modules(remove_duplicate=False))
-    found: Places = {}
-    for path, module in targets.modules.items():
-        if path in copied:
-            continue
-        place, parameter = seat(names, path)
-        found[place] = module, parameter, method.at(path)
+    taken: dict[str, tuple[str, nn.Module, str | None]] = {}  # path -> its name, for patterns
+    for path in targets.modules:
+        if path not in copied:
+            host = settings.host(path)
+            place, parameter = (host, None) if host != path else seat(names, path)
+            taken[place] = path, names[host], parameter
     for path, (module, parameter) in targets.parameters.items():
-        found[path] = module, parameter, method.at(path)
+        taken[path] = path, module, parameter
+    settings = settings.over([describe(module, own) for _, module, own in taken.values()])
+    found: Places = {p: (module, own, settings.at(n)) for p, (n, module, own) in taken.items()}
     found.update({path: (module, None, Copy()) for path, module in copied.items()})
     for setting in ("rank_pattern", "alpha_pattern"):
-        paths = [p.removesuffix(".weight") if own[1] == "weight" else p for p, own in found.items()]
+        paths = [*(name for name, _, _ in taken.values()), *copied]
         if missed := unmatched_patterns(getattr(method, setting, {}), paths):
             listed = ", ".join(map(repr, missed))
             raise ConfigError(
                 f"{setting} has keys that match none of the adapted layers: {listed}",
                 mend="give names as they end in the list of adapted layers, for example 'q_proj'",
             )
-    return found, targets.reason
+    return found, settings, targets.reason
 
 
-def _copied(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
+def _copied(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The modules of `modules_to_save`, down to those that own parameters."""
     every = dict(model.named_modules())
     found: dict[str, nn.Module] = {}
@@ -359,13 +387,18 @@ def _end_activation(model: nn.Module, name: str, status: Status) -> None:
             place.route = None
 
 
-def _parameters(tensors: Tensors, module: nn.Module) -> dict[str, nn.Parameter]:
+def _parameters(
+    tensors: Tensors, module: nn.Module, frozen: frozenset[str]
+) -> dict[str, nn.Parameter]:
     device = next(
         (p.device for p in module._parameters.values() if p is not None), torch.device("cpu")
     )
     if device.type == "meta":  # values that cannot be made again are kept
         device = torch.device("cpu")
-    return {key: nn.Parameter(tensor.to(device)) for key, tensor in tensors.items()}
+    return {
+        key: nn.Parameter(tensor.to(device), requires_grad=key not in frozen)
+        for key, tensor in tensors.items()
+    }
 
 
 def _generator(seed: int, path: str) -> torch.Generator:

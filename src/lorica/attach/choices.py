@@ -1,4 +1,4 @@
-"""The words that stand for a choice of layers: auto, all-linear, attention, mlp.
+"""The words that stand for a choice of layers: auto, all-linear, attention, mlp, and by part.
 
 `auto` goes by the family where `families` knows it, else by structure, and gives its reason. It
 adapts attention and feed-forward layers alike, where PEFT's table mostly says query and value only.
@@ -11,8 +11,17 @@ from dataclasses import dataclass, field
 
 from lorica.attach.families import FAMILIES
 from lorica.attach.survey import Place, Role, Survey, ends, suffix_of
+from lorica.methods.ia3 import ATTENTION_OUTPUT, FEEDFORWARD, KEY_VALUE, NOT_FEEDFORWARD
 
-CHOICES = ("auto", "all-linear", "attention", "mlp")
+CHOICES = (
+    "auto",
+    "all-linear",
+    "attention",
+    "mlp",
+    "key-value-feedforward",
+    "block-outputs",
+    "feedforward-outputs",
+)
 """The words that stand for a choice of layers."""
 
 _WHY_ALL = (
@@ -54,6 +63,8 @@ def choose(found: Survey, word: str, picked: Picked) -> None:
         roles = {"attention", "mlp", "mixer", "experts", "outside"}
         _take(found, picked, roles, ("linear", "packed", "experts"))
         picked.reason = _count("all-linear: every linear layer but heads and routers", picked)
+    elif word in _PARTS:
+        _choose_parts(found, word, picked)
     else:
         roles = {"attention"} if word == "attention" else {"mlp", "experts"}
         _take(found, picked, roles, ("linear", "packed", "experts"))
@@ -64,6 +75,32 @@ def choose(found: Survey, word: str, picked: Picked) -> None:
             picked.problems.append(
                 f"{word!r}: this model has no such layers; its linear layers are: {roles_there}"
             )
+
+
+_PARTS: dict[str, dict[Role, tuple[str, ...]]] = {
+    "key-value-feedforward": {"attention": KEY_VALUE, "mlp": FEEDFORWARD},
+    "block-outputs": {"attention": ATTENTION_OUTPUT, "mlp": FEEDFORWARD},
+    "feedforward-outputs": {"mlp": FEEDFORWARD},
+}
+"""Choice -> role of a layer -> the ends of the names that it takes."""
+
+
+def _choose_parts(found: Survey, word: str, picked: Picked) -> None:
+    """Layers by what they are called: keys and values, and the outputs of the parts of a block."""
+    wanted = _PARTS[word]
+    _take(found, picked, set(wanted), ("linear",))
+    for path, place in list(picked.places.items()):
+        if not _ends_any(path, wanted[place.role]) or (
+            place.role == "mlp" and _ends_any(path, NOT_FEEDFORWARD)
+        ):
+            picked.drop(path, f"not among {word}")
+    picked.reason = _count(f"{word}: {', '.join(Counter(map(suffix_of, picked.places)))}", picked)
+    if not picked.places:
+        picked.problems.append(f"{word!r}: no layer of this model is called so; name the layers")
+
+
+def _ends_any(path: str, names: tuple[str, ...]) -> bool:
+    return any(ends(path, name) for name in names)
 
 
 def _take(found: Survey, picked: Picked, roles: set[str], kinds: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +24,31 @@ def describe(module: nn.Module, parameter: str | None = None) -> Layer:
         return _experts(module, parameter)
     # Partials and no closures: a copied model then reads its own weights, and can be pickled.
     weight = partial(_plain, module, parameter or "weight")
-    copies = partial(_copies, module)
+    access: dict[str, Any] = {
+        "parameters": partial(_copies, module),
+        "stored": partial(_view, module, parameter or "weight"),
+        "bias_values": partial(_bias, module),
+    }
     if isinstance(module, nn.Linear):
         width_in, width_out = module.in_features, module.out_features
-        bias = module.bias is not None
-        return Layer("linear", width_in, width_out, weight, bias, parameters=copies)
+        return Layer("linear", width_in, width_out, weight, module.bias is not None, **access)
     if isinstance(module, Conv1D):  # GPT-2's: the weight is stored (in, out)
-        return Layer("linear", module.nx, module.nf, weight, True, parameters=copies)
+        return Layer("linear", module.nx, module.nf, weight, True, **access)
     if isinstance(module, nn.Embedding):
         scale = float(getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0)))
         vocabulary, width = module.num_embeddings, module.embedding_dim
-        return Layer("embedding", vocabulary, width, weight, output_scale=scale, parameters=copies)
+        return Layer("embedding", vocabulary, width, weight, output_scale=scale, **access)
     if convolution:
-        return _convolution(module, weight)
+        return _convolution(module, weight, access)
     if parameter is not None:  # a bare 2-D parameter, (out, in)
         width_out, width_in = _stored(module, parameter).shape
-        return Layer("linear", width_in, width_out, weight, parameters=copies)
-    return Layer("other", 0, 0, partial(torch.empty, 0), parameters=copies)
+        return Layer("linear", width_in, width_out, weight, stored=access["stored"])
+    inside = [m for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
+    if inside:
+        first, last = describe(inside[0]), describe(inside[-1])
+        sizes = first.in_features, last.out_features
+        return Layer("block", *sizes, partial(torch.empty, 0), parameters=access["parameters"])
+    return Layer("other", 0, 0, partial(torch.empty, 0), parameters=access["parameters"])
 
 
 def is_transposed(module: nn.Module, parameter: str = "weight") -> bool:
@@ -59,10 +68,13 @@ def _experts(module: nn.Module, parameter: str) -> Layer:
     if is_transposed(module, parameter):
         width_out, width_in = width_in, width_out
     weight = partial(_plain, module, parameter)
-    return Layer("experts", width_in, width_out, weight, num_experts=experts)
+    stored = partial(_view, module, parameter)
+    return Layer("experts", width_in, width_out, weight, num_experts=experts, stored=stored)
 
 
-def _convolution(module: nn.Conv1d | nn.Conv2d, weight: Callable[[], Tensor]) -> Layer:
+def _convolution(
+    module: nn.Conv1d | nn.Conv2d, weight: Callable[[], Tensor], access: dict[str, Any]
+) -> Layer:
     geometry = {
         "stride": module.stride,
         "padding": module.padding,
@@ -79,7 +91,7 @@ def _convolution(module: nn.Conv1d | nn.Conv2d, weight: Callable[[], Tensor]) ->
         module.bias is not None,
         kernel_size=tuple(module.kernel_size),
         geometry=geometry,
-        parameters=partial(_copies, module),
+        **access,
     )
 
 
@@ -95,6 +107,15 @@ def _plain(module: nn.Module, parameter: str) -> Tensor:
     """A float32 copy in the layout of `Layer.weight`."""
     weight = to_stored(module, parameter, _stored(module, parameter).detach().float())
     return weight.clone(memory_format=torch.contiguous_format)
+
+
+def _view(module: nn.Module, parameter: str) -> Tensor:
+    return to_stored(module, parameter, _stored(module, parameter).detach())
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module._parameters.get("bias")
+    return None if bias is None else bias.detach()
 
 
 def _copies(module: nn.Module) -> dict[str, Tensor]:

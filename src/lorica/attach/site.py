@@ -27,7 +27,6 @@ from torch.nn import functional as F
 
 from lorica.attach.layers import describe, to_stored
 from lorica.errors import ActivationError, LoricaError, LoricaWarning
-from lorica.methods.lora import LoRA
 from lorica.methods.method import Layer, Method
 from lorica.ops.lora import Segment, lora_linear
 
@@ -195,7 +194,7 @@ def _add_adapters(
     slots = [plates.slots[n] for n in names]
     first: Any = slots[0].method
     stack = plates.layer.kind == "linear" and all(
-        isinstance(s.method, LoRA) and not (training and s.method.dropout) for s in slots
+        s.method.stacks and not (training and s.method.dropout) for s in slots
     )
     if route.weights is None and stack:
         return lora_linear(x, y, [first.segment(slots[0].tensors)])
@@ -235,19 +234,20 @@ def _add_segments(plates: Plates, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _add_stack(plates: Plates, slots: list[Slot], x: Tensor, y: Tensor) -> Tensor:
-    """A mixture of LoRA adapters as one product: stacked factors, a gate of scale times weight."""
+    """A mixture of low-rank adapters as one product: stacked factors, a gate of scale x weight."""
     route = plates.route
     assert route is not None and route.weights is not None
-    methods: list[Any] = [slot.method for slot in slots]
+    stacked: list[Any] = [slot.method for slot in slots]
+    parts = [m.segment(slot.tensors) for m, slot in zip(stacked, slots, strict=True)]
     columns = [i for i, n in enumerate(route.names) if n in plates.slots]
     weights = route.weights.double() if y.dtype == torch.float64 else route.weights
-    A = torch.cat([s.tensors["A"] for s in slots])
-    B = torch.cat([s.tensors["B"] for s in slots], dim=1)
-    parts = [
-        weights[..., i : i + 1].expand(*weights.shape[:-1], s.tensors["A"].shape[0]) * method.scale
-        for i, s, method in zip(columns, slots, methods, strict=True)
+    A = torch.cat([part.A_RI for part in parts])
+    B = torch.cat([part.B_OR for part in parts], dim=1)
+    gates = [
+        weights[..., i : i + 1].expand(*weights.shape[:-1], part.A_RI.shape[0]) * part.scale
+        for i, part in zip(columns, parts, strict=True)
     ]
-    gate = torch.cat(parts, dim=-1)
+    gate = torch.cat(gates, dim=-1)
     if gate.dim() == 2:
         width = gate.shape[1]
         gate = _row_gate(plates, gate, x).expand(*x.shape[:-1], width).reshape(-1, width)

@@ -256,11 +256,11 @@ def _keep_layers(found: Survey, layers: int | str | Collection[int] | None, pick
         return
     spans = _spans(layers, picked)
     numbers = {layer_number(path) for path in picked.places} - {None}
-    lists = {_list_of(path) for path in picked.places if layer_number(path) is not None}
+    lists = {stack_of(path) for path in picked.places if layer_number(path) is not None}
     exist = {
         n
         for path in found.modules
-        if (n := layer_number(path)) is not None and _list_of(path) in lists
+        if (n := layer_number(path)) is not None and stack_of(path) in lists
     }
     if picked.places and not exist:
         picked.problems.append(
@@ -283,8 +283,8 @@ def _keep_layers(found: Survey, layers: int | str | Collection[int] | None, pick
         picked.reason += f"; {len(picked.places)} in the blocks {', '.join(spans)}"
 
 
-def _list_of(path: str) -> str:
-    """The part of a path in front of its first number."""
+def stack_of(path: str) -> str:
+    """The part of a path in front of its first number: the name of a stack of layers."""
     return re.split(r"(?:^|\.)\d+(?:\.|$)", path, maxsplit=1)[0]
 
 
@@ -308,6 +308,13 @@ def _spans(layers: int | str | Collection[int], picked: Picked) -> dict[str, ran
     if not pieces:
         picked.problems.append("layers_to_transform is empty")
     return spans
+
+
+def spans(layers: int | str | Collection[int] | None) -> tuple[set[int], list[str]]:
+    """The numbers that layers_to_transform asks for, and what is wrong with it."""
+    picked = Picked()
+    found = _spans(layers if layers is not None else (), picked)
+    return {number for span in found.values() for number in span}, picked.problems
 
 
 def _existing(found: Survey, most: int = 40) -> str:

@@ -17,6 +17,7 @@ COMMANDS = {
     "check": "look for faults in records before they cost a run",
     "clean": "write a repaired copy of records: no repeats, leaks or secrets",
     "plan": "what a run will need: memory by part, steps, time, disk",
+    "methods": "the ways to adapt a model, with their settings and defaults",
     "inspect": "what a model consists of, and what could train in it",
     "eval": "score a run, an adapter or a base on records",
     "chat": "talk to a base or an adapter",

@@ -56,9 +56,9 @@ def command(
     from lorica.cli.voice import Voice
     from lorica.config import known_settings
     from lorica.errors import CheckRefused
-    from lorica.methods import METHODS
+    from lorica.methods import WORDS
 
-    known = known_settings(METHODS)
+    known = known_settings(WORDS)
     if {"-h", "--help"} & {*context.args}:
         print(page(context, known), end="")
         return
@@ -86,7 +86,7 @@ def _settings(line: Any, known: Any) -> tuple[Resolved, bool]:
     from lorica.config import Layer, load_yaml, resolve
     from lorica.config.text import flag_layer
     from lorica.errors import ConfigError
-    from lorica.methods import METHODS
+    from lorica.methods import WORDS
 
     layers = [load_yaml(file) for file in line.files]
     if line.words:
@@ -96,9 +96,9 @@ def _settings(line: Any, known: Any) -> tuple[Resolved, bool]:
     if "data" not in given:
         raise ConfigError("there is nothing to check", mend="lorica check DATA --model MODEL")
     if with_model := "model" in given:
-        return resolve(*layers, methods=METHODS), with_model
+        return resolve(*layers, methods=WORDS), with_model
     stand_in = Layer("no model", {"model": "embedded"})  # a run needs one; it is not looked at
-    return resolve(stand_in, *layers, methods=METHODS), with_model
+    return resolve(stand_in, *layers, methods=WORDS), with_model
 
 
 class _Found:

@@ -22,15 +22,15 @@ def command(
     import json
 
     from lorica.config import json_schema, known_settings
-    from lorica.methods import METHODS
+    from lorica.methods import WORDS
 
     if schema:
-        print(json.dumps(json_schema(METHODS), indent=2))
+        print(json.dumps(json_schema(WORDS), indent=2))
         return
     print("version: 1")
     group = ""
     titles = {"run": "What to work on", "train": "Training"}
-    for setting in known_settings(METHODS).values():
+    for setting in known_settings(WORDS).values():
         if setting.group != group:
             group = setting.group
             print(f"\n# {titles.get(group, f'Method: {group}')}")

@@ -49,14 +49,14 @@ def command(
     from lorica.cli.run import execute
     from lorica.cli.showing import closing_lines
     from lorica.config import Layer, resolve
-    from lorica.methods import METHODS
+    from lorica.methods import WORDS
 
     _spare_other_runs(output_dir)
     values = {**SETTINGS, "output_dir": output_dir}
     if max_steps is not None:
         every = min(max_steps, int(SETTINGS["eval_steps"]))
         values |= {"max_steps": max_steps, "eval_steps": every}
-    settings = resolve(Layer("demo", values, {}), methods=METHODS)
+    settings = resolve(Layer("demo", values, {}), methods=WORDS)
     outcome = execute(settings, discard=True, json=json, quiet=quiet)
     if not (json or quiet):
         print("\n".join(closing_lines(outcome.folder, outcome.samples, most=3)))

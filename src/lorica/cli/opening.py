@@ -16,7 +16,7 @@ from lorica.base.load import base_of, load_model
 from lorica.cli.kinds import checked_kind, names_classes
 from lorica.config import load_yaml
 from lorica.errors import AdapterFileError, ConfigError
-from lorica.files.peft import load_adapter
+from lorica.files.adapter import load_adapter
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task
 

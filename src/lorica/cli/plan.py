@@ -39,16 +39,16 @@ def command(
     from lorica.cli.voice import Voice
     from lorica.config import known_settings, load_yaml, resolve
     from lorica.config.text import flag_layer
-    from lorica.methods import METHODS
+    from lorica.methods import WORDS
 
-    known = known_settings(METHODS)
+    known = known_settings(WORDS)
     if {"-h", "--help"} & {*context.args}:
         print(page(context, known), end="")
         return
     own = [option for p in context.command.params for option in p.opts]
     line = read_flags(context.args, known, [*own, "--help"])
     layers = [load_yaml(file) for file in line.files]
-    settings = resolve(*layers, flag_layer(line.flags, known), methods=METHODS)
+    settings = resolve(*layers, flag_layer(line.flags, known), methods=WORDS)
     voice = Voice(quiet=json, stream=sys.stderr)
     found = _forecast(settings, voice)
     with voice.work("looking for cheaper settings"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lorica.evaluate.metrics import find_metrics
 from lorica.records.phrases import count, parameters
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task, num_positions
+from lorica.train.importance import attach_relevant
 
 ADAPTER = "default"
 
@@ -89,19 +91,34 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     )
     for note in base.notes:
         voice.say(f"base: {note}")
-    adapter = attach(model, settings.method, name=ADAPTER, seed=settings.train.seed)
-    voice.say(f"targets: {adapter.reason}")
-    voice.say(f"adapter: {_size(adapter, number)}")
+    by_records = getattr(settings.method, "needs_records", False)
+    adapter = None if by_records else _attached(settings, model)
     with voice.work("encoding the records"):
         if early is None:
             task, examples, held_out, settings = encode(settings, material, model)
         else:
             task, examples, held_out = early.task, early.examples, early.held_out
+    if adapter is None:
+        with voice.work(f"looking for what matters, by {settings.method.selection}"):
+            adapter = _relevant(settings, model, task, examples)
+    voice.say(f"targets: {adapter.reason}")
+    voice.say(f"adapter: {_size(adapter, number)}")
     voice.say(f"encoded: {encoded_statement(task, examples)}")
     _tell(screen_tokens(_sight(settings, material, model, examples)), settings, voice)
     metrics = list(settings.run.metrics or material.metrics(kind))
     memory = early.as_dict() if early else {}
     return Prepared(settings, material, model, adapter, task, examples, held_out, metrics, memory)
+
+
+def _attached(settings: Resolved, model: nn.Module) -> Adapter:
+    return attach(model, settings.method, name=ADAPTER, seed=settings.train.seed)
+
+
+def _relevant(
+    settings: Resolved, model: nn.Module, task: Task, examples: Sequence[Example]
+) -> Adapter:
+    seed = settings.train.seed
+    return attach_relevant(model, settings.method, task, examples, name=ADAPTER, seed=seed)[0]
 
 
 def foresee(
@@ -201,7 +218,10 @@ def _size(adapter: Adapter, of: int) -> str:
     method: Any = adapter.method
     share = adapter.num_parameters / of
     text = f"{count(adapter.num_parameters)} parameters train in {len(adapter.slots)} places"
-    rank = f"; r={method.r}, lora_alpha={method.lora_alpha:g}" if hasattr(method, "r") else ""
+    sizes = [
+        f"{key}={getattr(method, key):g}" for key in ("r", "lora_alpha") if hasattr(method, key)
+    ]
+    rank = f"; {', '.join(sizes)}" if sizes else ""
     return f"{method.kind}, {text} ({share:.2%} of the base){rank}"
 
 

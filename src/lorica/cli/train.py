@@ -49,9 +49,9 @@ def command(
     from lorica.cli.pages import page
     from lorica.config import known_settings, load_yaml, resolve
     from lorica.config.text import flag_layer
-    from lorica.methods import METHODS
+    from lorica.methods import WORDS
 
-    known = known_settings(METHODS)
+    known = known_settings(WORDS)
     if {"-h", "--help"} & {*context.args}:
         print(page(context, known), end="")
         return
@@ -63,7 +63,7 @@ def command(
     if resume is not None:
         _check_resume(resume, replace, line.flags)
         layers.insert(0, _resumed(resume))
-    settings = resolve(*layers, flag_layer(line.flags, known), methods=METHODS)
+    settings = resolve(*layers, flag_layer(line.flags, known), methods=WORDS)
     if dry_run:
         print(settings.to_yaml(), end="")
         return

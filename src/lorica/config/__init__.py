@@ -9,12 +9,13 @@ resolve.py    several layers of settings -> one Resolved, every problem in one e
 
 from lorica.config.names import ALIASES
 from lorica.config.resolve import Layer, Resolved, json_schema, resolve
-from lorica.config.settings import RunConfig, Setting, TrainSettings, known_settings
+from lorica.config.settings import Preset, RunConfig, Setting, TrainSettings, known_settings
 from lorica.config.text import flag_layer, load_yaml, parse_flag, parse_yaml
 
 __all__ = [
     "ALIASES",
     "Layer",
+    "Preset",
     "Resolved",
     "RunConfig",
     "Setting",

@@ -20,6 +20,7 @@ from lorica.config.contradictions import contradictions
 from lorica.config.names import ALIASES, NO_TWIN, SECRET_KEY, SECRET_VALUE
 from lorica.config.settings import (
     REQUIRED,
+    Preset,
     RunConfig,
     Setting,
     Settings,
@@ -92,13 +93,14 @@ class Resolved:
 
 def resolve(
     *layers: Layer | tuple[str, Mapping[str, Any]],
-    methods: Mapping[str, type] | None = None,
+    methods: Mapping[str, type | Preset] | None = None,
 ) -> Resolved:
     """Put layers of settings together; later ones win.
 
     Args:
         layers: `load_yaml`, `flag_layer`, or (origin, mapping). Names are flat, and may be aliases.
-        methods: the methods there are, kind -> settings class; `method` chooses one of them.
+        methods: the methods there are, kind -> settings class, and their further names; `method`
+            chooses one of them.
             Without any, no method's settings are known.
 
     Raises:
@@ -133,7 +135,7 @@ def resolve(
     return resolved
 
 
-def json_schema(methods: Mapping[str, type] | None = None) -> dict[str, Any]:
+def json_schema(methods: Mapping[str, type | Preset] | None = None) -> dict[str, Any]:
     """The JSON Schema (2020-12) of a settings file, by which editors complete and check.
 
     Nothing is required in it: what a file leaves out may stand on the command line.
@@ -229,16 +231,30 @@ def _hides_secret(name: str, value: object, key: str | None, known: Mapping[str,
     return bool(SECRET_VALUE.search(json.dumps(value, default=str, ensure_ascii=False)))
 
 
-def _choose(found: Found, methods: Mapping[str, type], problems: list[str]) -> Any:
+def _choose(found: Found, methods: Mapping[str, type | Preset], problems: list[str]) -> Any:
     if not methods:
         return None
     word, origin = found.get("method", (RunConfig.model_fields["method"].default, "default"))
     if isinstance(word, str) and word in methods:
-        return methods[word]
+        chosen = methods[word]
+        return _unfold(word, chosen, found, problems) if isinstance(chosen, Preset) else chosen
     near = nearest(str(word), methods)
     hint = f"did you mean {near}?" if near else f"there are: {', '.join(methods)}"
     problems.append(f"{origin}: method is {word!r}; {hint}")
     return None
+
+
+def _unfold(word: str, preset: Preset, found: Found, problems: list[str]) -> Any:
+    """Put what a name stands for in its place; what was given besides must not contradict it."""
+    _, origin = found["method"]
+    for key, value in preset.values.items():
+        given, where = found.get(key, (value, ""))
+        if given != value and key != "loraplus_lr_ratio":  # which is how much, not whether
+            problems.append(f"{where}: {key}={given} contradicts method={word}: {key}={value}")
+        found.setdefault(key, (value, f"{origin}, method: {word}"))
+    kind: Any = preset.method
+    found["method"] = kind.kind, f"{origin}, method: {word}"
+    return kind
 
 
 def _build(
@@ -249,6 +265,22 @@ def _build(
     except ConfigError as error:
         problems += [_placed(problem, origins) for problem in error.problems]
         return None
+
+
+def build_method(kind: Any, values: Mapping[str, Any]) -> Any:
+    """The settings object of a method (its class is `kind`) from values as JSON has them.
+
+    Raises:
+        ConfigError: unknown names, wrong types, values out of range; all at once.
+    """
+    known = {setting.key for setting in method_settings(kind.kind, kind)}
+    problems = [
+        f"{str(key)[:60]} is not a setting of {kind.kind}" for key in values if key not in known
+    ]
+    made = _build_method(kind, values, {}, problems)
+    if problems:
+        raise ConfigError(f"the settings of {kind.kind} cannot be used", problems=problems)
+    return made
 
 
 def _build_method(

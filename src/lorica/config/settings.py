@@ -133,6 +133,13 @@ class TrainSettings(Settings):
         description="tokens per record, longer ones are truncated; null: as the data needs and the "
         "model allows",
     )
+    loraplus_lr_ratio: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="LoRA+: the learning rate of LoRA's B is so many times that of A; the paper "
+        "advises 16",
+    )
     weight_decay: float = Field(
         default=0.0, ge=0, le=10, description="decoupled weight decay of AdamW"
     )
@@ -364,6 +371,21 @@ class RunConfig(Settings):
 
 
 @dataclass(frozen=True)
+class Preset:
+    """A method's own name for settings of another one, such as rslora for LoRA with use_rslora.
+
+    Attributes:
+        method: the settings class.
+        values: what the name stands for: settings of the method or of training.
+        title: the method in a line, with its paper.
+    """
+
+    method: type
+    values: Mapping[str, Any]
+    title: str
+
+
+@dataclass(frozen=True)
 class Setting:
     """One thing that can be set, for whoever makes options, checks or pages of it.
 
@@ -396,7 +418,7 @@ class Setting:
         return "--" + self.key.replace("_", "-")
 
 
-def known_settings(methods: Mapping[str, type] | None = None) -> dict[str, Setting]:
+def known_settings(methods: Mapping[str, type | Preset] | None = None) -> dict[str, Setting]:
     """Everything that can be set with these methods (kind -> settings class), by name and in order.
 
     A setting that several methods share is listed once, with the first.
@@ -409,7 +431,7 @@ def known_settings(methods: Mapping[str, type] | None = None) -> dict[str, Setti
                 key, group, info.annotation, default, info.description or "", expected_of(kind, key)
             )
     for group, kind in (methods or {}).items():
-        for setting in method_settings(group, kind):
+        for setting in [] if isinstance(kind, Preset) else method_settings(group, kind):
             assert found.get(setting.key, setting).group not in ("run", "train"), setting.key
             found.setdefault(setting.key, setting)
     return found

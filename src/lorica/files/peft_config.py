@@ -11,11 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorica.errors import AdapterFileError, ConfigError, nearest
+from lorica.methods.dora import DoRA
 from lorica.methods.lora import LoRA
 from lorica.methods.patterns import Pattern, spelling
 
 PEFT_VERSION = "0.21.2"
 """The version whose layout is written."""
+
+OTHER_KINDS = ("VERA", "LOHA", "LOKR", "HIRA", "IA3")
+"""What is read besides LORA: see `peft_kinds`."""
 
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
@@ -47,7 +51,6 @@ NEUTRAL: dict[str, Any] = {
     "monteclora_config": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
 }
@@ -67,15 +70,21 @@ NO_EFFECT = {
 """Keys that say nothing of a trained adapter's arithmetic (the layer tells fan_in_fan_out)."""
 
 _EDITS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-PLAIN_INITS = {True: "kaiming", False: "random", "gaussian": "gaussian"}
+PLAIN_INITS = {
+    True: "kaiming",
+    False: "random",
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+}
 # Of these only the start differs, and the file holds what came of it.
-_OTHER_INITS = ("eva", "orthogonal", "mica")
+_OTHER_INITS = ("eva", "mica")
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "r": (int,),
     "lora_alpha": (int, float),
     "lora_dropout": (int, float),
     "use_rslora": (bool,),
+    "use_dora": (bool,),
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
     "target_modules": (list, str, type(None)),
@@ -94,6 +103,7 @@ _DEFAULTS: dict[str, Any] = {
     "lora_alpha": 8,
     "lora_dropout": 0.0,
     "use_rslora": False,
+    "use_dora": False,
     "rank_pattern": {},
     "alpha_pattern": {},
     "init_lora_weights": True,
@@ -188,14 +198,15 @@ def parse_config(raw: Mapping[str, Any], where: str) -> PeftConfig:
     raise AdapterFileError(
         f"{where} cannot be used",
         problems=problems[:20],
-        expected="a LoRA adapter whose arithmetic is scale * B A and nothing else",
+        expected="an adapter of LoRA or DoRA, without any of PEFT's other variants",
     )
 
 
 def _kind_problems(raw: Mapping[str, Any]) -> list[str]:
     """Unknown keys, and values of the wrong type."""
     if raw.get("peft_type") != "LORA":
-        return [f"peft_type is {str(raw.get('peft_type'))[:40]!r}; only LORA is read"]
+        kinds = ", ".join(("LORA", *OTHER_KINDS))
+        return [f"peft_type is {str(raw.get('peft_type'))[:40]!r}; of PEFT's {kinds} are read"]
     problems = []
     for key, value in raw.items():
         if key in _KINDS:
@@ -216,7 +227,6 @@ def _kind_problems(raw: Mapping[str, Any]) -> list[str]:
 
 def _why(key: str) -> str:
     reasons = {
-        "use_dora": "DoRA's magnitudes are not part of plain LoRA",
         "bias": "trained biases are not part of plain LoRA; merge the adapter in PEFT instead",
         "lora_bias": "a bias on lora_B is not part of plain LoRA",
         "alora_invocation_tokens": "an activated LoRA acts on a part of the sequence only",
@@ -262,7 +272,8 @@ def _config(raw: Mapping[str, Any]) -> PeftConfig:
     numbers = (layers,) if isinstance(layers, int) else tuple(layers or ())
     whole = tuple(dict.fromkeys(value.get("modules_to_save") or ()))
     pattern = value.get("layers_pattern") or ()
-    method = LoRA(
+    kind = DoRA if value["use_dora"] else LoRA
+    method = kind(
         r=value["r"],
         lora_alpha=value["lora_alpha"],
         lora_dropout=value["lora_dropout"],

@@ -5,6 +5,7 @@
     bare parameter, experts       MODULE[.base_layer ...].lora_A.weight, likewise B
     nn.MultiheadAttention         PATH.lora_A.weight for in_proj_weight, and
                                   PATH.base_layer.out_proj.lora_A.weight; likewise B
+    DoRA besides                  PATH.lora_magnitude_vector
     trained whole                 PATH.PARAMETER
 
 All behind "base_model.model.". Of a bare parameter the key does not say the name: the number of
@@ -33,9 +34,9 @@ _SUFFIXES = {
     ".lora_B.weight": "B",
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
+    ".lora_magnitude_vector": "m",
 }
 _FOREIGN = {
-    "lora_magnitude_vector": "DoRA",
     "lora_B.bias": "a bias on lora_B",
     "token_adapter": "trainable tokens",
     "lora_diag": "KaSA",
@@ -81,8 +82,10 @@ class Spot:
         return self.matched != self.core
 
     def key(self, factor: str) -> str:
-        """The key of factor "A" or "B"."""
+        """The key of factor "A" or "B", or of DoRA's "m"."""
         head = f"{PREFIX}{self.core}{'.base_layer' * self.depth}"
+        if factor == "m":
+            return f"{head}.lora_magnitude_vector"
         if self.layer.kind == "embedding":
             return f"{head}.lora_embedding_{factor}"
         return f"{head}.lora_{factor}.weight"
@@ -92,15 +95,26 @@ class Spot:
         A, B = tensors["A"], tensors["B"]
         if self.layer.kind == "experts":
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)  # (E R, I), (O, R E)
-        return {self.key("A"): A, self.key("B"): B}
+        found = {self.key("A"): A, self.key("B"): B}
+        if "m" in tensors:
+            found[self.key("m")] = tensors["m"].view(self.magnitude_shape)
+        return found
 
-    def from_file(self, A: Tensor, B: Tensor) -> Tensors:
+    @property
+    def magnitude_shape(self) -> Shape:
+        """What PEFT's magnitudes look like here; of convolutions as they meet activations."""
+        kernel = self.layer.kernel_size
+        width = self.layer.out_features
+        return (1, width, *(1 for _ in kernel)) if kernel else (width,)
+
+    def from_file(self, A: Tensor, B: Tensor, m: Tensor | None = None) -> Tensors:
         """PEFT's factors in our shapes."""
         if self.layer.kind == "experts":
             experts = self.layer.num_experts
             A = A.view(experts, -1, A.shape[-1])
             B = B.view(B.shape[0], -1, experts).permute(2, 0, 1)
-        return {"A": A.contiguous(), "B": B.contiguous()}
+        found = {"A": A.contiguous(), "B": B.contiguous()}
+        return found if m is None else {**found, "m": m.reshape(-1)}
 
     def rank(self, shape_A: Shape) -> int:
         return shape_A[0] // max(self.layer.num_experts, 1) if shape_A else 0
@@ -207,8 +221,8 @@ class _AttentionOutput(Spot):
     def to_file(self, tensors: Tensors) -> dict[str, Tensor]:
         return super().to_file({"A": tensors["A"], "B": tensors["B"] * 0.5})
 
-    def from_file(self, A: Tensor, B: Tensor) -> Tensors:
-        return super().from_file(A, B * 2)
+    def from_file(self, A: Tensor, B: Tensor, m: Tensor | None = None) -> Tensors:
+        return super().from_file(A, B * 2, m)
 
 
 def bare_spot(

@@ -22,6 +22,7 @@ from lorica.files.peft_layout import (
     split_key,
 )
 from lorica.methods.copy import Copy
+from lorica.methods.dora import DoRA
 from lorica.methods.method import Method
 
 
@@ -31,7 +32,7 @@ class Plan:
 
     Attributes:
         places: for `attach_tensors`, in the order in which `attach` makes them.
-        factors: path -> (spot, key of A, key of B).
+        factors: path -> (spot, keys of A, B and, of DoRA, m).
         copies: path -> parameter -> key.
         repeated: key -> parameter of the base that the file merely repeats, to be compared.
         refusals: path of a layer -> why it carries no adapter.
@@ -41,7 +42,7 @@ class Plan:
 
     refusals: dict[str, str] = field(default_factory=dict)
     places: Places = field(default_factory=dict)
-    factors: dict[str, tuple[Spot, str, str]] = field(default_factory=dict)
+    factors: dict[str, tuple[Spot, dict[str, str]]] = field(default_factory=dict)
     copies: dict[str, dict[str, str]] = field(default_factory=dict)
     repeated: dict[str, Tensor] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
@@ -120,7 +121,7 @@ def _plan_pair(
     shapes: Mapping[str, Shape],
     config: PeftConfig,
 ) -> None:
-    """The two factors of one place."""
+    """The two factors of one place, and DoRA's magnitudes."""
     spot = locate(modules, stem, config.target_parameters)
     if isinstance(spot, Spot) and not spot.is_bare:
         spot = found.refusals.get(spot.core, spot)
@@ -129,7 +130,9 @@ def _plan_pair(
         return
     found.seen.add(spot.matched)
     wrong = [key for factor, key in keys.items() if key != spot.key(factor)]
-    lacking = [spot.key(f) for f in "AB" if spot.key(f) not in keys.values()]
+    needed = "ABm" if isinstance(config.method, DoRA) else "AB"
+    wrong += [key for factor, key in keys.items() if factor not in needed]
+    lacking = [spot.key(f) for f in needed if spot.key(f) not in keys.values()]
     if wrong or lacking:
         found.unexpected += [f"{key}: not the name for a layer of this kind" for key in wrong]
         found.missing += lacking
@@ -148,8 +151,12 @@ def _plan_pair(
         )
     elif r != expected:
         found.misshapen.append(f"{stem}: rank {r}, but the config says {expected}")
+    elif "m" in keys and shapes[keys["m"]] != spot.magnitude_shape:
+        found.misshapen.append(
+            f"{keys['m']}: {shapes[keys['m']]}, but the base needs {spot.magnitude_shape}"
+        )
     else:
-        found.factors[spot.path] = spot, keys["A"], keys["B"]
+        found.factors[spot.path] = spot, dict(keys)
         method = config.method_at(spot.matched)
         found.places[spot.path] = modules[spot.core], spot.parameter, method
 

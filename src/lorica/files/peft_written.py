@@ -33,6 +33,7 @@ from lorica.files.peft_layout import (
     modules_of,
 )
 from lorica.methods.copy import Copy
+from lorica.methods.dora import DoRA
 from lorica.methods.lora import LoRA
 
 
@@ -89,7 +90,7 @@ def to_peft(adapter: Adapter) -> Written:
         found.tensors.update(
             spot.to_file({name: _plain(tensor) for name, tensor in slot.tensors.items()})
         )
-    found.whole = _whole(adapter)
+    found.whole = whole_names(adapter)
     found.unreadable += [
         path
         for path in found.modules
@@ -162,7 +163,7 @@ def _fill_attention(found: Written, modules: Mapping[str, nn.Module]) -> None:
                 found.tensors.setdefault(spot.key(factor), torch.zeros(shape))
 
 
-def _whole(adapter: Adapter) -> list[str]:
+def whole_names(adapter: Adapter) -> list[str]:
     """Names for modules_to_save: the settings' own where they say it, else the full paths."""
     copied = [path for path, slot in adapter.slots.items() if isinstance(slot.method, Copy)]
     names = [name for name in getattr(adapter.method, "modules_to_save", ()) if name]
@@ -207,6 +208,7 @@ def written_config(adapter: Adapter, written: Written) -> dict[str, Any]:
         "lora_alpha": method.lora_alpha,
         "lora_dropout": method.lora_dropout,
         "use_rslora": method.use_rslora,
+        "use_dora": isinstance(method, DoRA),
         "init_lora_weights": next(
             theirs for theirs, ours in PLAIN_INITS.items() if ours == method.init_lora_weights
         ),

@@ -29,7 +29,13 @@ MAX_FILE_BYTES = 16 * 2**30
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 8
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,  # the places of sparse updates
+}
 """What the tensors of an adapter may be made of."""
 
 _MEND = "the file is damaged or hostile; get it again from a source that you trust"

@@ -1,8 +1,91 @@
 """Methods: settings, tensors, arithmetic and merged form of one way to adapt a layer each."""
 
-from lorica.methods.lora import LoRA
+from lorica.config.settings import Preset
+from lorica.methods.bottleneck import Bottleneck, Compacter
+from lorica.methods.dora import DoRA
+from lorica.methods.hira import HiRA
+from lorica.methods.ia3 import IA3
+from lorica.methods.loha import LoHa
+from lorica.methods.lokr import LoKr
+from lorica.methods.lora import LoRA, LoRAFA
+from lorica.methods.selective import Selective
+from lorica.methods.sparse import Sparse
+from lorica.methods.vera import VeRA
 
-METHODS = {method.kind: method for method in (LoRA,)}
-"""The word in YAML and on the command line -> the settings class, which is the method."""
+METHODS = {
+    method.kind: method
+    for method in (
+        LoRA,
+        LoRAFA,
+        DoRA,
+        VeRA,
+        LoHa,
+        LoKr,
+        HiRA,
+        IA3,
+        Bottleneck,
+        Compacter,
+        Selective,
+        Sparse,
+    )
+}
+"""Kind -> the settings class, which is the method."""
 
-__all__ = ["METHODS", "LoRA"]
+PRESETS = {
+    "rslora": Preset(
+        LoRA, {"use_rslora": True}, "LoRA scaled by the root of the rank (arXiv 2312.03732)"
+    ),
+    "lora-plus": Preset(
+        LoRA, {"loraplus_lr_ratio": 16.0}, "LoRA, B learns 16 times as fast (arXiv 2402.12354)"
+    ),
+    "pissa": Preset(
+        LoRA,
+        {"init_lora_weights": "pissa"},
+        "LoRA from the weight's first singular vectors (arXiv 2404.02948)",
+    ),
+    "olora": Preset(
+        LoRA,
+        {"init_lora_weights": "olora"},
+        "LoRA from the weight's QR decomposition (arXiv 2406.01775)",
+    ),
+    "houlsby": Preset(
+        Bottleneck, {"layout": "houlsby"}, "bottlenecks behind both parts (arXiv 1902.00751)"
+    ),
+    "pfeiffer": Preset(
+        Bottleneck, {"layout": "pfeiffer"}, "bottlenecks behind feed-forward (arXiv 2005.00052)"
+    ),
+    "parallel": Preset(
+        Bottleneck,
+        {"layout": "parallel", "adapter_scaling": 4.0},
+        "bottlenecks beside feed-forward (arXiv 2110.04366)",
+    ),
+    "full": Preset(
+        Selective, {"parameters": "all"}, "every parameter, kept as a difference (arXiv 1801.06146)"
+    ),
+    "bitfit": Preset(Selective, {"parameters": "bias"}, "the biases alone (arXiv 2106.10199)"),
+    "norms": Preset(
+        Selective, {"parameters": "norm"}, "normalisation layers alone (arXiv 2312.11420)"
+    ),
+}
+"""A method's own name -> the settings of another one that it is."""
+
+WORDS: dict[str, type | Preset] = {**METHODS, **PRESETS}
+"""Every word that `method` takes in YAML and on the command line."""
+
+__all__ = [
+    "IA3",
+    "METHODS",
+    "PRESETS",
+    "WORDS",
+    "Bottleneck",
+    "Compacter",
+    "DoRA",
+    "HiRA",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "LoRAFA",
+    "Selective",
+    "Sparse",
+    "VeRA",
+]

@@ -1,4 +1,7 @@
-"""A full trainable copy of a layer's parameters: how a new head (`modules_to_save`) is trained."""
+"""A trainable copy of a layer's own parameters, of all or of some by name.
+
+This is how a new head (`modules_to_save`) is trained, and every selection of parameters.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,18 @@ from lorica.methods.method import Layer, Tensors
 
 @dataclass(frozen=True)
 class Copy:
-    """Train a copy of every parameter of the layer; the base's own stay as they are."""
+    """Train a copy of the layer's parameters; the base's own stay as they are.
+
+    Attributes:
+        only: names of the parameters that are copied; None for all of them.
+    """
+
+    only: tuple[str, ...] | None = None
 
     kind: ClassVar[str] = "copy"
     replaces: ClassVar[bool] = True
+    stacks: ClassVar[bool] = False
+    frozen: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def dropout(self) -> float:
@@ -26,10 +37,12 @@ class Copy:
         return self
 
     def problems(self, layer: Layer) -> list[str]:
-        return []
+        missing = set(self.only or ()) - set(layer.parameters())
+        return [f"there is no parameter {name} to copy" for name in sorted(missing)]
 
     def start(self, layer: Layer, generator: torch.Generator) -> Tensors:
-        return layer.parameters()
+        own = layer.parameters()
+        return own if self.only is None else {name: own[name] for name in self.only}
 
     def apply(self, x: Tensor, y: Tensor, tensors: Tensors, layer: Layer) -> Tensor:
         return y  # the site has already run the layer with the copied parameters

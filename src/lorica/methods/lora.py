@@ -13,66 +13,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from lorica.errors import ConfigError, nearest
-from lorica.methods.method import Layer, Tensors, numeric_problems
+from lorica.errors import nearest
+from lorica.methods.method import Layer, Tensors, numeric_problems, setting
 from lorica.methods.patterns import pattern_value
+from lorica.methods.placed import Placed, rank_problems, scale_problems, whole
+from lorica.methods.update import as_matrix
 from lorica.ops.lora import Segment, lora_conv, lora_embedding, lora_linear
 
 
-def _setting(default: Any, text: str) -> Any:
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Placed):
     """Settings and arithmetic of LoRA. The field names are PEFT's.
 
     Raises:
         ConfigError: a value is out of range; all problems at once.
     """
 
-    r: int = _setting(8, "rank of the update")
-    lora_alpha: float = _setting(16, "the update is scaled by lora_alpha / r")
-    lora_dropout: float = _setting(0.0, "share of a layer's input dropped before A, in training")
-    target_modules: str | tuple[str, ...] = _setting(
-        "auto",
-        "layers to adapt: auto, all-linear, attention, mlp, names or suffixes, or a pattern with * "
-        "and {a,b}",
-    )
-    exclude_modules: str | tuple[str, ...] = _setting(
-        (), "names, suffixes or patterns to leave out"
-    )
-    rank_pattern: Mapping[str, int] = _setting(
+    r: int = setting(8, "rank of the update")
+    lora_alpha: float = setting(16, "the update is scaled by lora_alpha / r")
+    lora_dropout: float = setting(0.0, "share of a layer's input dropped before A, in training")
+    rank_pattern: Mapping[str, int] = setting(
         {}, "another rank for some layers: {suffix or pattern: r}"
     )
-    alpha_pattern: Mapping[str, float] = _setting({}, "another lora_alpha for some layers")
-    use_rslora: bool = _setting(False, "scale by lora_alpha / sqrt(r) instead of lora_alpha / r")
-    layers_to_transform: str | tuple[int, ...] | None = _setting(
-        None, "only these layers, by number: 0,3,5 or a range such as 0-3"
-    )
-    modules_to_save: str | tuple[str, ...] = _setting(
-        (), "modules trained whole beside the adapter, such as a new head"
-    )
-    init_lora_weights: bool | Literal["kaiming", "gaussian", "random"] = _setting(
-        "kaiming", "start of A (B is zero); random also fills B, for debugging"
+    alpha_pattern: Mapping[str, float] = setting({}, "another lora_alpha for some layers")
+    use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r) instead of lora_alpha / r")
+    init_lora_weights: (
+        bool | Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "random"]
+    ) = setting(
+        "kaiming",
+        "start of A, with B zero: kaiming, gaussian; of both: orthogonal, pissa, olora; random "
+        "changes the base's answers, for debugging",
     )
 
     kind: ClassVar[str] = "lora"
-    replaces: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        for name, value in _canonical(self).items():
-            object.__setattr__(self, name, value)
-        if found := _problems(self):
-            raise ConfigError("LoRA's settings cannot be used", problems=found)
+    title: ClassVar[str] = "a product of two thin factors beside each weight (arXiv 2106.09685)"
+    stacks: ClassVar[bool] = True
+    frozen: ClassVar[frozenset[str]] = frozenset({"A0", "B0"})
 
     @property
     def dropout(self) -> float:
@@ -83,7 +65,7 @@ class LoRA:
         """What multiplies the product of the factors."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    def at(self, path: str) -> LoRA:
+    def at(self, path: str) -> Self:
         rank = pattern_value(self.rank_pattern, path)
         alpha = pattern_value(self.alpha_pattern, path)
         return replace(
@@ -95,8 +77,8 @@ class LoRA:
         )
 
     def problems(self, layer: Layer) -> list[str]:
-        if layer.kind == "other":
-            return ["LoRA needs a linear, embedding, convolution or experts layer"]
+        if layer.kind in ("other", "block"):
+            return [f"{self.kind} needs a linear, embedding, convolution or experts layer"]
         smallest = min(layer.in_features * math.prod(layer.kernel_size), layer.out_features)
         found = []
         if self.r > smallest:
@@ -104,28 +86,61 @@ class LoRA:
         groups = layer.geometry.get("groups", 1)
         if self.r % groups:
             found.append(f"r={self.r} is not a multiple of the convolution's {groups} groups")
+        if self.init_lora_weights in DECOMPOSING and groups > 1:
+            found.append(f"the weight of a grouped convolution has no {self.init_lora_weights}")
         return found
 
     def start(self, layer: Layer, generator: torch.Generator) -> Tensors:
+        init = str(self.init_lora_weights)
+        if init in DECOMPOSING:
+            A, B = DECOMPOSING[init](as_matrix(layer.weight(), layer), self.r, self.scale)
+            shape_A, shape_B = _shapes(layer, self.r)
+            A, B = A.reshape(shape_A), B.reshape(shape_B)
+            return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
         shape_A, shape_B = _shapes(layer, self.r)
-        A, B = _INITS[str(self.init_lora_weights)](shape_A, shape_B, layer, generator)
+        A, B = _INITS[init](shape_A, shape_B, layer, generator)
         return {"A": A, "B": B}
 
-    def apply(self, x: Tensor, y: Tensor, tensors: Tensors, layer: Layer) -> Tensor:
+    def factors(self, tensors: Tensors, *, experts: bool = False) -> tuple[Tensor, Tensor]:
+        """The factors whose product is the update; of experts a stack of both.
+
+        Where the adapter began from parts of the weight, A0 and B0, their product is subtracted:
+        B A - B0 A0 = [B, B - B0] [A - A0; A0], which is exactly zero at the start.
+        """
         A, B = tensors["A"], tensors["B"]
+        if "A0" not in tensors:
+            return A, B
+        A0, B0 = tensors["A0"], tensors["B0"]
+        ranks = int(experts)  # the dimension of the ranks in A
+        return torch.cat([A - A0, A0], ranks), torch.cat([B, B - B0], ranks + 1)
+
+    def expanded(self) -> LoRA:
+        """The settings for which what `factors` gives is plain LoRA: twice the rank, same scale."""
+        more = math.sqrt(2) if self.use_rslora else 2
+        return LoRA(
+            **{f.name: getattr(self, f.name) for f in fields(self) if f.name not in _RANKS},
+            r=2 * self.r,
+            lora_alpha=self.lora_alpha * more,
+            rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: alpha * more for key, alpha in self.alpha_pattern.items()},
+        )
+
+    def apply(self, x: Tensor, y: Tensor, tensors: Tensors, layer: Layer) -> Tensor:
         if layer.kind == "linear":
             return lora_linear(x, y.clone(), [self.segment(tensors)])
+        A, B = self.factors(tensors)
         if layer.kind == "embedding":
             return lora_embedding(x, y, A, B, self.scale * layer.output_scale)
         return lora_conv(x, y, A, B, self.scale, layer.geometry)
 
     def segment(self, tensors: Tensors, start: int = 0, end: int | None = None) -> Segment:
         """The fast path of linear layers: these factors for rows `start` to `end`."""
-        return Segment(start, end, tensors["A"], tensors["B"], scale=self.scale)
+        A, B = self.factors(tensors)
+        return Segment(start, end, A, B, scale=self.scale)
 
     def delta(self, tensors: Tensors, layer: Layer) -> Tensor:
         """The update as a weight, in the shape of `Layer.weight` and the dtype of the factors."""
-        A, B = tensors["A"], tensors["B"]
+        A, B = self.factors(tensors, experts=layer.kind == "experts")
         if layer.kind == "embedding":
             return (B @ A).t() * self.scale
         if layer.kind in ("conv1d", "conv2d"):
@@ -139,50 +154,50 @@ class LoRA:
         tensors = {name: tensor.detach().to(wide) for name, tensor in tensors.items()}
         return (weight.to(wide) + self.delta(tensors, layer)).to(weight.dtype)
 
+    def _canonical(self) -> dict[str, Any]:
+        found = super()._canonical()
+        if isinstance(self.init_lora_weights, bool):  # PEFT's spelling of the two
+            found["init_lora_weights"] = "kaiming" if self.init_lora_weights else "random"
+        found["alpha_pattern"] = {key: whole(alpha) for key, alpha in self.alpha_pattern.items()}
+        return found
 
-def _canonical(given: LoRA) -> dict[str, Any]:
-    """One spelling for each value: settings from YAML, flags, Python and files are then equal."""
-    found: dict[str, Any] = {}
-    for name in ("exclude_modules", "modules_to_save", "target_modules", "layers_to_transform"):
-        value = getattr(given, name)
-        if isinstance(value, list | set | range):
-            found[name] = tuple(sorted(value) if isinstance(value, set) else value)
-        elif (isinstance(value, str) and name in ("exclude_modules", "modules_to_save")) or (
-            isinstance(value, int) and not isinstance(value, bool)
-        ):
-            found[name] = (value,)
-    if isinstance(given.init_lora_weights, bool):  # PEFT's spelling of the two
-        found["init_lora_weights"] = "kaiming" if given.init_lora_weights else "random"
-    found["lora_alpha"] = _whole(given.lora_alpha)
-    found["alpha_pattern"] = {key: _whole(alpha) for key, alpha in given.alpha_pattern.items()}
-    return found
-
-
-def _whole(number: Any) -> Any:
-    return int(number) if isinstance(number, float) and number.is_integer() else number
-
-
-def _problems(given: LoRA) -> list[str]:
-    found = numeric_problems(given, {"r": (1, 65536), "lora_dropout": (0.0, 0.99)})
-    if not isinstance(given.r, int):
-        found.append(f"r is {given.r!r}; it must be a whole number")
-    found += _scale_problems("lora_alpha", given.lora_alpha)
-    for key, rank in given.rank_pattern.items():
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            found.append(f"rank_pattern[{key!r}] is {rank!r}; it must be a whole number above 0")
-    for key, alpha in given.alpha_pattern.items():
-        found += _scale_problems(f"alpha_pattern[{key!r}]", alpha)
-    if given.init_lora_weights not in _INITS:
-        near = nearest(str(given.init_lora_weights), _INITS)
-        hint = f"did you mean {near}?" if near else f"there are {', '.join(_INITS)}"
-        found.append(f"init_lora_weights is {given.init_lora_weights!r}; {hint}")
-    return found
+    def _problems(self) -> list[str]:
+        found = rank_problems("r", self.r)
+        found += numeric_problems(self, {"lora_dropout": (0.0, 0.99)})
+        found += scale_problems("lora_alpha", self.lora_alpha)
+        for key, rank in self.rank_pattern.items():
+            found += rank_problems(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in self.alpha_pattern.items():
+            found += scale_problems(f"alpha_pattern[{key!r}]", alpha)
+        inits = [*_INITS, *DECOMPOSING]
+        if self.init_lora_weights not in inits:
+            near = nearest(str(self.init_lora_weights), inits)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(inits)}"
+            found.append(f"init_lora_weights is {self.init_lora_weights!r}; {hint}")
+        if self.init_lora_weights == "orthogonal" and isinstance(self.r, int) and self.r % 2:
+            found.append(f"init_lora_weights=orthogonal needs an even r, not {self.r}")
+        return found
 
 
-def _scale_problems(name: str, value: object) -> list[str]:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e4:
-        return [f"{name} is {value!r}; it must be more than 0 and at most 10,000"]
-    return []
+_RANKS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
+
+
+@dataclass(frozen=True)
+class LoRAFA(LoRA):
+    """LoRA with A frozen at its start (Zhang et al. 2023, arXiv 2308.03303).
+
+    Only B trains, so the layer's input need not be kept for the backward pass: just the product
+    with A, which is as narrow as the rank.
+    """
+
+    kind: ClassVar[str] = "lora-fa"
+    title: ClassVar[str] = "LoRA that trains B alone and keeps no inputs (arXiv 2308.03303)"
+    frozen: ClassVar[frozenset[str]] = frozenset({"A", "A0", "B0"})
+
+    def problems(self, layer: Layer) -> list[str]:
+        if layer.kind == "embedding":
+            return ["A of an embedding is zero at the start, and frozen it would stay so"]
+        return super().problems(layer)
 
 
 def _shapes(layer: Layer, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -203,8 +218,7 @@ def _kaiming(
     """A uniform within 1 / sqrt(fan in), which is Kaiming's rule with slope sqrt(5); B zero.
 
     An embedding has it the other way round: a row of A is one number per token of the vocabulary,
-        and must
-    be zero so that tokens never seen in training stay as they were.
+    and must be zero so that tokens never seen in training stay as they were.
     """
     if layer.kind == "embedding":
         return torch.zeros(shape_A), torch.randn(shape_B, generator=generator)
@@ -221,6 +235,23 @@ def _gaussian(
     return torch.randn(shape_A, generator=generator) / r, torch.zeros(shape_B)
 
 
+def _orthogonal(
+    shape_A: tuple, shape_B: tuple, layer: Layer, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Both factors filled, over halves of the ranks that are orthogonal, so that B A is zero.
+
+    PEFT turns the halves into each other by a random rotation of the ranks. Here the rotation is
+    the identity, so that the product is zero in every bit.
+    """
+    A = torch.randn(shape_A, generator=generator) / 10
+    B = torch.randn(shape_B, generator=generator) / 10
+    axis_A, axis_B = (1, 2) if layer.kind == "experts" else (0, 1)
+    half = shape_A[axis_A] // 2
+    A.narrow(axis_A, half, shape_A[axis_A] - half).zero_()
+    B.narrow(axis_B, 0, min(half, shape_B[axis_B])).zero_()
+    return A, B
+
+
 def _random(
     shape_A: tuple, shape_B: tuple, layer: Layer, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -234,5 +265,26 @@ def _random(
 _INITS: dict[str, Callable[[tuple, tuple, Layer, torch.Generator], tuple[Tensor, Tensor]]] = {
     "kaiming": _kaiming,
     "gaussian": _gaussian,
+    "orthogonal": _orthogonal,
     "random": _random,
 }
+
+
+def _pissa(matrix: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The largest singular vectors (Meng et al. 2024, arXiv 2404.02948, equations 2 and 3)."""
+    U, S, Vh = torch.linalg.svd(matrix.float(), full_matrices=False)
+    root = (S[..., :r] / scale).sqrt()
+    return root.unsqueeze(-1) * Vh[..., :r, :], U[..., :r] * root.unsqueeze(-2)
+
+
+def _olora(matrix: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The first columns and rows of a QR decomposition (Büyükakyüz 2024, arXiv 2406.01775)."""
+    Q, R = torch.linalg.qr(matrix.float())
+    return R[..., :r, :], Q[..., :r]
+
+
+DECOMPOSING: dict[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = {
+    "pissa": _pissa,
+    "olora": _olora,
+}
+"""Inits from parts of the weight: matrix (O, I), r, scale -> A, B."""

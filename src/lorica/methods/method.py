@@ -16,7 +16,11 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 """The tensors of one adapter at one place, by the method's own names ("A", "B", ...)."""
 
-LayerKind = Literal["linear", "embedding", "conv1d", "conv2d", "experts", "other"]
+LayerKind = Literal["linear", "embedding", "conv1d", "conv2d", "experts", "block", "other"]
+
+
+def _no_bias() -> None:  # no lambda: a layer is pickled with its model
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +29,9 @@ class Layer:
 
     Attributes:
         kind: what the layer computes. "experts" is a stack of linear layers in one 3-D parameter;
-            "other" is any module that owns parameters (a norm, say) and can only be copied.
+            "block" is a module around linear layers, such as a feed-forward, of whose input and
+            output alone the sizes are known; "other" is any module that owns parameters (a norm,
+            say) and can only be copied.
         in_features, out_features: sizes; for an embedding the vocabulary and the width; for a
             convolution the channels.
         weight: makes a plain copy of the weight in float32: (out, in), embedding (vocabulary,
@@ -36,6 +42,9 @@ class Layer:
         geometry: keyword arguments of a convolution (see `ops.lora.lora_conv`), else empty.
         output_scale: what the layer multiplies its output with (scaled embeddings), else 1.
         parameters: makes copies of all own parameters by name.
+        stored: the weight in the layout of `weight` without a copy, and in its own dtype. It is
+            the base's: read it, never write it.
+        bias_values: the base's bias (out,), likewise only to be read; None where there is none.
     """
 
     kind: LayerKind
@@ -48,6 +57,8 @@ class Layer:
     geometry: dict[str, Any] = field(default_factory=dict)
     output_scale: float = 1.0
     parameters: Callable[[], Tensors] = dict
+    stored: Callable[[], Tensor] = torch.Tensor
+    bias_values: Callable[[], Tensor | None] = _no_bias
 
     @property
     def shape(self) -> str:
@@ -63,6 +74,11 @@ class Method(Protocol):
     kind: ClassVar[str]
     replaces: ClassVar[bool]
     """Whether the adapted layer stands in for the base layer (a full copy) or adds to it."""
+    stacks: ClassVar[bool]
+    """Whether it is a product of two factors on linear layers, given by `segment`: then mixtures
+    and several adapters in one batch go through `ops.lora.lora_linear` together."""
+    frozen: ClassVar[frozenset[str]]
+    """Names of its tensors that do not train."""
 
     @property
     def dropout(self) -> float:
@@ -88,6 +104,13 @@ class Method(Protocol):
     def merged(self, weight: Tensor, tensors: Tensors, layer: Layer) -> Tensor | None:
         """The adapted weight in the dtype of `weight`; None where there is no such weight."""
         ...
+
+
+def setting(default: Any, text: str, **more: Any) -> Any:
+    """A field of a method's dataclass, with the line that help and documentation show."""
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"help": text}, **more)
+    return field(default=default, metadata={"help": text}, **more)
 
 
 def numeric_problems(settings: object, ranges: dict[str, tuple[float, float]]) -> list[str]:

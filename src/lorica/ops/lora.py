@@ -27,6 +27,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
+from lorica.ops.weight import padded
+
 
 @dataclass(frozen=True, eq=False)
 class Segment:
@@ -87,7 +89,9 @@ def _add_product(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Saves x (by reference, shared by all layers that read it), S, A, B; nothing as wide as y."""
+    """Saves x (by reference, shared by all layers that read it; not where A is frozen), S, A, B;
+    nothing as wide as y.
+    """
 
     @staticmethod
     def forward(
@@ -104,8 +108,9 @@ class _LoraLinear(torch.autograd.Function):
             _add_product(x_TI[a:b], y_TO[a:b], factors[2 * i], factors[2 * i + 1], scale, gates[i])
             for i, (a, b, scale) in enumerate(rows)
         ]
-        ctx.save_for_backward(x, *factors, *products, *gates)
-        ctx.rows = rows
+        keeps_x = any(ctx.needs_input_grad[4::2])  # only the gradients of A need the input
+        ctx.save_for_backward(x if keeps_x else None, *factors, *products, *gates)
+        ctx.rows, ctx.like_x = rows, (x.shape, x.dtype)
         return out
 
     @staticmethod
@@ -114,13 +119,14 @@ class _LoraLinear(torch.autograd.Function):
         n = len(ctx.rows)
         x, *saved = ctx.saved_tensors
         factors, products, gates = saved[: 2 * n], saved[2 * n : 3 * n], saved[3 * n :]
-        g_TO, x_TI = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        wants_x = ctx.needs_input_grad[0]
+        shape, dtype = ctx.like_x
+        g_TO = g.reshape(-1, g.shape[-1])
+        x_TI = None if x is None else x.reshape(-1, shape[-1])
         dx_TI = None
-        if wants_x:  # segments are disjoint: each writes its rows, and rows of none are zero
-            covered = sum(len(x_TI[a:b]) for a, b, _ in ctx.rows) == len(x_TI)
-            make = torch.empty_like if covered else torch.zeros_like
-            dx_TI = make(x_TI, dtype=g.dtype, memory_format=torch.contiguous_format)
+        if ctx.needs_input_grad[0]:  # segments are disjoint; rows of none are zero
+            covered = sum(len(g_TO[a:b]) for a, b, _ in ctx.rows) == len(g_TO)
+            make = torch.empty if covered else torch.zeros
+            dx_TI = make(len(g_TO), shape[-1], dtype=g.dtype, device=g.device)
         gradients: list[Tensor | None] = []
         for i, (a, b, scale) in enumerate(ctx.rows):
             A_RI, B_OR, S_TR, gate = factors[2 * i], factors[2 * i + 1], products[i], gates[i]
@@ -128,15 +134,17 @@ class _LoraLinear(torch.autograd.Function):
             wants_A, wants_B = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
             dS_TR = (g_seg @ B_OR.to(g.dtype)).to(g.dtype)
             dS_TR = dS_TR.mul_(scale) if gate is None else dS_TR.mul_(gate.to(g.dtype))
-            dA = (dS_TR.t() @ x_TI[a:b].to(g.dtype)).to(A_RI.dtype) if wants_A else None
-            dB = None
+            dA = dB = None
+            if wants_A:
+                assert x_TI is not None
+                dA = (dS_TR.t() @ x_TI[a:b].to(g.dtype)).to(A_RI.dtype)
             if wants_B:
                 dB_RO = S_TR.t() @ g_seg
                 dB = (dB_RO.mul_(scale) if gate is None else dB_RO).t().to(B_OR.dtype)
             if dx_TI is not None:
                 torch.mm(dS_TR, A_RI.to(g.dtype), out=dx_TI[a:b])
             gradients += [dA, dB]
-        dx = dx_TI.view(x.shape).to(x.dtype) if dx_TI is not None else None
+        dx = dx_TI.view(shape).to(dtype) if dx_TI is not None else None
         return dx, g, None, None, *gradients
 
 
@@ -169,9 +177,7 @@ def lora_conv(
         geometry: stride, padding, dilation, groups, padding_mode and the padding of that mode.
     """
     convolve = {3: F.conv1d, 4: F.conv2d}[A.dim()]
-    x, padding = x.to(y.dtype), geometry["padding"]
-    if geometry["padding_mode"] != "zeros":
-        x, padding = F.pad(x, geometry["padding_amounts"], mode=geometry["padding_mode"]), 0
+    x, padding = padded(x.to(y.dtype), geometry)
     S = convolve(
         x, A.to(y.dtype), stride=geometry["stride"], padding=padding, dilation=geometry["dilation"]
     )

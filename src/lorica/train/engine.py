@@ -31,7 +31,6 @@ from lorica.attach.site import Route, is_site, plates_of
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import NonFiniteError, TrainingError
-from lorica.methods.lora import LoRA
 from lorica.tasks.task import Task
 from lorica.train.optim import learning_rate, make_optimizer
 
@@ -48,7 +47,7 @@ class Trainee:
 
     def __init__(self, adapter: Adapter, settings: TrainSettings, total: int) -> None:
         self.adapter, self.settings, self.total, self.step = adapter, settings, total, 0
-        self.optimizer = make_optimizer(adapter.parameters(), settings)
+        self.optimizer = make_optimizer(adapter.named_parameters(), settings)
 
     @property
     def learning_rate(self) -> float:
@@ -147,13 +146,13 @@ class Engine:
         """Whether all adapters can go through one pass and still train to the same bits as alone.
 
         Not where a base layer or an adapter draws random numbers for the whole row, where the
-        output head is adapted (it sees labelled rows only), or where a method is not LoRA on linear
-        layers.
+        output head is adapted (it sees labelled rows only), or where a method does not stack on
+        linear layers.
         """
         if not self._shares:
             return False
         slots = [s for t in trainees for s in t.adapter.slots.values()]
-        plain = all(isinstance(s.method, LoRA) and not s.method.dropout for s in slots)
+        plain = all(s.method.stacks and not s.method.dropout for s in slots)
         linear = all(
             p.layer.kind == "linear"
             for m in self.model.modules()
@@ -259,7 +258,7 @@ def _clip(trainee: Trainee, total: _Totals) -> float:
 def _update(trainee: Trainee, total: _Totals, norm: float) -> StepResult:
     rate = trainee.learning_rate
     for group in trainee.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
     trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
     trainee.step += 1

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import torch
 from torch import nn
 
+from lorica.attach.attach import Adapter
 from lorica.base.load import base_of, digest_of_tensors
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
@@ -45,11 +46,21 @@ def identity(
         method = {"kind": adapter.method.kind, **asdict(adapter.method)}  # type: ignore[call-overload]
         found |= {f"{name}.{key}": _text(value) for key, value in method.items()}
         shapes = [f"{key} {tuple(p.shape)}" for key, p in adapter.named_parameters()]
+        shapes += [f"{key} {digest}" for key, digest in _frozen(adapter)]
         found[f"places of {name}"] = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
         found[f"records per step of {name}"] = _records_per_step(course)
         found[f"data of {name}"] = fingerprint(course.examples)
         found[f"evaluation data of {name}"] = fingerprint(course.held_out)
     return found
+
+
+def _frozen(adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Name and digest of what an adapter holds and does not train: made anew when a run goes on."""
+    for path, slot in adapter.slots.items():
+        for key, tensor in slot.tensors.items():
+            if not tensor.requires_grad:
+                data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                yield f"{path}.{key}", hashlib.sha256(data.tobytes()).hexdigest()
 
 
 def _records_per_step(course: Course) -> str:

@@ -19,7 +19,7 @@ from lorica.attach.attach import Adapter
 from lorica.base.load import base_of
 from lorica.config import TrainSettings
 from lorica.errors import Interrupted, LoricaError, NonFiniteError, TrainingError
-from lorica.files.peft import save_adapter
+from lorica.files.adapter import save_adapter
 from lorica.records.folder import RunFolder
 from lorica.records.write import Recorder, RunRecorder
 from lorica.tasks.task import Task, answering, device_of

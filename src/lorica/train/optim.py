@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.config import TrainSettings
+from lorica.errors import ConfigError
 
 
 def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
@@ -39,15 +40,33 @@ def num_warmup_steps(total: int, settings: TrainSettings) -> int:
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], settings: TrainSettings
+    named: Iterable[tuple[str, nn.Parameter]], settings: TrainSettings
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over one adapter's tensors.
 
     One tensor per parameter and one optimizer per adapter: then an adapter trains to the same bits
-    beside others as alone.
+    beside others as alone. With LoRA+ (Hayou et al. 2024, arXiv 2402.12354) the factors B are a
+    group of their own, whose "factor" multiplies the learning rate.
+
+    Args:
+        named: as `Adapter.named_parameters` gives them.
+
+    Raises:
+        ConfigError: loraplus_lr_ratio is set, and the adapter has no factor B.
     """
+    slow, fast = [], []
+    for name, parameter in named:
+        is_B = settings.loraplus_lr_ratio != 1 and name.endswith(".B")
+        (fast if is_B else slow).append(parameter)
+    if settings.loraplus_lr_ratio != 1 and not fast:
+        raise ConfigError(
+            f"loraplus_lr_ratio={settings.loraplus_lr_ratio} has no effect: this method has no B",
+            mend="take it out, or use a method with LoRA's factors",
+        )
+    groups = [{"params": slow, "factor": 1.0}] if slow else []
+    groups += [{"params": fast, "factor": settings.loraplus_lr_ratio}] if fast else []
     return torch.optim.AdamW(
-        list(parameters),
+        groups,
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,

@@ -1,0 +1,143 @@
+"""Where a selection of the base's own parameters sits: module by module, with the names in each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lorica.attach.probe import weight_read
+from lorica.attach.survey import Survey, layer_number, survey
+from lorica.attach.targets import spans, stack_of
+from lorica.errors import TargetError, nearest
+from lorica.methods.patterns import compiled
+from lorica.methods.selective import Selective
+
+
+@dataclass(eq=False)
+class Selection:
+    """What trains.
+
+    Attributes:
+        modules: path -> the module and the names of its parameters, in the order of the model.
+        reason: what was chosen, in words.
+    """
+
+    modules: dict[str, tuple[nn.Module, tuple[str, ...]]] = field(default_factory=dict)
+    reason: str = ""
+
+
+def select(model: nn.Module, method: Selective) -> Selection:
+    """The parameters that a selection names.
+
+    A weight that two modules share (a tied output layer) stays frozen: copies would part.
+
+    Raises:
+        TargetError: a name matches nothing, or nothing is left; all problems at once.
+    """
+    found, problems = survey(model), list[str]()
+    paths = set(found.modules)
+    if method.target_modules != "auto":
+        paths &= _held(found, method.target_modules, "target_modules", problems)
+    paths -= _held(found, method.exclude_modules, "exclude_modules", problems)
+    paths &= _in_layers(found, method, problems)
+    selection, seen, left = Selection(), set[int](), list[str]()
+    tied = _tied(model)
+    for path, module in found.modules.items():
+        own = {name: p for name, p in module._parameters.items() if p is not None}
+        names = tuple(name for name in own if _fits(module, name, method))
+        if path not in paths or not names or id(module) in seen:
+            continue
+        if any(id(own[name]) in tied for name in names) or _is_read(found, path):
+            left.append(path)
+            continue
+        seen.add(id(module))
+        selection.modules[path] = module, names
+    if not selection.modules and not problems:
+        problems.append(f"no module has parameters of the kind {method.parameters!r}")
+    if problems:
+        raise TargetError("the parameters cannot be selected", problems=problems)
+    selection.reason = _reason(method, selection, left)
+    return selection
+
+
+def _fits(module: nn.Module, name: str, method: Selective) -> bool:
+    if method.parameters == "bias":
+        return name.endswith("bias")
+    return method.parameters == "all" or "norm" in type(module).__name__.lower()
+
+
+def _is_read(found: Survey, path: str) -> bool:
+    """Whether other code reads the weight of this module: a copy would have no effect there."""
+    parent, _, last = path.rpartition(".")
+    return weight_read(found.modules.get(parent), last)
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Parameters that several modules hold."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {key for key, count in owners.items() if count > 1}
+
+
+def _held(
+    found: Survey, names: str | Collection[str], setting: str, problems: list[str]
+) -> set[str]:
+    """The modules that are named, and all that they hold."""
+    held = set[str]()
+    for name in [names] if isinstance(names, str) else names:
+        pattern = compiled(name)
+        heads = [path for path in found.modules if path and pattern.matches(path)]
+        if not heads:
+            near = nearest(name, {path.rpartition(".")[2] for path in found.modules})
+            hint = f"; did you mean {near!r}?" if near else ""
+            problems.append(f"{setting}: {name!r} matches nothing{hint}")
+        roots = tuple(f"{head}." for head in heads)
+        held |= {path for path in found.modules if path in heads or path.startswith(roots)}
+    return held
+
+
+def _in_layers(found: Survey, method: Selective, problems: list[str]) -> set[str]:
+    """The modules in the layers that are asked for; all where none are."""
+    numbers = {path: layer_number(path) for path in found.modules}
+    inside = {path: number for path, number in numbers.items() if number is not None}
+    if method.last_layers is not None:
+        return _last(found, inside, method.last_layers, problems)
+    if method.layers_to_transform is None:
+        return set(found.modules)
+    wanted, wrong = spans(method.layers_to_transform)
+    missing = sorted(wanted - set(inside.values()))
+    problems += wrong
+    problems += [f"layers_to_transform: there is no layer {number}" for number in missing]
+    return {path for path, number in inside.items() if number in wanted}
+
+
+def _last(found: Survey, inside: dict[str, int], k: int, problems: list[str]) -> set[str]:
+    """The last k layers of every stack, and what comes after all: norm, pooler, head."""
+    ends: dict[str, int] = {}
+    for path, number in inside.items():
+        stack = stack_of(path)
+        ends[stack] = max(number, ends.get(stack, 0))
+    too_few = [stack for stack, end in ends.items() if end + 1 < k]
+    problems += [f"last_layers={k}, but {stack} has {ends[stack] + 1}" for stack in too_few]
+    if not ends:
+        problems.append("last_layers: the model has no numbered layers")
+        return set()
+    order = list(found.modules)
+    after = set(order[max(order.index(path) for path in inside) + 1 :])
+    return after | {p for p, number in inside.items() if number > ends[stack_of(p)] - k}
+
+
+def _reason(method: Selective, selection: Selection, left: list[str]) -> str:
+    count = sum(len(names) for _, names in selection.modules.values())
+    text = f"{method.parameters}: {count} parameters of {len(selection.modules)} modules"
+    if method.last_layers:
+        text += f", the last {method.last_layers} layers and what follows"
+    if left:
+        shown = ", ".join(left[:3])
+        text += f"; {len(left)} stay frozen, being tied or read by other code ({shown})"
+    return text

@@ -1,0 +1,100 @@
+"""List the methods: what each is, where it is from, and its settings with their defaults.
+
+lorica methods shows all of them; lorica methods dora shows the settings of one.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Annotated, Any
+
+import typer
+
+_SHARED = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
+
+
+def command(
+    word: Annotated[
+        str | None, typer.Argument(metavar="[METHOD]", help="show the settings of this one")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="one JSON object on standard output")
+    ] = False,
+) -> None:
+    import json as jsonlib
+
+    found = [_facts(name) for name in _words(word)]
+    if json:
+        print(jsonlib.dumps(found[0] if word else {"methods": found}))
+    elif word:
+        print("\n".join(_page(found[0])))
+    else:
+        print("\n".join(_table(found)))
+
+
+def _words(word: str | None) -> list[str]:
+    from lorica.errors import ConfigError, nearest
+    from lorica.methods import WORDS
+
+    if word is None:
+        return list(WORDS)
+    if word not in WORDS:
+        near = nearest(word, WORDS)
+        raise ConfigError(
+            f"there is no method {word!r}",
+            expected=f"one of: {', '.join(WORDS)}",
+            mend=f"did you mean {near}?" if near else None,
+        )
+    return [word]
+
+
+def _facts(word: str) -> dict[str, Any]:
+    """What is known of one word, as JSON has it."""
+    from lorica.config import Preset
+    from lorica.config.settings import method_settings
+    from lorica.methods import WORDS
+
+    known: Any = WORDS[word]
+    method = known.method if isinstance(known, Preset) else known
+    settings = [
+        {"name": s.key, "default": _plain(s.default), "expected": s.expected, "help": s.help}
+        for s in method_settings(method.kind, method)
+    ]
+    stands_for = dict(known.values) if isinstance(known, Preset) else {}
+    return {
+        "method": word,
+        "title": known.title,
+        "kind": method.kind,
+        "stands_for": stands_for,
+        "settings": settings,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _table(found: list[dict[str, Any]]) -> list[str]:
+    from lorica.records.lines import aligned
+
+    rows = [["method", "what it trains"], *([one["method"], one["title"]] for one in found)]
+    return [
+        *aligned(rows, left=rows[0]),
+        "",
+        "lorica train --method METHOD ...     or, in YAML,     method: METHOD",
+        "lorica methods METHOD                shows its settings",
+    ]
+
+
+def _page(one: dict[str, Any]) -> list[str]:
+    from lorica.config.text import yaml_text
+
+    lines = [f"{one['method']}: {one['title']}"]
+    if one["stands_for"]:
+        values = ", ".join(f"{key}: {yaml_text(v)}" for key, v in one["stands_for"].items())
+        lines.append(f"the same as method: {one['kind']} with {values}")
+    own = [setting for setting in one["settings"] if setting["name"] not in _SHARED]
+    for setting in [*own, *(s for s in one["settings"] if s["name"] in _SHARED)]:
+        lines += ["", f"{setting['name']}: {yaml_text(setting['default'])}"]
+        lines += textwrap.wrap(setting["help"], 76, initial_indent="    ", subsequent_indent="    ")
+    return lines

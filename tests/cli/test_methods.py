@@ -1,0 +1,91 @@
+"""`lorica methods`, and the names of methods in settings."""
+
+import json
+
+import pytest
+
+from lorica.config import resolve
+from lorica.errors import ConfigError
+from lorica.methods import METHODS, PRESETS, WORDS, DoRA, LoRA
+
+NEEDED = {"model": "m", "data": "d.jsonl"}
+
+
+def test_every_method_is_listed_with_its_paper(lorica):
+    done = lorica("methods")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    for word, known in WORDS.items():
+        line = next(line for line in lines if line.split()[:1] == [word])
+        assert known.title in line and ("arXiv" in line or "20" in line)
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_one_method_shows_its_settings(lorica, word):
+    done = lorica("methods", word)
+    assert done.code == 0, done.err
+    found = lorica("methods", word, "--json").rows[0]
+    assert found["method"] == word and found["kind"] in METHODS
+    for setting in found["settings"]:
+        assert f"\n{setting['name']}: " in done.out and setting["help"]
+
+
+def test_an_unknown_method_gets_the_nearest(lorica):
+    done = lorica("methods", "doraa")
+    assert done.code == 2 and "did you mean dora?" in done.err
+    assert len(json.loads(lorica("methods", "--json").out)["methods"]) == len(WORDS)
+
+
+@pytest.mark.parametrize("word", PRESETS)
+def test_a_preset_is_the_settings_it_stands_for(word):
+    found = resolve(("run.yaml", {**NEEDED, "method": word}), methods=WORDS)
+    assert found.run.method == PRESETS[word].method.kind
+    for key, value in PRESETS[word].values.items():
+        assert found.values[key] == value and f"method: {word}" in found.origins[key]
+    again = resolve(("config.yaml", found.values), methods=WORDS)
+    assert again.values == found.values
+
+
+def test_what_contradicts_a_preset_is_refused():
+    with pytest.raises(ConfigError, match="init_lora_weights=kaiming contradicts method=pissa"):
+        resolve(
+            ("run.yaml", {**NEEDED, "method": "pissa", "init_lora_weights": "kaiming"}),
+            methods=WORDS,
+        )
+    found = resolve(
+        ("run.yaml", {**NEEDED, "method": "lora-plus", "loraplus_lr_ratio": 8}), methods=WORDS
+    )
+    assert found.train.loraplus_lr_ratio == 8
+
+
+def test_options_of_other_methods_are_refused():
+    assert resolve(("a", {**NEEDED, "method": "dora", "r": 2}), methods=WORDS).method == DoRA(r=2)
+    assert resolve(("a", {**NEEDED, "r": 2}), methods=WORDS).method == LoRA(r=2)
+    with pytest.raises(ConfigError, match="d_initial has no effect with the method lora"):
+        resolve(("a", {**NEEDED, "d_initial": 0.2}), methods=WORDS)
+
+
+TRAINABLE = {
+    **{word: [] for word in METHODS},
+    "vera": ["--r", "8"],
+    "hira": ["--r", "4"],
+    "bitfit": [],
+    "pissa": [],
+}
+
+
+@pytest.mark.parametrize("word", TRAINABLE)
+def test_every_method_trains_saves_and_is_read_back(lorica, stock, quick, word):
+    base, data = ("bert", "classes.csv") if word == "bitfit" else ("llama", "pairs.jsonl")
+    flags = dict(zip(quick[::2], quick[1::2], strict=True))
+    for flag in ("--r", *(["--max-new-tokens"] if word == "bitfit" else [])):
+        del flags[flag]
+    words = [*(part for pair in flags.items() for part in pair), *TRAINABLE[word]]
+    given = ["--model", stock / base, "--data", stock / data, "--method", word]
+    done = lorica("train", *given, *words, "--output-dir", "run", "--quiet")
+    assert done.code == 0, done.err
+    judged = lorica("eval", "run", "--data", stock / data, "--limit", "4", "--metrics", "loss")
+    assert judged.code == 0, judged.err
+    again = lorica("train", "--resume", "run")
+    assert again.code == 0 and "is finished" in again.out

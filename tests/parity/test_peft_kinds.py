@@ -1,0 +1,220 @@
+"""Methods beside LoRA between Lorica and the real PEFT: the same outputs, gradients and files."""
+
+import json
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from architectures import ARCHITECTURES
+from lorica.attach.activate import activate
+from lorica.attach.attach import attach
+from lorica.errors import AdapterFileError
+from lorica.files.adapter import load_adapter, save_adapter
+from lorica.files.peft_config import OTHER_KINDS
+from lorica.files.peft_kinds import KINDS
+from lorica.methods import IA3, DoRA, HiRA, LoHa, LoKr, LoRA, VeRA
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed file.*adapter_config:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning:peft"),
+]
+
+BOTH = ["q_proj", "down_proj"]
+CASES: dict[str, tuple[str, Any, Any]] = {
+    "dora": (
+        "llama",
+        DoRA(r=4, lora_alpha=6, target_modules=BOTH),
+        peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=BOTH),
+    ),
+    "dora-gpt2": (
+        "gpt2",
+        DoRA(r=4, target_modules=("c_attn",)),
+        peft.LoraConfig(r=4, lora_alpha=16, use_dora=True, target_modules=["c_attn"]),
+    ),
+    "orthogonal": (
+        "llama",
+        LoRA(r=4, target_modules=BOTH, init_lora_weights="orthogonal"),
+        peft.LoraConfig(r=4, lora_alpha=16, target_modules=BOTH, init_lora_weights="orthogonal"),
+    ),
+    "vera": (
+        "llama",
+        VeRA(r=16, target_modules=BOTH, projection_prng_key=5, d_initial=0.3),
+        peft.VeraConfig(r=16, target_modules=BOTH, projection_prng_key=5, d_initial=0.3),
+    ),
+    "vera-gpt2": (
+        "gpt2",
+        VeRA(r=16, target_modules=("c_attn",)),
+        peft.VeraConfig(r=16, target_modules=["c_attn"]),
+    ),
+    "loha": (
+        "llama",
+        LoHa(r=4, lora_alpha=6, target_modules=BOTH),
+        peft.LoHaConfig(r=4, alpha=6, target_modules=BOTH),
+    ),
+    "lokr": (
+        "llama",
+        LoKr(r=1, lora_alpha=3, target_modules=BOTH, decompose_both=True),
+        peft.LoKrConfig(r=1, alpha=3, target_modules=BOTH, decompose_both=True),
+    ),
+    "lokr-whole": (
+        "bert",
+        LoKr(r=16, lora_alpha=3, target_modules=("query",), decompose_factor=4),
+        peft.LoKrConfig(r=16, alpha=3, target_modules=["query"], decompose_factor=4),
+    ),
+    "lokr-conv": (
+        "wav2vec2",
+        LoKr(r=2, target_modules=("conv",)),
+        peft.LoKrConfig(r=2, alpha=16, target_modules=["conv"]),
+    ),
+    "loha-conv": (
+        "wav2vec2",
+        LoHa(r=1, target_modules=("conv",)),
+        peft.LoHaConfig(r=1, alpha=16, target_modules=["conv"]),
+    ),
+    "hira": (
+        "llama",
+        HiRA(r=4, target_modules=BOTH),
+        peft.HiraConfig(r=4, target_modules=BOTH),
+    ),
+    "ia3": (
+        "bert",
+        IA3(target_modules=("key", "intermediate.dense"), feedforward_modules=("dense",)),
+        peft.IA3Config(
+            target_modules=["key", "intermediate.dense"], feedforward_modules=["intermediate.dense"]
+        ),
+    ),
+}
+every = pytest.mark.parametrize("case", CASES)
+
+
+def stir(parameters: Any) -> None:
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+
+
+def logits(name: str, model: nn.Module, core: nn.Module) -> Tensor:
+    arch = ARCHITECTURES[name]
+    return arch.logits(model(**arch.sample(core, 2, 7)))
+
+
+def same(one: Tensor, other: Tensor) -> None:
+    error = (one - other).abs().max().item()
+    assert error <= 1e-5 * max(1.0, one.abs().max().item()), error
+
+
+@every
+def test_theirs_read_by_us_and_written_again(case, tmp_path):
+    name, _, config = CASES[case]
+    base = ARCHITECTURES[name].build()
+    theirs = peft.get_peft_model(base, config).eval()
+    stir(p for p in theirs.parameters() if p.requires_grad)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    expected = logits(name, theirs, base)
+    model = ARCHITECTURES[name].build()
+    adapter = load_adapter(model, tmp_path / "theirs", name="a")
+    with activate(model, "a"):
+        actual = logits(name, model, model)
+    same(actual, expected)
+    same_gradients(adapter, actual, theirs, expected)
+    save_adapter(adapter, tmp_path / "ours")
+    again = ARCHITECTURES[name].build()
+    back = peft.PeftModel.from_pretrained(again, str(tmp_path / "ours")).eval()
+    same(logits(name, back, again), expected)
+
+
+def same_gradients(adapter: Any, actual: Tensor, theirs: nn.Module, expected: Tensor) -> None:
+    """The same set of gradients, whatever their names and shapes."""
+    actual.square().sum().backward()
+    expected.square().sum().backward()
+    ours = [p.grad for p in adapter.parameters()]
+    their = [p.grad for p in theirs.parameters() if p.requires_grad]
+    assert all(g is not None for g in ours) and len(ours) == len(their)
+    one = sorted(float(g.double().norm()) for g in ours)  # type: ignore[union-attr]
+    other = sorted(float(g.double().norm()) for g in their)  # type: ignore[union-attr]
+    for a, b in zip(one, other, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4 * other[-1])
+
+
+@every
+def test_ours_read_by_them(case, tmp_path):
+    name, method, _ = CASES[case]
+    model = ARCHITECTURES[name].build()
+    adapter = attach(model, method, name="a")
+    stir(adapter.parameters())
+    with torch.no_grad(), activate(model, "a"):
+        expected = logits(name, model, model)
+    with torch.no_grad(), activate(model, None):
+        assert (expected - logits(name, model, model)).abs().max() > 1e-3
+    save_adapter(adapter, tmp_path / "ours")
+    base = ARCHITECTURES[name].build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")).eval()
+    with torch.no_grad():
+        same(logits(name, theirs, base), expected)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_began_from_the_weight_is_plain_lora_of_twice_the_rank(init, rslora, tmp_path):
+    model = ARCHITECTURES["llama"].build()
+    method = LoRA(r=3, use_rslora=rslora, target_modules=BOTH, init_lora_weights=init)
+    adapter = attach(model, method, name="a")
+    stir(adapter.parameters())
+    with torch.no_grad(), activate(model, "a"):
+        expected = logits("llama", model, model)
+    save_adapter(adapter, tmp_path / "ours")
+    base = ARCHITECTURES["llama"].build()
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")).eval()
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["r"] == 6
+    with torch.no_grad():
+        same(logits("llama", theirs, base), expected)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_start_is_that_of_peft(init):
+    """PEFT's A and B are ours; only that it takes their product out of the base, and we do not."""
+    ours = attach(
+        ARCHITECTURES["llama"].build(),
+        LoRA(r=3, lora_alpha=6, target_modules=("q_proj",), init_lora_weights=init),
+    )
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=init)
+    theirs = peft.get_peft_model(ARCHITECTURES["llama"].build(), config)
+    for path, slot in ours.slots.items():
+        layer = theirs.get_submodule(f"base_model.model.{path}")
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(slot.tensors["B"] @ slot.tensors["A"], B @ A)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"use_effective_conv2d": True}, "use_effective_conv2d"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"rr": 3}, "did the writer mean r"),
+        ({"r": "x"}, "r is 'x'"),
+        ({"r": 5}, "this base needs"),
+        ({"target_modules": ["q_proj", "up_proj"]}, "up_proj: its tensors are missing"),
+        ({"target_modules": ["q_proj"]}, "does not name this place"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, word, tmp_path):
+    name, method, _ = CASES["loha"]
+    adapter = attach(ARCHITECTURES[name].build(), method, name="a")
+    save_adapter(adapter, tmp_path / "x")
+    path = tmp_path / "x/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(AdapterFileError, match=word):
+        load_adapter(ARCHITECTURES[name].build(), tmp_path / "x")
+
+
+def test_the_kinds_that_are_read_are_told():
+    assert tuple(KINDS) == OTHER_KINDS
