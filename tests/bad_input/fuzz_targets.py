@@ -27,7 +27,7 @@ from lorica.config import load_yaml, resolve
 from lorica.data.read import read, read_splits
 from lorica.data.template import ChatTemplate
 from lorica.errors import LoricaError
-from lorica.files.peft import CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter
+from lorica.files.adapter import CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter
 from lorica.methods import METHODS
 from lorica.methods.lora import LoRA
 from lorica.records.read import read_run
