@@ -11,6 +11,7 @@ import transformers as hf
 
 from lorica.attach.activate import activate
 from lorica.base.load import load_model
+from lorica.cli import main
 from lorica.cli.dialogue import Dialogue
 from lorica.files.peft import load_adapter
 
@@ -58,6 +59,50 @@ def test_eval_of_a_base(lorica, stock):
 def test_eval_refuses(lorica, stock, words, said):
     done = lorica("eval", stock / "llama", "--data", stock / "other.jsonl", *words)
     assert done.code == 2 and said in done.err
+
+
+SHORT = ["--max-steps", "4", "--batch-size", "8", "--learning-rate", "1e-2", "--r", "2"]
+
+
+@pytest.fixture(scope="module")
+def classifying_run(stock, tmp_path_factory):
+    """A run on classes that is only read."""
+    folder = tmp_path_factory.mktemp("runs") / "classes"
+    words = ["train", "--model", stock / "bert", "--data", stock / "classes.csv", *SHORT]
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in [*words, "--output-dir", folder, "--quiet"]])
+    assert ended.value.code == 0
+    return folder
+
+
+def test_eval_on_records_of_one_class(lorica, classifying_run, stock):
+    """The run knows its classes; the records need not show them all."""
+    lines = (stock / "classes.csv").read_text().splitlines()
+    kept = [line for line in lines[1:] if line.endswith(",cat")]
+    Path("cats.csv").write_text("\n".join([lines[0], *kept]))
+    done = lorica("eval", classifying_run, "--data", "cats.csv", "--json")
+    assert done.code == 0, done.err
+    assert done.rows[0]["num_records"] == len(kept)
+    bare = lorica("eval", stock / "bert", "--data", "cats.csv")
+    assert bare.code == 2 and "the same label 'cat'" in bare.err
+
+
+def test_eval_and_train_agree_on_a_base_with_classes_in_its_own_order(
+    lorica, classifying_run, stock
+):
+    """Data sorts its classes by name; a base that has them the other way round is scored alike."""
+    assert lorica("merge", classifying_run, "--output-dir", "base").code == 0
+    config = json.loads(Path("base/config.json").read_text())
+    config |= {"id2label": {"0": "Other", "1": "Cat"}, "label2id": {"Other": 0, "Cat": 1}}
+    Path("base/config.json").write_text(json.dumps(config))
+    data = ["--data", stock / "classes.csv"]
+    more = ["--test-data", stock / "classes.csv", "--eval-records", "64", "--metrics", "accuracy"]
+    trained = lorica("train", "--model", "base", *data, *SHORT, *more, "--output-dir", "run")
+    assert trained.code == 0, trained.err
+    scores = json.loads(Path("run/run.json").read_text())["scores"]["accuracy"]
+    alone = lorica("eval", "base", *data, "--json", "--metrics", "accuracy")
+    assert alone.rows[0]["scores"]["accuracy"]["value"] == scores["base"]
+    assert "the classes keep the order of the model: other, cat" in trained.out
 
 
 def test_chat_by_prompt(lorica, finished_run, stock):

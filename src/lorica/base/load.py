@@ -17,6 +17,7 @@ from torch import nn
 from transformers.utils.hub import cached_file
 
 from lorica.base.ending import end_token_note, set_end_token
+from lorica.base.labels import Classes, output_tensors, restart, set_labels
 from lorica.errors import BaseModelError, LoricaError, nearest
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -84,8 +85,9 @@ def load_model(
         task: one of `AUTO_CLASSES`.
         dtype: of the frozen weights: "float32", "bfloat16", "float16", or "auto": bfloat16 where
             the processor multiplies it natively, else float32; "as-stored": as the files have it.
-        labels: names of the classes of a classification; the model gets a head of that size, a new
-            one where that of the files has another.
+        labels: names of the classes of a classification. The head of the files is kept where it has
+            as many classes and their names are these (in its own order), numbers, or no names;
+            otherwise the model gets a new one.
         trust_remote_code: run Python code that comes with the model. Never on by itself.
         device: "cpu", "cuda", ..., or "auto": the first GPU where there is one.
         eos_token: end texts with this token instead of the tokenizer's own end token.
@@ -104,8 +106,9 @@ def load_model(
     base = Base(str(name), task, digest="")
     with _reading(name, task), _seeded(seed):
         config = transformers.AutoConfig.from_pretrained(path, **options)
-        base.labels = _set_labels(config, task, labels, base.notes)
-        model, info = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
+        auto_class = getattr(transformers, AUTO_CLASSES[task])
+        classes = set_labels(config, labels) if task == "text-classification" else Classes(())
+        model, info = auto_class.from_pretrained(
             path,
             config=config,
             dtype=choose_dtype(dtype, target),
@@ -114,6 +117,12 @@ def load_model(
             output_loading_info=True,
             **options,
         )
+        if classes.contradict:
+            foreign = output_tensors(config, auto_class)
+            restart(model, foreign)
+            info["missing_keys"] = {*info["missing_keys"], *foreign}
+    base.labels = classes.names
+    base.notes += [classes.note] if classes.note else []
     base.tokenizer = load_tokenizer(name, task=task, eos_token=eos_token, **options)
     if eos_token is not None:
         set_end_token(model, base.tokenizer, eos_token)
@@ -182,8 +191,7 @@ def empty_model(
     with _reading(name, task):
         config = transformers.AutoConfig.from_pretrained(path, revision=revision, **options)
         if labels:
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {label: i for i, label in enumerate(labels)}
+            set_labels(config, labels)
         if change is not None:
             change(config)
         if dtype is not None:
@@ -192,10 +200,23 @@ def empty_model(
             return getattr(transformers, AUTO_CLASSES[task]).from_config(config, **options)
 
 
-def missing_heads(name: str | Path, model: nn.Module, *, revision: str = "main") -> tuple[str, ...]:
+def missing_heads(
+    name: str | Path,
+    model: nn.Module,
+    *,
+    labels: tuple[str, ...] = (),
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> tuple[str, ...]:
     """The modules of a classification's head for which the weight files have nothing that fits, as
-    the headers of the files say: what `load_model` would start at random.
+    the headers of the files say: what `load_model` would start at random with these labels.
     """
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    foreign: set[str] = set()
+    with _reading(name, "text-classification"):
+        config = transformers.AutoConfig.from_pretrained(_located(name), **options)
+        if labels and set_labels(config, labels).contradict:
+            foreign = output_tensors(config, transformers.AutoModelForSequenceClassification)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(name, revision=revision):
         with safe_open(file, framework="pt") as stored:
@@ -207,8 +228,11 @@ def missing_heads(name: str | Path, model: nn.Module, *, revision: str = "main")
                 _head_of(key)
                 for key, tensor in model.state_dict().items()
                 if _HEADS & set(key.split("."))
-                and tuple(tensor.shape)
-                not in (shapes.get(key), shapes.get(key.removeprefix(prefix)))
+                and (
+                    key in foreign
+                    or tuple(tensor.shape)
+                    not in (shapes.get(key), shapes.get(key.removeprefix(prefix)))
+                )
             }
         )
     )
@@ -414,26 +438,3 @@ def _head_of(key: str) -> str:
     """The path down to the module of the head that a tensor belongs to."""
     words = key.split(".")
     return ".".join(words[: next(i for i, word in enumerate(words) if word in _HEADS) + 1])
-
-
-def _set_labels(
-    config: Any, task: str, labels: tuple[str, ...], notes: list[str]
-) -> tuple[str, ...]:
-    """Write the classes that are wanted into the config; those that the model will have."""
-    if task != "text-classification":
-        return ()
-    own = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    if not labels:
-        if len(own) < 2:
-            raise BaseModelError(
-                "the model has a single output: a regression, not a classification",
-                mend="name the classes with labels=",
-            )
-        return own
-    named = any(name != f"LABEL_{i}" for i, name in enumerate(own))
-    if named and len(own) == len(labels) and own != tuple(labels):
-        pairs = ", ".join(f"{old} -> {new}" for old, new in zip(own, labels, strict=True))
-        notes.append(f"the classes of the model are taken for those of the data: {pairs}")
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: i for i, label in enumerate(labels)}
-    return tuple(labels)

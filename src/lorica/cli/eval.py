@@ -102,7 +102,7 @@ def command(
             task=task,
             dtype=dtype,
             max_new_tokens=max_new_tokens,
-            labels=class_names(records),
+            labels=lambda: class_names(records),
         )
     check_format(records, opened.task.kind)
     chosen, why = for_scoring(with_system(records, opened.system), limit, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def open_subject(
     task: str = "auto",
     dtype: str = "auto",
     max_new_tokens: int = 128,
-    labels: tuple[str, ...] = (),
+    labels: Callable[[], tuple[str, ...]] = tuple,
 ) -> Subject:
     """Open a run, an adapter or a base.
 
@@ -57,7 +58,7 @@ def open_subject(
         path: a run folder, an adapter folder, or a base: a folder or a hub id.
         base: for an adapter, another place of its base.
         task: of a bare base; auto: as its config suggests. An adapter knows its own.
-        labels: names of the classes of a bare base that has none.
+        labels: asked for the names of the classes where neither adapter nor base has any.
 
     Raises:
         AdapterFileError, BaseModelError: what is there cannot be opened.
@@ -68,7 +69,7 @@ def open_subject(
             raise ConfigError(f"--model goes with an adapter, but {path} is none")
         kind = checked_kind(task, path)
         named = kind != "text-classification" or names_classes(path)
-        model = load_model(path, task=kind, dtype=dtype, labels=() if named else labels)
+        model = load_model(path, task=kind, dtype=dtype, labels=() if named else labels())
         return Subject(path, model, None, _task(model, {}, max_new_tokens))
     facts = adapter_facts(folder)
     asked, known = (_object(facts.get(key)) for key in ("task", "base"))
