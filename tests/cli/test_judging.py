@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -103,6 +104,38 @@ def test_eval_and_train_agree_on_a_base_with_classes_in_its_own_order(
     alone = lorica("eval", "base", *data, "--json", "--metrics", "accuracy")
     assert alone.rows[0]["scores"]["accuracy"]["value"] == scores["base"]
     assert "the classes keep the order of the model: other, cat" in trained.out
+
+
+def test_a_run_with_relative_paths_is_good_from_everywhere(lorica, stock, monkeypatch, tmp_path):
+    shutil.copytree(stock / "llama", "base")
+    shutil.copy(stock / "pairs.jsonl", "pairs.jsonl")
+    words = ["--model", "base", "--data", "pairs.jsonl", *SHORT, "--max-new-tokens", "4"]
+    run = tmp_path / "run"
+    assert lorica("train", *words, "--output-dir", run, "--eval-records", "4").code == 0
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert lorica("chat", run, "--prompt", "cat red 1", "--max-new-tokens", "2").code == 0
+    state = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**state, "status": "interrupted"}))
+    again = lorica("train", "--resume", run)
+    assert again.code == 0, again.err
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    gone = lorica("chat", run, "--prompt", "cat red 1")
+    assert gone.code == 2 and "which cannot be loaded" in gone.err and "--model" in gone.err
+    found = lorica("chat", run, "--prompt", "cat", "--model", "../moved", "--max-new-tokens", "2")
+    assert found.code == 0
+
+
+def test_a_base_recorded_by_a_relative_path_is_told_as_such(lorica, finished_run):
+    shutil.copytree(finished_run / "adapter", "adapter")
+    facts = json.loads(Path("adapter/lorica.json").read_text())
+    facts["base"]["name"] = "bases/llama"
+    Path("adapter/lorica.json").write_text(json.dumps(facts))
+    told = lorica("chat", "adapter", "--prompt", "cat")
+    assert told.code == 2 and "a path relative to where it was trained" in told.err
 
 
 def test_chat_by_prompt(lorica, finished_run, stock):

@@ -38,7 +38,7 @@ class Base:
     """What is known of a base model that Lorica loaded; kept with the model.
 
     Attributes:
-        name: folder or hub id, as given.
+        name: hub id as given, or the absolute path of the folder: adapters record it.
         task: what it was loaded for.
         digest: SHA-256 over the weight files.
         tokenizer: as transformers loads it, padding on the right.
@@ -103,7 +103,7 @@ def load_model(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    base = Base(str(name), task, digest="")
+    base = Base(_lasting(name, path), task, digest="")
     with _reading(name, task), _seeded(seed):
         config = transformers.AutoConfig.from_pretrained(path, **options)
         auto_class = getattr(transformers, AUTO_CLASSES[task])
@@ -249,6 +249,14 @@ def _located(name: str | Path) -> str | Path:
     if str(name) == "embedded":
         return EMBEDDED
     return Path(name).expanduser() if str(name).startswith("~") else name
+
+
+def _lasting(name: str | Path, path: str | Path) -> str:
+    """What names the base from everywhere: a relative path would be another folder elsewhere, or
+    even a stranger's model on the hub.
+    """
+    folder = Path(path)
+    return str(folder.absolute()) if path is not EMBEDDED and folder.is_dir() else str(name)
 
 
 @torch.no_grad()

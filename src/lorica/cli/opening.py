@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lorica.attach.attach import Adapter
 from lorica.base.load import base_of, load_model
 from lorica.cli.kinds import checked_kind, names_classes
 from lorica.config import load_yaml
-from lorica.errors import AdapterFileError, ConfigError
+from lorica.errors import AdapterFileError, BaseModelError, ConfigError
 from lorica.files.peft import load_adapter
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task
@@ -74,14 +75,15 @@ def open_subject(
     facts = adapter_facts(folder)
     asked, known = (_object(facts.get(key)) for key in ("task", "base"))
     name = base or known.get("name") or _configured_base(folder)
-    kind = asked.get("kind") or known.get("task") or checked_kind(task, name)
-    model = load_model(
-        name,
-        task=kind,
-        dtype=dtype,
-        labels=tuple(asked.get("labels", ())),
-        eos_token=asked.get("eos_token"),
-    )
+    with _recorded(name, folder) if base is None else nullcontext():
+        kind = asked.get("kind") or known.get("task") or checked_kind(task, name)
+        model = load_model(
+            name,
+            task=kind,
+            dtype=dtype,
+            labels=tuple(asked.get("labels", ())),
+            eos_token=asked.get("eos_token"),
+        )
     _take_template(model, folder)
     adapter = load_adapter(model, folder)
     activate(model, adapter)
@@ -135,6 +137,22 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+@contextmanager
+def _recorded(name: str, folder: Path) -> Iterator[None]:
+    """Say where the name of a base that cannot be loaded comes from, and how to name another."""
+    try:
+        yield
+    except BaseModelError as error:
+        relative = not Path(name).is_absolute() and not Path(name).is_dir()
+        how = ", a hub id or a path relative to where it was trained," if relative else ""
+        raise BaseModelError(
+            f"{folder} was trained on the base {name!r}{how} which cannot be loaded",
+            problems=[error.what, *error.problems],
+            expected="the base of the adapter",
+            mend="name the folder of the base, or its hub id, with --model",
+        ) from error
 
 
 def _take_template(model: nn.Module, folder: Path) -> None:

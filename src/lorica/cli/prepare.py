@@ -104,6 +104,18 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     return Prepared(settings, material, model, adapter, task, examples, held_out, metrics, memory)
 
 
+def anchored(settings: Resolved) -> Resolved:
+    """The settings with the paths of files that are here made absolute: what a run folder records
+    must be good from every directory.
+    """
+    found = {}
+    for key in ("model", "data", "eval_data", "test_data", "chat_template"):
+        value = getattr(settings.run, key)
+        if value not in (None, "embedded") and (path := Path(value).expanduser()).exists():
+            found[key] = str(path.absolute())
+    return replace(settings, run=settings.run.model_copy(update=found))
+
+
 def foresee(
     settings: Resolved, material: Material, kind: str, voice: Voice, *, ignore_memory: bool
 ) -> Forecast | None:

@@ -21,7 +21,7 @@ import torch
 from lorica import __version__
 from lorica.cli.judge import predictions, samples, tell_of_chance
 from lorica.cli.manifest import manifest, marked
-from lorica.cli.prepare import ADAPTER, Prepared, own_template, prepare
+from lorica.cli.prepare import ADAPTER, Prepared, anchored, own_template, prepare
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.errors import ConfigError, Interrupted, LoricaError
@@ -79,6 +79,7 @@ def execute(
             if settings.run.threads:
                 torch.set_num_threads(settings.run.threads)
             prepared = prepare(settings, voice, ignore_memory=ignore_memory)
+            prepared.settings = anchored(prepared.settings)
             if prepared.task.kind == "causal-lm":
                 shown = _example(prepared)
                 voice.say(f"the first of them, with what is trained in brackets: {shown}")
