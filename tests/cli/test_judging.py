@@ -14,6 +14,7 @@ from lorica.attach.activate import activate
 from lorica.base.load import load_model
 from lorica.cli import main
 from lorica.cli.dialogue import Dialogue
+from lorica.cli.opening import open_subject
 from lorica.files.peft import load_adapter
 
 
@@ -136,6 +137,34 @@ def test_a_base_recorded_by_a_relative_path_is_told_as_such(lorica, finished_run
     Path("adapter/lorica.json").write_text(json.dumps(facts))
     told = lorica("chat", "adapter", "--prompt", "cat")
     assert told.code == 2 and "a path relative to where it was trained" in told.err
+
+
+def test_a_model_is_asked_alike_bare_merged_and_with_its_adapter(lorica, finished_run, stock):
+    """What parts prompt and completion is part of the question: here a line break."""
+    data = ["--data", stock / "other.jsonl", "--metrics", "loss", "--json"]
+    beside = lorica("eval", finished_run, *data).rows[0]["scores"]["loss"]
+    bare = lorica("eval", stock / "llama", *data).rows[0]["scores"]["loss"]
+    assert bare["value"] == pytest.approx(beside["base"], rel=1e-6)
+    said = lorica("eval", stock / "llama", *data[:-1])
+    assert "separator: '\\n', as in a training on these records" in said.err
+    assert lorica("merge", finished_run, "--output-dir", "merged").code == 0
+    merged = lorica("eval", "merged", *data).rows[0]["scores"]["loss"]
+    assert merged["value"] == pytest.approx(beside["tuned"], rel=1e-4)
+    opened = open_subject("merged")
+    own = open_subject(str(finished_run))
+    assert opened.task.facts() == own.task.facts() and own.task.facts()["separator"] == "\n"
+    assert (opened.format, own.format) == ("prompt", "prompt")
+
+
+def test_a_merged_chat_model_keeps_template_and_system(lorica, stock):
+    words = ["--model", stock / "llama", "--data", stock / "chat.jsonl", "--system", "be brief"]
+    more = ["--eval-records", "2", "--max-new-tokens", "2", "--output-dir", "run"]
+    assert lorica("train", *words, *SHORT, *more).code == 0
+    assert lorica("merge", "run", "--output-dir", "merged").code == 0
+    opened, own = open_subject("merged"), open_subject("run")
+    assert (opened.format, opened.system) == (own.format, own.system) == ("chat", "be brief")
+    asked = {"messages": [{"role": "user", "content": "cat red 1"}]}
+    assert opened.task.encoder.prompt_ids(asked) == own.task.encoder.prompt_ids(asked)
 
 
 def test_chat_by_prompt(lorica, finished_run, stock):

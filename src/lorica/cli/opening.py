@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter
 from lorica.base.load import base_of, load_model
 from lorica.cli.kinds import checked_kind, names_classes
+from lorica.cli.material import class_names
 from lorica.config import load_yaml
+from lorica.data.dataset import Dataset
+from lorica.data.encode import separator_of
 from lorica.errors import AdapterFileError, BaseModelError, ConfigError
 from lorica.files.peft import load_adapter
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
@@ -34,6 +37,7 @@ class Subject:
         task: asks the model as it was asked in training.
         format: of the records of its training ("chat", "prompt" ...); None where that is not known.
         system: the system message of its training; None without one.
+        notes: what the user should be told of how it is asked.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Subject:
     task: Task
     format: str | None = None
     system: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def open_subject(
@@ -51,7 +56,7 @@ def open_subject(
     task: str = "auto",
     dtype: str = "auto",
     max_new_tokens: int = 128,
-    labels: Callable[[], tuple[str, ...]] = tuple,
+    records: Dataset | None = None,
 ) -> Subject:
     """Open a run, an adapter or a base.
 
@@ -59,7 +64,8 @@ def open_subject(
         path: a run folder, an adapter folder, or a base: a folder or a hub id.
         base: for an adapter, another place of its base.
         task: of a bare base; auto: as its config suggests. An adapter knows its own.
-        labels: asked for the names of the classes where neither adapter nor base has any.
+        records: those that will be asked. They name the classes, and say what parts prompt and
+            completion, where nothing beside the model does.
 
     Raises:
         AdapterFileError, BaseModelError: what is there cannot be opened.
@@ -69,9 +75,14 @@ def open_subject(
         if base is not None:
             raise ConfigError(f"--model goes with an adapter, but {path} is none")
         kind = checked_kind(task, path)
-        named = kind != "text-classification" or names_classes(path)
-        model = load_model(path, task=kind, dtype=dtype, labels=() if named else labels())
-        return Subject(path, model, None, _task(model, {}, max_new_tokens))
+        bare = records and kind == "text-classification" and not names_classes(path)
+        labels = class_names(records) if records and bare else ()
+        model = load_model(path, task=kind, dtype=dtype, labels=labels)
+        facts = adapter_facts(Path(path))  # of a model that an adapter was merged into
+        asked, format, system = (facts.get(key) for key in ("task", "format", "system"))
+        asked, notes = _parted(_object(asked), kind, records)
+        task_of = _task(model, asked, max_new_tokens)
+        return Subject(path, model, None, task_of, format, system, notes)
     facts = adapter_facts(folder)
     asked, known = (_object(facts.get(key)) for key in ("task", "base"))
     name = base or known.get("name") or _configured_base(folder)
@@ -87,6 +98,7 @@ def open_subject(
     _take_template(model, folder)
     adapter = load_adapter(model, folder)
     activate(model, adapter)
+    asked, notes = _parted(asked, kind, records)
     run = folder.parent
     return Subject(
         path,
@@ -97,7 +109,23 @@ def open_subject(
         load_yaml(run / "config.yaml").values.get("system")
         if (run / "config.yaml").is_file()
         else None,
+        notes,
     )
+
+
+def _parted(
+    facts: dict[str, Any], kind: str, records: Dataset | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The facts with what a training on these records would put between prompt and completion,
+    where they do not say it; and what to tell of that.
+    """
+    prompts = records is not None and records.format == "prompt"
+    if "separator" in facts or kind != "causal-lm" or records is None or not prompts:
+        return facts, []
+    separator = separator_of(records.rows)
+    told = "no white space in the records parts prompt and completion"
+    notes = [f"separator: {separator!r}, as in a training on these records; {told}"]
+    return {**facts, "separator": separator}, notes if separator else []
 
 
 def adapter_folder(path: Path) -> Path | None:
@@ -122,7 +150,7 @@ def adapter_folder(path: Path) -> Path | None:
 
 
 def adapter_facts(folder: Path) -> dict[str, Any]:
-    """What Lorica noted beside an adapter; empty for an adapter of another tool."""
+    """What Lorica noted beside an adapter or a merged model; empty for those of other tools."""
     return _json(folder / "lorica.json")
 
 

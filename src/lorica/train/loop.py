@@ -95,7 +95,8 @@ def train(
         output_dir: the run folder; or one that the caller holds.
         eval_data: held-out records, for all adapters or for each: evaluation loss, the best
             adapter, early stop.
-        task: what a loss is; None takes that which the model was loaded for.
+        task: what a loss is; None takes that which the model was loaded for, with a line break
+            between prompt and completion where no white space in the records parts them.
         evaluator: further scores at each evaluation.
         recorder: makes what is told of every step and event, given the step that is gone on from;
             the caller then calls its `finish`. None writes the run folder and nothing else.
@@ -110,7 +111,7 @@ def train(
         CheckpointError: `resume` with other data, settings or base; or no checkpoint is whole.
     """
     settings = settings or TrainSettings()
-    task = task or default_task(model, settings)
+    task = task or default_task(model, settings, data.values())
     courses, notes = courses_of(model, task, data, eval_data, settings)
     folder = output_dir
     if not isinstance(folder, RunFolder):
