@@ -147,7 +147,7 @@ class CausalLM:
         if self.packing is False:
             return False
         if model not in self._packs:
-            reason = packing_fault(model)
+            reason = packing_fault(model, longest=self.encoder.max_length)
             if reason is not None and self.packing is True:
                 raise ConfigError(
                     f"packing is on, but this model cannot: {reason}", mend="set packing: auto"
