@@ -13,7 +13,7 @@ import transformers as hf
 from lorica.attach.activate import activate
 from lorica.base.load import load_model
 from lorica.cli import main
-from lorica.cli.dialogue import Dialogue
+from lorica.cli.dialogue import Dialogue, Sampling
 from lorica.cli.opening import open_subject
 from lorica.files.peft import load_adapter
 
@@ -180,6 +180,16 @@ def test_chat_by_prompt(lorica, finished_run, stock):
     assert lorica("chat", finished_run, *words, "--system", "x").code == 2
     assert lorica("chat", stock / "t5", *words, "--turns").code == 2
     assert lorica("chat", stock / "llama", "--prompt", "", "--max-new-tokens", "2").code == 0
+
+
+def test_chat_asks_a_seq2seq_model_as_its_training_did(lorica, stock, monkeypatch):
+    """With the end token, and cut to max_length."""
+    opened = open_subject(str(stock / "t5"))
+    given = []
+    monkeypatch.setattr(opened.model, "generate", lambda **how: given.append(how["input_ids"]))
+    Dialogue(opened, Sampling(4)).answer("cat red 1", io.StringIO())
+    record = {"source": "cat red 1", "target": "x"}
+    assert given[0].tolist() == [opened.task.encode([record])[0].input_ids]
 
 
 def test_chat_by_standard_input(lorica, finished_run, monkeypatch):
