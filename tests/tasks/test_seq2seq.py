@@ -160,6 +160,18 @@ def test_t5_learns(tmp_path):
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_tokens_are_counted_on_both_sides(tmp_path):
+    own = task("bart")
+    encoded = own.encode(RECORDS)
+    both = sum(len(e.input_ids) + len(e.labels) for e in encoded)
+    assert encoded.num_tokens == both
+    model = ARCHITECTURES["bart"].build()
+    adapter = attach(model, LoRA(r=2, target_modules="all-linear"), name="x")
+    settings = TrainSettings(max_steps=1, batch_size=3, logging_steps=1)
+    train(model, {adapter: RECORDS}, settings, output_dir=tmp_path / "r", task=own)
+    assert [row["tokens"] for row in rows(tmp_path / "r")] == [both]
+
+
 def test_unusable_records_are_named_at_once():
     bad = [{"source": "w5"}, {"source": "w5", "target": " "}, {"target": "w6"}, RECORDS[0]]
     with pytest.raises(DataError) as caught:

@@ -23,7 +23,7 @@ def manifest(prepared: Prepared, path: Path) -> dict[str, Any]:
         "digest": material.train.digest,
         "format": material.train.format,
         "statement": material.train.statement,
-        "num_tokens": sum(lengths),
+        "num_tokens": examples.num_tokens,
         "num_trained_tokens": examples.num_trained_tokens,
         "length_percentiles": {
             "p50": lengths[len(lengths) // 2],

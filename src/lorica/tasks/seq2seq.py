@@ -26,6 +26,15 @@ from lorica.tasks.task import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class SourceTarget(Example):
+    """A source, and as its labels the target: the encoder runs on one, the decoder on the other."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids) + len(self.labels)
+
+
 @dataclass
 class Seq2Seq:
     """Settings and arithmetic of the task.
@@ -64,10 +73,10 @@ class Seq2Seq:
             )
         sources = self._ids(text=[source for source, _ in pairs])
         targets = self._ids(text_target=[target for _, target in pairs])
-        examples = []
+        examples: list[Example] = []
         for row, both in enumerate(zip(sources, targets, strict=True)):
             (ids, cut_source), (labels, cut_target) = both
-            examples.append(Example(ids, labels, row, cut_source + cut_target, cut_target))
+            examples.append(SourceTarget(ids, labels, row, cut_source + cut_target, cut_target))
         cut = sum(e.num_cut > 0 for e in examples)
         note = f"{cut:,} records cut to {self.max_length} tokens"
         return Encoded(examples, [note] if cut else [])

@@ -64,7 +64,7 @@ class StepResult:
         loss: mean negative log-likelihood (nats) of the trained tokens of the step.
         grad_norm: norm of all its gradients before clipping.
         learning_rate: the rate used.
-        tokens: real tokens seen, trained or not.
+        tokens: real tokens seen, trained or not; of source and target where there are both.
         trained_tokens: tokens with a label.
     """
 
@@ -191,7 +191,7 @@ class Engine:
             value = loss.item()
             t.rows += [e.row for e in block]
             t.loss += value / t.labels
-            t.tokens += sum(len(e) for e in block)
+            t.tokens += sum(e.num_tokens for e in block)
             if not math.isfinite(value):
                 t.suspects += [e.row for e in block]
 
