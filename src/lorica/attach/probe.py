@@ -9,6 +9,7 @@ pass, the sites that it missed.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ import torch
 from torch import nn
 
 from lorica.attach.site import plates_of
+
+
+_NUMBER = re.compile(r"\d+")
 
 
 def weight_read(parent: nn.Module | None, name: str) -> bool:
@@ -96,12 +100,17 @@ def _watching(base: type[nn.Module], visit: Visit) -> type:
 
 
 def unvisited(model: nn.Module) -> list[str]:
-    """After a forward pass in eager mode under `activate`: the acting places that it passed by."""
+    """After a forward pass in eager mode under `activate`: the acting places that it passed by.
+
+    Experts are judged together, since the tokens decide which of them is called.
+    """
+    acting = [p for m in model.modules() for p in plates_of(m) if p.acting()]
+    called = {_NUMBER.sub("*", p.path) for p in acting if p.last is p.route}
     return [
         p.path
-        for m in model.modules()
-        for p in plates_of(m)
-        if p.acting() and p.last is not p.route
+        for p in acting
+        if p.last is not p.route
+        and not ("expert" in p.path and _NUMBER.sub("*", p.path) in called)
     ]
 
 

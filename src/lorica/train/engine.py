@@ -32,7 +32,7 @@ from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import NonFiniteError, TrainingError
 from lorica.methods.lora import LoRA
-from lorica.tasks.task import Task
+from lorica.tasks.task import Batch, Task, answering
 from lorica.train.optim import learning_rate, make_optimizer
 
 
@@ -184,7 +184,7 @@ class Engine:
         with self.task.running(self.model), Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
             if new := set(names) - self._checked:
-                self._refuse_unvisited(new)
+                self._refuse_unvisited(new, batch)
             shares = [loss / t.labels for loss, t in zip(losses, totals, strict=True)]
             torch.stack(shares).sum().backward()
         for loss, t, block in zip(losses, totals, blocks, strict=True):
@@ -195,8 +195,15 @@ class Engine:
             if not math.isfinite(value):
                 t.suspects += [e.row for e in block]
 
-    def _refuse_unvisited(self, names: set[str]) -> None:
+    def _refuse_unvisited(self, names: set[str], batch: Batch) -> None:
+        """Judge the layers that this pass went by once more as they run in use: training may drop
+        layers at random.
+        """
         self._checked |= names
+        if not unvisited(self.model):
+            return
+        with answering(self.model):
+            self.task.losses(self.model, batch)
         if passed := unvisited(self.model):
             raise TrainingError(
                 f"{len(passed)} adapted layers were never called: the adapter would have no effect "
