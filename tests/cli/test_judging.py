@@ -110,7 +110,7 @@ def test_eval_and_train_agree_on_a_base_with_classes_in_its_own_order(
 def test_a_run_with_relative_paths_is_good_from_everywhere(lorica, stock, monkeypatch, tmp_path):
     shutil.copytree(stock / "llama", "base")
     shutil.copy(stock / "pairs.jsonl", "pairs.jsonl")
-    words = ["--model", "base", "--data", "pairs.jsonl", *SHORT, "--max-new-tokens", "4"]
+    words = ["--model", "base", "--data", "pairs.jsonl#40", *SHORT, "--max-new-tokens", "4"]
     run = tmp_path / "run"
     assert lorica("train", *words, "--output-dir", run, "--eval-records", "4").code == 0
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -165,6 +165,21 @@ def test_a_merged_chat_model_keeps_template_and_system(lorica, stock):
     assert (opened.format, opened.system) == (own.format, own.system) == ("chat", "be brief")
     asked = {"messages": [{"role": "user", "content": "cat red 1"}]}
     assert opened.task.encoder.prompt_ids(asked) == own.task.encoder.prompt_ids(asked)
+
+
+def test_another_base_is_told_as_such(lorica, finished_run, stock):
+    """Not by what else it lacks, such as the end token of the training."""
+    facts = json.loads((finished_run / "adapter" / "lorica.json").read_text())
+    shutil.copytree(finished_run / "adapter", "adapter")
+    Path("adapter/lorica.json").write_text(
+        json.dumps({**facts, "task": {**facts["task"], "eos_token": "<end>"}})
+    )
+    words = ["eval", "adapter", "--data", stock / "other.jsonl", "--model"]
+    for other in ("bert", "t5"):
+        told = lorica(*words, stock / other)
+        assert told.code == 2 and "was made for another base than" in told.err, told.err
+        assert str(stock / "llama") in told.err
+    assert "no token '<end>'" in lorica(*words, stock / "llama").err
 
 
 def test_chat_by_prompt(lorica, finished_run, stock):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers as hf
 
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
@@ -526,6 +527,7 @@ def test_prompt_and_completion_are_parted_where_the_records_do_not(tmp_path):
         facts = json.loads((tmp_path / name / "adapter/lorica.json").read_text())
         found[name] = facts["task"]["separator"]
     assert found == {"bare": "\n", "parted": ""}
+    hf.AutoTokenizer.from_pretrained(tmp_path / "bare" / "adapter")  # goes with the adapter
     events = (tmp_path / "bare" / "events.jsonl").read_text()
     assert "no white space parts prompt and completion" in events
     with pytest.raises(ConfigError, match="part prompt and completion by white space, and some"):

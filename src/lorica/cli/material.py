@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lorica.cli.kinds import is_encoder_decoder
+from lorica.cli.kinds import is_encoder, is_encoder_decoder
 from lorica.config import RunConfig
 from lorica.data.dataset import Dataset, group_references
 from lorica.data.facts import facts
@@ -65,7 +65,7 @@ class Material:
         )
 
     def task(self, wanted: str, model: str) -> str:
-        """The task: as set, or as data and model say. Raises DataError where the two disagree."""
+        """The task: as set, or as data and model say. Raises DataError where these disagree."""
         found = wanted
         if wanted == "auto":
             found = "text-classification" if self.train.format == "classification" else "causal-lm"
@@ -74,6 +74,13 @@ class Material:
             ):
                 found = "seq2seq"
         check_format(self.train, found)
+        if found == "causal-lm" and is_encoder(model):
+            raise DataError(
+                f"{model} is an encoder: it reads a text as a whole and cannot continue one",
+                expected="for this base, records of text and label",
+                mend="map such columns: --columns text=...,label=..., or choose a base that "
+                "continues texts",
+            )
         return found
 
     def metrics(self, task: str) -> tuple[str, ...]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 
 from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter
-from lorica.base.load import base_of, load_model
+from lorica.base.load import base_of, digest_of_files, load_model, weight_files
 from lorica.cli.kinds import checked_kind, names_classes
 from lorica.cli.material import class_names
 from lorica.config import load_yaml
@@ -22,6 +21,7 @@ from lorica.data.dataset import Dataset
 from lorica.data.encode import separator_of
 from lorica.errors import AdapterFileError, BaseModelError, ConfigError
 from lorica.files.peft import load_adapter
+from lorica.records.folder import how_to_resume
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task
 
@@ -86,7 +86,7 @@ def open_subject(
     facts = adapter_facts(folder)
     asked, known = (_object(facts.get(key)) for key in ("task", "base"))
     name = base or known.get("name") or _configured_base(folder)
-    with _recorded(name, folder) if base is None else nullcontext():
+    with _fitting(name, folder, known, recorded=base is None):
         kind = asked.get("kind") or known.get("task") or checked_kind(task, name)
         model = load_model(
             name,
@@ -144,7 +144,7 @@ def adapter_folder(path: Path) -> Path | None:
             f"the run {path} holds no single adapter",
             mend=f"name one of {path}/adapters: {', '.join(several)}"
             if several
-            else f"let the run finish: lorica train --resume {shlex.quote(str(path))}",
+            else f"let the run finish: {how_to_resume(path)}",
         )
     return None
 
@@ -168,11 +168,27 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _recorded(name: str, folder: Path) -> Iterator[None]:
-    """Say where the name of a base that cannot be loaded comes from, and how to name another."""
+def _fitting(
+    name: str, folder: Path, known: dict[str, Any], *, recorded: bool
+) -> Iterator[None]:
+    """Say of a base that cannot be loaded for an adapter that it is another one, or where its name
+    comes from.
+
+    Args:
+        known: what is noted of the adapter's base.
+        recorded: the name stands beside the adapter; it was not given.
+    """
     try:
         yield
     except BaseModelError as error:
+        if _has_other_weights(name, known.get("digest")):
+            raise AdapterFileError(
+                f"{folder} was made for another base than {name}: the weights differ",
+                expected=f"the base {known.get('name')}",
+                mend="name that base with --model",
+            ) from error
+        if not recorded:
+            raise
         relative = not Path(name).is_absolute() and not Path(name).is_dir()
         how = ", a hub id or a path relative to where it was trained," if relative else ""
         raise BaseModelError(
@@ -181,6 +197,15 @@ def _recorded(name: str, folder: Path) -> Iterator[None]:
             expected="the base of the adapter",
             mend="name the folder of the base, or its hub id, with --model",
         ) from error
+
+
+def _has_other_weights(name: str, digest: str | None) -> bool:
+    """Whether a base is here, and is not the one of this digest."""
+    try:
+        files = weight_files(name)
+    except (OSError, ValueError):  # neither a folder nor an id of the hub
+        return False
+    return bool(files and digest) and digest_of_files(files[0].parent) != digest
 
 
 def _take_template(model: nn.Module, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,9 @@ def anchored(settings: Resolved) -> Resolved:
     found = {}
     for key in ("model", "data", "eval_data", "test_data", "chat_template"):
         value = getattr(settings.run, key)
-        if value not in (None, "embedded") and (path := Path(value).expanduser()).exists():
-            found[key] = str(path.absolute())
+        stem = re.sub(r"#\d+$", "", value or "")  # records.jsonl#500: a sample of so many
+        if stem not in ("", "embedded") and (path := Path(stem).expanduser()).exists():
+            found[key] = str(path.absolute()) + value.removeprefix(stem)
     return replace(settings, run=settings.run.model_copy(update=found))
 
 
