@@ -12,7 +12,7 @@ import transformers as hf
 
 from lorica.attach.activate import activate
 from lorica.base.load import load_model
-from lorica.cli import main
+from lorica.cli import judge, main
 from lorica.cli.dialogue import Dialogue, Sampling
 from lorica.cli.opening import open_subject
 from lorica.files.peft import load_adapter
@@ -28,6 +28,15 @@ def test_eval_of_a_run(lorica, finished_run, stock):
     said = [json.loads(line) for line in Path("said.jsonl").read_text().splitlines()]
     assert len(said) == 12 and {"record", "output", "references", "nll"} == said[0].keys()
     assert "data: " in done.err
+
+
+def test_an_interrupted_eval_says_so(lorica, stock, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(judge, "predictions", interrupted)
+    done = lorica("eval", stock / "llama", "--data", stock / "other.jsonl")
+    assert done.code == 130 and done.err.endswith("lorica: stopped\n")
 
 
 def test_eval_speaks_json(lorica, finished_run, stock):

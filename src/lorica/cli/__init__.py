@@ -134,6 +134,8 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
         _complain(f"lorica: {error}")
         return error.exit_code
     except typer.Exit as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # typer makes an exit code of it
+            _complain("lorica: stopped")
         return error.exit_code
     except UsageError as error:
         _print_usage(error)
