@@ -127,6 +127,8 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
     try:
         result = call()
         sys.stdout.flush()
+        if result == 130:  # typer has made an exit code of Ctrl-C
+            _complain("lorica: stopped")
         return result if isinstance(result, int) else 0
     except LoricaError as error:
         if debug:
@@ -134,8 +136,6 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
         _complain(f"lorica: {error}")
         return error.exit_code
     except typer.Exit as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # typer makes an exit code of it
-            _complain("lorica: stopped")
         return error.exit_code
     except UsageError as error:
         _print_usage(error)
