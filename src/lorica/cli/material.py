@@ -38,12 +38,14 @@ class Material:
         valid: held-out records for the evaluation loss; None without any.
         scored: what base and tuned are scored on; None without any.
         statements: what was read and how it was parted, for the user.
+        shared: the scored records are those of the evaluation, for want of others.
     """
 
     train: Dataset
     valid: Dataset | None = None
     scored: Dataset | None = None
     statements: list[str] = field(default_factory=list)
+    shared: bool = False
 
     @property
     def held_out(self) -> Sequence[dict]:
@@ -138,6 +140,7 @@ def gather(run: RunConfig, *, seed: int) -> Material:
     if valid is not None:
         material.valid, why = drawn(valid, run.eval_records, seed)
         told += [f"evaluation loss: on {why}"] if why else []
+    material.shared = scored is None and valid is not None
     scored = valid if scored is None else scored
     if scored is not None:
         material.scored, why = for_scoring(scored, run.eval_records, seed)

@@ -23,7 +23,7 @@ from lorica.data.screen_tokens import Sight, screen_tokens
 from lorica.data.template import ChatTemplate
 from lorica.errors import CheckRefused, ConfigError, LoricaError
 from lorica.evaluate.metrics import find_metrics
-from lorica.records.phrases import count, parameters
+from lorica.records.phrases import CHOSEN_BY_SCORED, count, parameters
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task, num_positions
 
@@ -74,6 +74,8 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
         material = gather(settings.run, seed=settings.train.seed)
     for line in material.statements:
         voice.say(line)
+    if chosen_by_scored(settings, material):
+        voice.say(f"scores: {CHOSEN_BY_SCORED}")
     kind = material.task(settings.run.task, settings.run.model)
     check_effects(settings, material, kind)
     held_out = {id(part): part for part in (material.valid, material.scored) if part}
@@ -116,6 +118,11 @@ def anchored(settings: Resolved) -> Resolved:
         if stem not in ("", "embedded") and (path := Path(stem).expanduser()).exists():
             found[key] = str(path.absolute()) + value.removeprefix(stem)
     return replace(settings, run=settings.run.model_copy(update=found))
+
+
+def chosen_by_scored(settings: Resolved, material: Material) -> bool:
+    """Whether the records that are scored also choose which adapter is kept."""
+    return material.shared and settings.train.keep_best
 
 
 def foresee(
