@@ -39,6 +39,15 @@ def test_an_interrupted_eval_says_so(lorica, stock, monkeypatch):
     assert done.code == 130 and done.err.endswith("lorica: stopped\n")
 
 
+def test_prompts_that_are_cut_for_their_answer_are_told(lorica, finished_run, stock):
+    """The base has 96 positions; half of them are the answer's at most."""
+    row = {"prompt": "cat red 1 " * 30, "completion": "x"}
+    Path("long.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "prompt": "cat"}))
+    done = lorica("eval", finished_run, "--data", "long.jsonl", "--max-new-tokens", "60")
+    assert done.code == 0, done.err
+    assert done.err.count("1 of 2 prompts lose their beginning") == 1
+
+
 def test_eval_speaks_json(lorica, finished_run, stock):
     words = ["--data", stock / "other.jsonl", "--metrics", "perplexity, exact_match"]
     done = lorica("eval", finished_run / "adapter", *words, "--limit", "5", "--json")

@@ -207,7 +207,8 @@ def test_a_long_prompt_leaves_room_for_the_answer():
     for name in ("gpt2", "opt"):  # positions are a table of 64
         model = ARCHITECTURES[name].build()
         assert num_positions(model) == 64
-        prompt = task._prompt({"prompt": "w5 " * 90, "completion": "w6"}, model)
+        prompt, num_cut = task._prompt({"prompt": "w5 " * 90, "completion": "w6"}, model)
+        assert num_cut == 91 - len(prompt)
         assert len(prompt) == 32
         assert prompt[0] == 1
         (made,) = task.predict(model, [{"prompt": "w5 " * 90, "completion": "w6"}])

@@ -23,7 +23,7 @@ from lorica.errors import AdapterFileError, BaseModelError, ConfigError
 from lorica.files.peft import load_adapter
 from lorica.records.folder import how_to_resume
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
-from lorica.tasks.task import Task
+from lorica.tasks.task import Task, num_positions
 
 
 @dataclass
@@ -228,7 +228,7 @@ def _task(model: nn.Module, facts: dict[str, Any], max_new_tokens: int) -> Task:
     """The task of a loaded model, asked as the facts of its adapter say."""
     base = base_of(model)
     assert base is not None
-    max_length = facts.get("max_length")
+    max_length = facts.get("max_length") or num_positions(model)  # as training would cut
     if base.task == "text-classification":
         return TextClassification(base.tokenizer, base.labels, max_length)
     if base.task == "seq2seq":
