@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 import lorica
 from architectures import ARCHITECTURES
+from attach.visits import Visit, probe
 from lorica.attach.activate import activate
-from lorica.attach.probe import Visit, probe, unvisited, weight_read
+from lorica.attach.probe import unvisited, weight_read
 from lorica.methods.lora import LoRA
 
 

@@ -573,6 +573,8 @@ def test_config_loads_no_torch():
 
 def test_a_method_as_a_section_is_one_problem():
     with pytest.raises(ConfigError) as caught:
-        resolve(("run.yaml", {"model": "m", "data": "d", "method": {"r": "eight"}}), methods=METHODS)
+        resolve(
+            ("run.yaml", {"model": "m", "data": "d", "method": {"r": "eight"}}), methods=METHODS
+        )
     (problem,) = caught.value.problems
     assert "settings lie flat: write method: thin, and at the top level r: eight" in problem

@@ -78,7 +78,11 @@ def test_claims_of_equality_stand_beside_their_noise():
     lines = [li for li in PAGES[0].read_text(encoding="utf-8").splitlines() if "within noise" in li]
     claimed = [float(found) for line in lines for found in re.findall(r"±([\d.]+)", line)]
     wanted = []
-    for name, metrics in (("e2e", ("bleu", "loss")), ("sst2", ("accuracy",)), ("mrpc", ("accuracy",))):
+    for name, metrics in (
+        ("e2e", ("bleu", "loss")),
+        ("sst2", ("accuracy",)),
+        ("mrpc", ("accuracy",)),
+    ):
         text = (ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8")
         rows = json.loads(text)["equality"]["peft"]
         wanted += [rows[metric]["noise_of_seeds"] for metric in metrics]

@@ -174,7 +174,7 @@ def test_a_name_that_peft_takes_for_more_is_written_in_full(tmp_path):
 
 
 def test_a_path_that_is_the_end_of_another_is_told(tmp_path):
-    """At the top of the model "classifier" has no longer name, and PEFT takes pre_classifier too."""
+    """At the top of the model "classifier" has no longer name; PEFT takes pre_classifier too."""
     method = LoRA(r=2, target_modules="attention", modules_to_save=("classifier",))
     adapter = attach(prepared("distilbert"), method)
     with pytest.warns(LoricaWarning, match=r"\(classifier\): Lorica reads this adapter back, PEFT"):

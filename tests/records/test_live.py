@@ -34,7 +34,8 @@ for rows in zip(*(rows_for(adapter, 200, seed) for seed, adapter in enumerate(ad
     for row in rows:
         display.step(row)
 display.event("warning", "take care")
-display.finish({"status": "finished", "scores": SCORES, "resources": {"seconds": 151.2, "total_seconds": 275}})
+spent = {"seconds": 151.2, "total_seconds": 275}
+display.finish({"status": "finished", "scores": SCORES, "resources": spent})
 Path(sys.argv[1]).write_text("went on to the end")
 """
 

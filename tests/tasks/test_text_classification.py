@@ -237,7 +237,6 @@ def test_numbers_of_a_model_without_names():
         own.index(2)
 
 
-
 def test_the_case_of_a_label_counts_only_where_it_tells_two_apart():
     assert [task().index(label) for label in ("Good", "BAD", "fair")] == [2, 0, 1]
     own = TextClassification(tokenizer(), ("us", "US", "them"))

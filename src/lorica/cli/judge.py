@@ -42,8 +42,8 @@ def predictions(
     cut = sum(p.num_cut > 0 for p in found)
     if cut and adapter is None:  # the same for both
         voice.say(
-            f"scores: {cut:,} of {len(found):,} prompts lose their beginning, to leave room for the "
-            "answer among the positions of the model",
+            f"scores: {cut:,} of {len(found):,} prompts lose their beginning, to leave room for "
+            "the answer among the positions of the model",
             "warning",
         )
     return found

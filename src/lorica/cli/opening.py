@@ -168,9 +168,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _fitting(
-    name: str, folder: Path, known: dict[str, Any], *, recorded: bool
-) -> Iterator[None]:
+def _fitting(name: str, folder: Path, known: dict[str, Any], *, recorded: bool) -> Iterator[None]:
     """Say of a base that cannot be loaded for an adapter that it is another one, or where its name
     comes from.
 

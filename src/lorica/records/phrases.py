@@ -43,6 +43,7 @@ class Verdict:
     def sentence(self) -> str:
         return f"{self.headline}: {self.detail}"
 
+
 CHOSEN_BY_SCORED = (
     "on the evaluation records, by whose loss the adapter that was kept is chosen too: somewhat in "
     "its favour; test_data names records of their own"
@@ -55,7 +56,6 @@ def chosen_by_scored(manifest: Mapping) -> bool:
     data = manifest.get("data")
     test = data.get("test") if isinstance(data, Mapping) else None
     return isinstance(test, Mapping) and test.get("chose_the_adapter") is True
-
 
 
 def verdict(metric: str, score: Mapping) -> Verdict:

@@ -21,8 +21,17 @@ _LENGTHS = (7, 5, 9)
 """Tokens of the documents that are compared: odd, different, the longest not first."""
 
 _SHOWN_BY_SHORT = frozenset(
-    "full_attention sliding_attention linear_attention conv hybrid hybrid_sliding moe dense sparse"
-    .split()
+    [
+        "full_attention",
+        "sliding_attention",
+        "linear_attention",
+        "conv",
+        "hybrid",
+        "hybrid_sliding",
+        "moe",
+        "dense",
+        "sparse",
+    ]
 )
 """Kinds of layers that treat short documents as long ones, or whose window is handed on."""
 
@@ -110,7 +119,9 @@ def _local_attention(config: Any, longest: int | None) -> str | None:
             f"its attention is in chunks of {chunk:,} tokens, and documents may be longer; with "
             f"max_length: {chunk} they could be packed"
         )
-    return f"its layers attend in a way of their own ({', '.join(sorted(kinds))})" if kinds else None
+    return (
+        f"its layers attend in a way of their own ({', '.join(sorted(kinds))})" if kinds else None
+    )
 
 
 def plain_head(model: Any) -> nn.Module | None:

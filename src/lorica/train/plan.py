@@ -22,9 +22,7 @@ from lorica.train.engine import Trainee
 Records = Sequence[dict] | Sequence[Example]
 
 
-def default_task(
-    model: nn.Module, settings: TrainSettings, data: Collection[Records] = ()
-) -> Task:
+def default_task(model: nn.Module, settings: TrainSettings, data: Collection[Records] = ()) -> Task:
     """The task that a model was loaded for.
 
     Args:
