@@ -76,6 +76,24 @@ def test_adapters_that_sit_on_different_layers():
         torch.testing.assert_close(together[number], _under(model, row)[number])
 
 
+def test_a_fresh_adapter_does_not_inherit_an_activation():
+    """Nothing acts that nobody activated, although its name did act before."""
+    model = _net()
+    base = _under(model, None)
+    activate(model, "sql")
+    with activate(model, None):
+        lorica.detach(model, "sql")
+        method = LoRA(r=3, target_modules="all-linear", init_lora_weights="random")
+        lorica.attach(model, method, name="sql")
+    assert torch.equal(_run(model), base)
+    with activate(model, "sql"), activate(model, "style"):
+        pass
+    activate(model, "sql")
+    with activate(model, None):
+        lorica.detach(model, "style")
+    assert not torch.equal(_run(model), base), "that of another adapter goes on"
+
+
 def test_contexts_nest_and_put_back_what_was():
     model = _net()
     sql, style, none = _under(model, "sql"), _under(model, "style"), _under(model, None)

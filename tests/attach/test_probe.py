@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 import lorica
 from architectures import ARCHITECTURES
+from attach.visits import Visit, probe
 from lorica.attach.activate import activate
-from lorica.attach.probe import Visit, probe, unvisited, weight_read
+from lorica.attach.probe import unvisited, weight_read
 from lorica.methods.lora import LoRA
 
 
@@ -129,3 +130,19 @@ def test_sites_that_were_passed_by_are_named():
         assert unvisited(model) == []
     with activate(model, None):
         assert unvisited(model) == []
+
+
+def test_experts_are_judged_together():
+    """The tokens decide which of them is called; none called at all is a fault."""
+    model = nn.ModuleDict(
+        {
+            "experts": nn.ModuleList([nn.Linear(4, 4) for _ in range(3)]),
+            "shared_expert": nn.Linear(4, 4),
+            "blocks": nn.ModuleList([nn.Linear(4, 4) for _ in range(2)]),
+        }
+    )
+    lorica.attach(model, LoRA(r=2, target_modules="all-linear"), name="a")
+    with activate(model, "a"):
+        model["experts"][1](torch.zeros(1, 4))
+        model["blocks"][0](torch.zeros(1, 4))
+        assert unvisited(model) == ["shared_expert", "blocks.1"]

@@ -18,6 +18,7 @@ from lorica.base.load import (
     digest_of_tensors,
     empty_model,
     load_model,
+    missing_heads,
 )
 from lorica.errors import BaseModelError
 from lorica.files.adapter import save_adapter
@@ -138,12 +139,55 @@ def test_a_head_of_the_files_is_kept_or_replaced(tmp_path):
     assert torch.equal(kept.classifier.weight, own.classifier.weight)
     assert base_of(kept).new_modules == ()
     assert "neg -> 0, neutral -> 1, pos -> 2" in base_of(kept).notes[0]
+    assert missing_heads(folder, own, labels=("0", "1", "2")) == ()
     wider = load_model(folder, task="text-classification", labels=tuple("abcde"))
     assert wider.classifier.out_features == 5
     assert base_of(wider).new_modules == ("classifier",)
     assert torch.equal(
         wider.bert.embeddings.word_embeddings.weight, own.bert.embeddings.word_embeddings.weight
     )
+
+
+def named_classes(folder, names):
+    known = {"id2label": {str(i): n for i, n in enumerate(names)}, "num_labels": len(names)}
+    return edited(folder, saved(folder.parent / "bare", "bert"), **known, label2id=None)
+
+
+@pytest.mark.parametrize("spelled", [str, str.upper])
+def test_the_same_classes_keep_the_order_of_the_model(tmp_path, spelled):
+    """Data names them alphabetically; taken by place, a good base would be scored inverted."""
+    folder = named_classes(tmp_path / "x", ["pos", "Neutral", "neg"])
+    own = load_model(folder, task="text-classification")
+    labels = tuple(map(spelled, ("neg", "neutral", "pos")))
+    model = load_model(folder, task="text-classification", labels=labels)
+    wanted = tuple(map(spelled, ("pos", "neutral", "neg")))
+    assert base_of(model).labels == wanted == tuple(model.config.id2label.values())
+    assert torch.equal(model.classifier.weight, own.classifier.weight)
+    assert base_of(model).new_modules == ()
+    assert "keep the order of the model" in base_of(model).notes[0]
+    empty = empty_model(folder, task="text-classification", labels=labels)
+    assert tuple(empty.config.id2label.values()) == wanted
+
+
+def test_other_classes_get_a_new_output(tmp_path):
+    """As many as the model has, but of other names: its output would say something else."""
+    folder = named_classes(tmp_path / "x", ["entailment", "neutral", "contradiction"])
+    own = load_model(folder, task="text-classification")
+    labels = ("ham", "news", "spam")
+    model, again = (load_model(folder, task="text-classification", labels=labels) for _ in "ab")
+    base = base_of(model)
+    assert (base.labels, base.new_modules) == (labels, ("classifier",))
+    assert not torch.equal(model.classifier.weight, own.classifier.weight)
+    assert torch.equal(model.classifier.weight, again.classifier.weight)
+    assert torch.equal(model.bert.pooler.dense.weight, own.bert.pooler.dense.weight)
+    assert "the model knows other classes (entailment" in base.notes[0]
+    assert missing_heads(folder, own, labels=labels) == ("classifier",)
+
+
+def test_classes_without_names_go_by_their_place(tmp_path):
+    folder = named_classes(tmp_path / "x", ["LABEL_0", "LABEL_1", "LABEL_2"])
+    model = load_model(folder, task="text-classification", labels=("neg", "neutral", "pos"))
+    assert (base_of(model).labels, base_of(model).new_modules) == (("neg", "neutral", "pos"), ())
 
 
 # --- precision ------------------------------------------------------------------------------------

@@ -64,6 +64,23 @@ def test_formats_and_tasks():
     assert "set --task causal-lm" in str(caught.value)
 
 
+def test_an_encoder_continues_no_text(tmp_path):
+    """Said before its tokenizer is asked for an end token, which it may lack as well."""
+    (tmp_path / "base").mkdir()
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({"architectures": ["BertForMaskedLM"], "model_type": "bert"}))
+    found = material(tmp_path, rows(20))
+    with pytest.raises(DataError, match="is an encoder") as caught:
+        found.task("auto", str(file.parent))
+    assert "text and label" in str(caught.value)
+    for other in (
+        {"architectures": ["BertLMHeadModel"], "model_type": "bert", "is_decoder": True},
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    ):
+        file.write_text(json.dumps(other))
+        assert found.task("auto", str(file.parent)) == "causal-lm"
+
+
 def test_class_names():
     named = from_rows([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
     numbered = from_rows([{"text": "a", "label": 0}, {"text": "b", "label": 1}])

@@ -114,6 +114,17 @@ def test_a_finished_run_is_left_alone(lorica, finished_run):
     assert {p: p.stat().st_mtime_ns for p in finished_run.rglob("*")} == before
 
 
+def test_settings_that_a_finished_run_would_ignore(lorica, words, finished_run, stock):
+    more = ["--max-steps", "99", "--lr", "0.5", "--r", "2"]
+    done = lorica("train", "--resume", finished_run, *more)
+    assert done.code == 2 and "would be ignored" in done.err
+    assert "--max-steps: max_steps is 99, and the run had 4" in done.err
+    assert "learning_rate is 0.5" in done.err
+    assert " r is" not in done.err, "as it was"
+    same = [finished_run if word == "run" else word for word in words]
+    assert lorica(*same, "--resume", finished_run).code == 0, "the line that began it"
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -57,6 +57,9 @@ def test_from_flags_alone(lorica, stock, quick):
         "scoring the base",
         "step 1",
     ]
+    assert "by whose loss the adapter that was kept is chosen too" in lines[2]
+    for page in ("run/report.html", "run/adapter/README.md"):
+        assert "by whose loss the adapter" in Path(page).read_text(encoding="utf-8"), page
     places = [next(i for i, line in enumerate(lines) if line.startswith(w)) for w in order]
     assert places == sorted(places)
     assert [t for t in texts("run") if t.startswith("targets: ")]
@@ -267,3 +270,13 @@ def test_long_records_are_cut_to_the_positions_of_the_base(lorica, stock):
     assert done.code == 0, done.err
     config = Path("run/config.yaml").read_text(encoding="utf-8")
     assert "max_length: 96" in config and "# rule: the positions of the base" in config
+
+
+@pytest.mark.parametrize("words", [["--test-data", "other.jsonl"], ["--no-keep-best"]])
+def test_scores_that_chose_nothing_are_not_doubted(lorica, stock, quick, words):
+    data = ["--model", stock / "llama", "--data", stock / "pairs.jsonl"]
+    words = [str(stock / word) if word.endswith("jsonl") else word for word in words]
+    done = lorica("train", *data, *quick, *words, "--output-dir", "run")
+    assert done.code == 0, done.err
+    assert "is chosen too" not in done.out
+    assert "is chosen too" not in Path("run/report.html").read_text(encoding="utf-8")

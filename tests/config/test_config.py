@@ -569,3 +569,12 @@ def test_names_belong_to_one_group():
 def test_config_loads_no_torch():
     code = "import sys, lorica.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_method_as_a_section_is_one_problem():
+    with pytest.raises(ConfigError) as caught:
+        resolve(
+            ("run.yaml", {"model": "m", "data": "d", "method": {"r": "eight"}}), methods=METHODS
+        )
+    (problem,) = caught.value.problems
+    assert "settings lie flat: write method: thin, and at the top level r: eight" in problem

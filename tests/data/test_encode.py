@@ -17,9 +17,7 @@ from data.chat_templates import (
 )
 from lorica.data.encode import (
     CausalEncoder,
-    encode_causal,
     separator_of,
-    suggested_max_length,
 )
 from lorica.data.read import from_rows, read
 from lorica.errors import ConfigError, DataError
@@ -28,6 +26,12 @@ SHARED = Path(os.environ.get("LORICA_TEST_DATA", Path(__file__).parents[2] / "..
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the repository")
 PROMPT = {"prompt": "the user asks\n", "completion": "it is so"}
 CHAT = {"messages": conversation("hello", "hi there", "what is it?", "it is\n a test")}
+
+
+def encode_causal(record, tokenizer, **settings):
+    """One record, encoded with these settings."""
+    (example,) = CausalEncoder(tokenizer, **settings).encode([record])
+    return example
 
 
 def trained_text(example, tokenizer):
@@ -258,9 +262,6 @@ def test_windows_learn_every_token_once(adds_bos, size):
     for example in encoded:
         check(example, tokenizer)
         assert 2 <= len(example) <= 8 and example.row == 0
-    if len(encoded) > 1:
-        with pytest.raises(DataError, match="windows of 8 tokens"):
-            encode_causal({"text": text}, tokenizer, max_length=8)
 
 
 def test_records_without_a_trained_token_are_named():
@@ -308,13 +309,6 @@ def test_separator_is_one_for_the_whole_set():
     mixed = [{"prompt": "a ", "completion": "b"}, {"prompt": "a", "completion": " b"}]
     assert separator_of(mixed) == "\n"
     assert separator_of([]) == ""
-
-
-def test_suggested_max_length():
-    assert suggested_max_length([10] * 99 + [1000], most=4096) == 1024
-    assert suggested_max_length([10] * 200 + [1000], most=4096) == 64
-    assert suggested_max_length([900], most=512) == 512
-    assert suggested_max_length([], most=512) == 512
 
 
 @needs_data

@@ -275,3 +275,11 @@ def test_every_shape_in_the_table_is_found_by_its_own_columns():
             made = from_rows([row], format=shape.name)
             assert made.format == shape.format, shape.name
             assert set(made[0]) >= set(CANONICAL[shape.format][0])
+
+
+def test_each_missing_column_is_named_once():
+    with pytest.raises(DataError) as caught:
+        from_rows([{"a": "x", "b": "y"}], columns={"prompt": "mr", "completion": "ref"})
+    text = str(caught.value)
+    assert text.count("'mr'") == text.count("'ref'") == 1
+    assert "names among a, b" in text

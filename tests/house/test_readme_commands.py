@@ -1,5 +1,6 @@
 """Every command line that the README and the docs show exists, with every flag it uses."""
 
+import json
 import re
 import shlex
 from functools import cache
@@ -70,3 +71,19 @@ def test_wrong_lines_would_be_found():
     assert problem("lorica train --model m --lora-rank 8  # an alias") is None
     text = "```bash\nlorica train \\\n    --r 8\n$ lorica demo\n```\n```python\nlorica demo\n```"
     assert command_lines(text) == ["lorica train --r 8", "lorica demo"]
+
+
+def test_claims_of_equality_stand_beside_their_noise():
+    """Two seeds leave much undecided; the table says how much, as the results have it."""
+    lines = [li for li in PAGES[0].read_text(encoding="utf-8").splitlines() if "within noise" in li]
+    claimed = [float(found) for line in lines for found in re.findall(r"±([\d.]+)", line)]
+    wanted = []
+    for name, metrics in (
+        ("e2e", ("bleu", "loss")),
+        ("sst2", ("accuracy",)),
+        ("mrpc", ("accuracy",)),
+    ):
+        text = (ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8")
+        rows = json.loads(text)["equality"]["peft"]
+        wanted += [rows[metric]["noise_of_seeds"] for metric in metrics]
+    assert claimed == pytest.approx(wanted, rel=0.03) and len(lines) == 3

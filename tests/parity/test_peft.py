@@ -146,6 +146,7 @@ SETTINGS = {
         "opt",
         LoRA(r=2, target_modules="mlp", modules_to_save=("embed_positions",)),
     ),
+    "one-norm": ("llama", LoRA(r=2, target_modules=("q_proj",), modules_to_save=("norm",))),
     "experts": (
         "mixtral",
         LoRA(r=2, target_modules=("gate_up_proj", "down_proj"), rank_pattern={"down_proj": 3}),
@@ -160,6 +161,24 @@ SETTINGS = {
 def test_peft_reads_every_setting(case, tmp_path):
     name, method = SETTINGS[case]
     check_into_peft(name, method, tmp_path / "x")
+
+
+def test_a_name_that_peft_takes_for_more_is_written_in_full(tmp_path):
+    """PEFT matches modules_to_save by `endswith`: "norm" would be every input_layernorm too."""
+    adapter = attach(prepared("llama"), SETTINGS["one-norm"][1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(adapter, tmp_path / "x")
+    config = LoraConfig.from_pretrained(str(tmp_path / "x"))
+    assert config.modules_to_save == ["model.norm"]
+
+
+def test_a_path_that_is_the_end_of_another_is_told(tmp_path):
+    """At the top of the model "classifier" has no longer name; PEFT takes pre_classifier too."""
+    method = LoRA(r=2, target_modules="attention", modules_to_save=("classifier",))
+    adapter = attach(prepared("distilbert"), method)
+    with pytest.warns(LoricaWarning, match=r"\(classifier\): Lorica reads this adapter back, PEFT"):
+        save_adapter(adapter, tmp_path / "x")
 
 
 def test_peft_reads_the_task_head(tmp_path):

@@ -34,7 +34,8 @@ for rows in zip(*(rows_for(adapter, 200, seed) for seed, adapter in enumerate(ad
     for row in rows:
         display.step(row)
 display.event("warning", "take care")
-display.finish({"status": "finished", "scores": SCORES, "resources": {"seconds": 151.2}})
+spent = {"seconds": 151.2, "total_seconds": 275}
+display.finish({"status": "finished", "scores": SCORES, "resources": spent})
 Path(sys.argv[1]).write_text("went on to the end")
 """
 
@@ -86,7 +87,7 @@ def test_plain_lines(tmp_path):
     assert "lr 4.88e-3" in lines[2] and "tokens/s 4,700" in lines[2] and "1.1 GiB" in lines[2]
     assert "eval_loss" in lines[11] and "eval_chrf" in lines[11] and "left 0:" in lines[11]
     assert lines[42] == "warning: take care"
-    assert lines[43] == "finished after 2 min 31 s · 200 steps"
+    assert lines[43] == "finished after 4 min 35 s · trained for 2 min 31 s · 200 steps"
     assert lines[44] == (
         "better than the base: chrF 12.3 → 45.6 "
         "(difference +33.3, 95 % interval 31.0 to 35.5, p < 0.001, n = 630)"
@@ -148,7 +149,7 @@ def test_screen_in_a_terminal(tmp_path):
     assert "\x1b[?25l" in shown and shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # cursor
     for words in ("200/200", "100 %", "eval loss", "best 1.26", "at step 200", "grad norm"):
         assert words in text
-    assert "✓ finished after 2 min 31 s" in text
+    assert "✓ finished after 4 min 35 s · trained for 2 min 31 s" in text
     assert "⚠ take care" in text
     assert "better than the base in chrF" in text
     assert re.search(r"\x1b\[[0-9;]*3[0-9]m", shown)  # colours

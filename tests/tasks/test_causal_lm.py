@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 
 from architectures import ARCHITECTURES, CAUSAL
 from lorica.attach.activate import activate
@@ -67,6 +68,48 @@ def test_which_models_pack():
                 packs.append(name)
     assert set(packs) >= {*PACKED, "gpt2", "opt", "mixtral", "qwen3_moe"}
     assert not {"bloom", "falcon", "mamba"} & set(packs)
+
+
+def chunked(**more):
+    """A Llama 4, whose layers attend in chunks of 16 tokens; all but every fourth."""
+    config = hf.Llama4TextConfig(
+        vocab_size=97,
+        hidden_size=36,
+        intermediate_size=53,
+        intermediate_size_mlp=53,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=12,
+        num_local_experts=2,
+        attention_chunk_size=16,
+        pad_token_id=0,
+        **more,
+    )
+    torch.manual_seed(0)
+    return hf.Llama4ForCausalLM(config).eval()
+
+
+def test_attention_in_chunks_is_packed_only_within_a_chunk():
+    model = chunked()
+    block = [Example(list(range(1, n)), [-100, *range(2, n)]) for n in (61, 34, 51)]
+    own, alone = CausalLM.of(WordTokenizer()), CausalLM.of(WordTokenizer(), packing=False)
+    wanted = sum(loss_of(alone, model, [e]) for e in block)
+    assert loss_of(own, model, block) == pytest.approx(wanted, rel=1e-5)
+    assert "in chunks of 16 tokens" in own.notes[0] and "max_length: 16" in own.notes[0]
+    short = [Example(e.input_ids[:n], e.labels[:n]) for e, n in zip(block, (16, 9, 5), strict=True)]
+    within = CausalLM.of(WordTokenizer(), max_length=16)
+    assert within.packs(model)
+    wanted = sum(loss_of(alone, model, [e]) for e in short)
+    assert loss_of(within, model, short) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_attention_of_a_kind_nobody_knows_is_not_packed():
+    model = ARCHITECTURES["llama"].build()
+    model.config.layer_types = ["full_attention", "minimax_m3_sparse"]
+    own = CausalLM.of(WordTokenizer())
+    assert not own.packs(model)
+    assert "attend in a way of their own (minimax_m3_sparse)" in own.notes[0]
 
 
 def test_packing_that_is_demanded_is_refused_every_time():
@@ -164,7 +207,8 @@ def test_a_long_prompt_leaves_room_for_the_answer():
     for name in ("gpt2", "opt"):  # positions are a table of 64
         model = ARCHITECTURES[name].build()
         assert num_positions(model) == 64
-        prompt = task._prompt({"prompt": "w5 " * 90, "completion": "w6"}, model)
+        prompt, num_cut = task._prompt({"prompt": "w5 " * 90, "completion": "w6"}, model)
+        assert num_cut == 91 - len(prompt)
         assert len(prompt) == 32
         assert prompt[0] == 1
         (made,) = task.predict(model, [{"prompt": "w5 " * 90, "completion": "w6"}])

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import transformers as hf
 
 from architectures import ARCHITECTURES, SEQ2SEQ
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach
 from lorica.config import TrainSettings
-from lorica.errors import DataError
+from lorica.errors import BaseModelError, DataError
 from lorica.methods.lora import LoRA
 from lorica.tasks.seq2seq import Seq2Seq
 from lorica.train.loop import train
@@ -65,6 +66,59 @@ def test_decoder_inputs_are_the_labels_one_later():
     assert batch.labels[0].tolist() == [[10, 11, 1, -100, -100, -100], [13, 14, 15, 16, 17, 1]]
 
 
+FAMILIES = {
+    "m2m_100": ("M2M100", {"decoder_start_token_id": 2}),
+    "blenderbot": ("Blenderbot", {"decoder_start_token_id": 1}),
+    "mbart": ("MBart", {}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_that_shift_their_labels_themselves(name):
+    """Not every one has a method for it; all know what to do with `labels`."""
+    stem, start = FAMILIES[name]
+    layers = {f"{part}_{key}": n for part in ("encoder", "decoder")
+              for key, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 23))}  # fmt: skip
+    config = getattr(hf, f"{stem}Config")(
+        vocab_size=97, d_model=16, max_position_embeddings=64, pad_token_id=0, eos_token_id=2,
+        bos_token_id=1, **layers, **start,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(hf, f"{stem}ForConditionalGeneration")(config).eval()
+    own = task("mbart")
+    examples = own.encode(RECORDS).examples
+    with torch.no_grad():
+        wanted = sum(
+            model(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss
+            * len(e.labels)
+            for e in examples
+        )
+        (found,) = own.losses(model, own.collate([examples], model))
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_a_model_without_a_start_of_targets_is_refused():
+    model = ARCHITECTURES["llama"].build()
+    own = task("mbart")
+    with pytest.raises(BaseModelError, match="which token a target begins with"):
+        own.collate([own.encode(RECORDS).examples], model)
+
+
+def test_a_language_behind_the_end_token_stays_there():
+    """mBART ends with the end token and the language; a second end token would be learnt."""
+    own = fast_tokenizer("$A </s> <sep>", eos_token="</s>", pad_token="<pad>")
+    assert Seq2Seq(own).encode(RECORDS[:1])[0].labels == [10, 11, 2, 3]
+    short = Seq2Seq(own, max_length=3).encode(RECORDS)
+    assert [e.input_ids for e in short] == [[7, 2, 3], [12, 2, 3], [7, 2, 3]]
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_question_is_spelled_as_in_training(name):
+    for own in (task(name), task(name, max_length=4)):
+        for record, example in zip(RECORDS, own.encode(RECORDS), strict=True):
+            assert own.prompt_ids(record) == example.input_ids
+
+
 def test_long_texts_are_cut_and_keep_their_end():
     encoded = task("t5", max_length=4).encode(RECORDS)
     assert [e.input_ids for e in encoded] == [[7, 8, 9, 1], [12, 1], [7, 7, 8, 1]]
@@ -104,6 +158,18 @@ def test_t5_learns(tmp_path):
     """Its logits are scaled down and start flat, so that a few steps do not go far."""
     losses = trained(tmp_path / "r", "t5", 12)[2]
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_tokens_are_counted_on_both_sides(tmp_path):
+    own = task("bart")
+    encoded = own.encode(RECORDS)
+    both = sum(len(e.input_ids) + len(e.labels) for e in encoded)
+    assert encoded.num_tokens == both
+    model = ARCHITECTURES["bart"].build()
+    adapter = attach(model, LoRA(r=2, target_modules="all-linear"), name="x")
+    settings = TrainSettings(max_steps=1, batch_size=3, logging_steps=1)
+    train(model, {adapter: RECORDS}, settings, output_dir=tmp_path / "r", task=own)
+    assert [row["tokens"] for row in rows(tmp_path / "r")] == [both]
 
 
 def test_unusable_records_are_named_at_once():

@@ -235,3 +235,11 @@ def test_numbers_of_a_model_without_names():
     assert [own.index(label) for label in (1, "0", "LABEL_1")] == [1, 0, 1]
     with pytest.raises(DataError):
         own.index(2)
+
+
+def test_the_case_of_a_label_counts_only_where_it_tells_two_apart():
+    assert [task().index(label) for label in ("Good", "BAD", "fair")] == [2, 0, 1]
+    own = TextClassification(tokenizer(), ("us", "US", "them"))
+    assert [own.index(label) for label in ("us", "US", "Them")] == [0, 1, 2]
+    with pytest.raises(DataError):
+        own.index("Us")

@@ -13,8 +13,9 @@ from lorica.data.encode import Example
 from lorica.errors import NonFiniteError, TrainingError
 from lorica.methods.lora import LoRA
 from lorica.tasks.causal_lm import CausalLM
+from lorica.tasks.seq2seq import Seq2Seq
 from lorica.train.engine import Engine, Trainee
-from train.words import WordTokenizer, examples
+from train.words import WordTokenizer, examples, fast_tokenizer
 
 
 def build(name="llama", dtype=torch.float32):
@@ -48,6 +49,18 @@ def trained(
             for n in names:
                 engine.step([trainees[n]], [work[n][step]])
     return {n: {k: p.detach().clone() for k, p in handles[n].named_parameters()} for n in names}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_layers_that_training_drops_at_random_are_not_reported(seed):
+    model = build("bart")
+    for part in (model.model.encoder, model.model.decoder):
+        part.layerdrop = 0.9
+    adapter = attach(model, LoRA(r=2, target_modules=["q_proj", "lm_head"]), name="a")
+    own = Seq2Seq(fast_tokenizer(eos_token="</s>", pad_token="<pad>"))
+    trainee = Trainee(adapter, TrainSettings(max_steps=1, seed=seed), 1)
+    Engine(model, own).step([trainee], [[[Example([5, 6, 2], [7, 8, 2])]]])
+    assert model.training
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])

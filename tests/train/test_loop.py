@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+import transformers as hf
 
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import adapters, attach
+from lorica.base.load import Base
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import ConfigError, DataError, NonFiniteError, TrainingError
@@ -503,3 +505,30 @@ def test_notes_of_encoding_and_task_are_told(tmp_path):
     events = (tmp_path / "r/events.jsonl").read_text()
     assert "cut to 9 tokens" in events
     assert "batches are padded, not packed" in events
+
+
+# --- how records are asked ------------------------------------------------------------------------
+
+
+def loaded(*names):
+    """A model as `load_model` leaves it."""
+    model = model_with(*names)
+    model.__dict__["_lorica_base"] = Base("x", "causal-lm", "", fast_tokenizer(eos_token="</s>"))
+    return model
+
+
+def test_prompt_and_completion_are_parted_where_the_records_do_not(tmp_path):
+    pairs = [{"prompt": "w7 w8", "completion": "w9"}, {"prompt": "w5", "completion": "w6"}]
+    parted = [{**pair, "prompt": pair["prompt"] + "\n"} for pair in pairs]
+    found = {}
+    for name, data in (("bare", pairs), ("parted", parted)):
+        model = loaded("a")
+        train(model, {"a": data}, TrainSettings(max_steps=2), output_dir=tmp_path / name)
+        facts = json.loads((tmp_path / name / "adapter/lorica.json").read_text())
+        found[name] = facts["task"]["separator"]
+    assert found == {"bare": "\n", "parted": ""}
+    hf.AutoTokenizer.from_pretrained(tmp_path / "bare" / "adapter")  # goes with the adapter
+    events = (tmp_path / "bare" / "events.jsonl").read_text()
+    assert "no white space parts prompt and completion" in events
+    with pytest.raises(ConfigError, match="part prompt and completion by white space, and some"):
+        train(loaded("a", "b"), {"a": pairs, "b": parted}, output_dir=tmp_path / "both")

@@ -79,7 +79,7 @@ def test_another_process_gives_the_same_bytes(ended, reference):
 def test_the_first_signal_saves_and_the_run_goes_on(ended, reference):
     folder, code, words = ended["once"]
     assert code == 143, words
-    assert f"lorica train --resume {folder}" in words
+    assert f"lorica.train(..., output_dir='{folder}', resume=True)" in words
     assert "the state was saved" in words
     assert read_manifest(folder / "run.json")["status"] == "interrupted"
     assert (folder / "checkpoints/step-00000003").is_dir()
@@ -117,10 +117,17 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_message_can_be_pasted():
+def test_the_message_can_be_pasted(tmp_path, monkeypatch):
+    """The command goes on only with what it began itself."""
+    monkeypatch.chdir(tmp_path)
     with stopping() as stop:
         signal.raise_signal(signal.SIGHUP)
-    error = stop.error(Path("runs/my run"), saved=True)
+    folder = Path("runs/my run")
+    told = str(stop.error(folder, saved=True))
+    assert "lorica.train(..., output_dir='runs/my run', resume=True)" in told
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    error = stop.error(folder, saved=True)
     assert isinstance(error, Interrupted)
     assert error.exit_code == 129
     assert "lorica train --resume 'runs/my run'" in str(error)

@@ -25,6 +25,7 @@ class Activation:
         self._plates: list[Plates] = [p for m in model.modules() for p in plates_of(m)]
         self._status = attached_to(model).status
         self._before = [(p.route, p.recorded) for p in self._plates]
+        self._model, self._adapters_before = model, adapters(model)
         self._owner_before = self._status.owner
         thread = threading.get_ident()
         running = {other.ident for other in threading.enumerate()}
@@ -48,11 +49,20 @@ class Activation:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        stale = self._stale()
         for plates, (route, recorded) in zip(self._plates, self._before, strict=True):
-            plates.route = route
-            if plates.recorded is None:  # nothing here can be recomputed, so what was before counts
+            ended = route is not None and not stale.isdisjoint(route.names)
+            plates.route = None if ended else route
+            if ended:
+                self._owner_before = None
+            elif plates.recorded is None:  # nothing here can be recomputed, so what was counts
                 plates.recorded = recorded
         self._status.owner = self._owner_before
+
+    def _stale(self) -> set[str]:
+        """The adapters that were detached since. Another one of the same name does not step in."""
+        now = adapters(self._model)
+        return {name for name, own in self._adapters_before.items() if now.get(name) is not own}
 
 
 def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture]) -> Activation:

@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 from lorica.base.ending import end_token_note, set_end_token
 from lorica.base.folder import folder_problems, unfit_files
 from lorica.base.hub import hub_options, nearest_base
+from lorica.base.labels import Classes, output_tensors, restart, set_labels
 from lorica.errors import BaseModelError, LoricaError, nearest
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -38,7 +39,7 @@ class Base:
     """What is known of a base model that Lorica loaded; kept with the model.
 
     Attributes:
-        name: folder or hub id, as given.
+        name: hub id as given, or the absolute path of the folder: adapters record it.
         task: what it was loaded for.
         digest: SHA-256 over the weight files.
         tokenizer: as transformers loads it, padding on the right.
@@ -85,8 +86,9 @@ def load_model(
         task: one of `AUTO_CLASSES`.
         dtype: of the frozen weights: "float32", "bfloat16", "float16", or "auto": bfloat16 where
             the processor multiplies it natively, else float32; "as-stored": as the files have it.
-        labels: names of the classes of a classification; the model gets a head of that size, a new
-            one where that of the files has another.
+        labels: names of the classes of a classification. The head of the files is kept where it has
+            as many classes and their names are these (in its own order), numbers, or no names;
+            otherwise the model gets a new one.
         trust_remote_code: run Python code that comes with the model. Never on by itself.
         device: "cpu", "cuda", ..., or "auto": the first GPU where there is one.
         eos_token: end texts with this token instead of the tokenizer's own end token.
@@ -103,11 +105,12 @@ def load_model(
     )
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     local = hub_options(path, revision)
-    base = Base(str(name), task, digest="")
+    base = Base(_lasting(name, path), task, digest="")
     with _reading(name, task), _seeded(seed):
         config = transformers.AutoConfig.from_pretrained(path, **options, **local)
-        base.labels = _set_labels(config, task, labels, base.notes)
-        model, info = getattr(transformers, AUTO_CLASSES[task]).from_pretrained(
+        auto_class = getattr(transformers, AUTO_CLASSES[task])
+        classes = set_labels(config, labels) if task == "text-classification" else Classes(())
+        model, info = auto_class.from_pretrained(
             path,
             config=config,
             dtype=choose_dtype(dtype, target),
@@ -117,6 +120,12 @@ def load_model(
             **options,
             **local,
         )
+        if classes.contradict:
+            foreign = output_tensors(config, auto_class)
+            restart(model, foreign)
+            info["missing_keys"] = {*info["missing_keys"], *foreign}
+    base.labels = classes.names
+    base.notes += [classes.note] if classes.note else []
     base.tokenizer = load_tokenizer(name, task=task, eos_token=eos_token, **options)
     if eos_token is not None:
         set_end_token(model, base.tokenizer, eos_token)
@@ -191,8 +200,7 @@ def empty_model(
             path, revision=revision, **options, **local
         )
         if labels:
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {label: i for i, label in enumerate(labels)}
+            set_labels(config, labels)
         if change is not None:
             change(config)
         if dtype is not None:
@@ -201,10 +209,23 @@ def empty_model(
             return getattr(transformers, AUTO_CLASSES[task]).from_config(config, **options)
 
 
-def missing_heads(name: str | Path, model: nn.Module, *, revision: str = "main") -> tuple[str, ...]:
+def missing_heads(
+    name: str | Path,
+    model: nn.Module,
+    *,
+    labels: tuple[str, ...] = (),
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> tuple[str, ...]:
     """The modules of a classification's head for which the weight files have nothing that fits, as
-    the headers of the files say: what `load_model` would start at random.
+    the headers of the files say: what `load_model` would start at random with these labels.
     """
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    foreign: set[str] = set()
+    with _reading(name, "text-classification"):
+        config = transformers.AutoConfig.from_pretrained(_located(name), **options)
+        if labels and set_labels(config, labels).contradict:
+            foreign = output_tensors(config, transformers.AutoModelForSequenceClassification)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(name, revision=revision):
         with safe_open(file, framework="pt") as stored:
@@ -216,8 +237,11 @@ def missing_heads(name: str | Path, model: nn.Module, *, revision: str = "main")
                 _head_of(key)
                 for key, tensor in model.state_dict().items()
                 if _HEADS & set(key.split("."))
-                and tuple(tensor.shape)
-                not in (shapes.get(key), shapes.get(key.removeprefix(prefix)))
+                and (
+                    key in foreign
+                    or tuple(tensor.shape)
+                    not in (shapes.get(key), shapes.get(key.removeprefix(prefix)))
+                )
             }
         )
     )
@@ -234,6 +258,14 @@ def _located(name: str | Path) -> str | Path:
     if str(name) == "embedded":
         return EMBEDDED
     return Path(name).expanduser() if str(name).startswith("~") else name
+
+
+def _lasting(name: str | Path, path: str | Path) -> str:
+    """What names the base from everywhere: a relative path would be another folder elsewhere, or
+    even a stranger's model on the hub.
+    """
+    folder = Path(path)
+    return str(folder.absolute()) if path is not EMBEDDED and folder.is_dir() else str(name)
 
 
 @torch.no_grad()
@@ -417,26 +449,3 @@ def _head_of(key: str) -> str:
     """The path down to the module of the head that a tensor belongs to."""
     words = key.split(".")
     return ".".join(words[: next(i for i, word in enumerate(words) if word in _HEADS) + 1])
-
-
-def _set_labels(
-    config: Any, task: str, labels: tuple[str, ...], notes: list[str]
-) -> tuple[str, ...]:
-    """Write the classes that are wanted into the config; those that the model will have."""
-    if task != "text-classification":
-        return ()
-    own = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-    if not labels:
-        if len(own) < 2:
-            raise BaseModelError(
-                "the model has a single output: a regression, not a classification",
-                mend="name the classes with labels=",
-            )
-        return own
-    named = any(name != f"LABEL_{i}" for i, name in enumerate(own))
-    if named and len(own) == len(labels) and own != tuple(labels):
-        pairs = ", ".join(f"{old} -> {new}" for old, new in zip(own, labels, strict=True))
-        notes.append(f"the classes of the model are taken for those of the data: {pairs}")
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: i for i, label in enumerate(labels)}
-    return tuple(labels)

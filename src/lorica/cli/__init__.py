@@ -128,6 +128,8 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
     try:
         result = call()
         sys.stdout.flush()
+        if result == 130:  # typer has made an exit code of Ctrl-C
+            _complain("lorica: stopped")
         return result if isinstance(result, int) else 0
     except LoricaError as error:
         if debug:

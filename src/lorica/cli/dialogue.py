@@ -14,6 +14,7 @@ from lorica.attach.activate import activate
 from lorica.cli.opening import Subject
 from lorica.errors import ConfigError, nearest
 from lorica.tasks.causal_lm import CausalLM, stop_tokens
+from lorica.tasks.seq2seq import Seq2Seq
 from lorica.tasks.task import device_of, filler, num_positions
 from lorica.tasks.text_classification import TextClassification
 
@@ -133,7 +134,8 @@ class Dialogue:
                 dict.fromkeys([*task.encoder.stop_ids, *stop_tokens(model, self.tokenizer)])
             )
         else:
-            ids = self.tokenizer(record["prompt"])["input_ids"]
+            assert isinstance(task, Seq2Seq)
+            ids = task.prompt_ids(record)
             stop = stop_tokens(model, self.tokenizer)
         writer = _Writer(self.tokenizer, stream, skip_prompt=isinstance(task, CausalLM))
         given = torch.tensor([ids or stop[:1] or [0]], device=device_of(model))

@@ -77,7 +77,6 @@ def command(
     from lorica.cli.material import (
         Material,
         check_format,
-        class_names,
         for_scoring,
         with_system,
     )
@@ -102,9 +101,11 @@ def command(
             task=task,
             dtype=dtype,
             max_new_tokens=max_new_tokens,
-            labels=class_names(records),
+            records=records,
         )
     check_format(records, opened.task.kind)
+    for note in opened.notes:
+        voice.say(note)
     chosen, why = for_scoring(with_system(records, opened.system), limit, seed)
     if why:
         voice.say(f"scores: on {why}")

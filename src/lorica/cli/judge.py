@@ -37,7 +37,16 @@ def predictions(
         voice.work(f"scoring {who} on {len(records):,} records", len(records)) as done,
         activate(model, adapter),
     ):
-        return task.predict(model, records, batch_size=batch_size, generate=generate, progress=done)
+        how: dict[str, Any] = {"generate": generate, "progress": done}
+        found = task.predict(model, records, batch_size=batch_size, **how)
+    cut = sum(p.num_cut > 0 for p in found)
+    if cut and adapter is None:  # the same for both
+        voice.say(
+            f"scores: {cut:,} of {len(found):,} prompts lose their beginning, to leave room for "
+            "the answer among the positions of the model",
+            "warning",
+        )
+    return found
 
 
 def tell_of_chance(base: Base, voice: Voice, *, alone: bool = False) -> None:

@@ -48,6 +48,17 @@ def checked_kind(wanted: str, model: str) -> str:
     return wanted
 
 
+def is_encoder(model: str) -> bool:
+    """Whether a base reads a text as a whole (BERT), so that it cannot continue one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = config_of(model)
+    made = " ".join(map(str, config.get("architectures") or ()))
+    continues = config.get("is_decoder") or "CausalLM" in made or "LMHead" in made
+    masked = config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return masked and not continues and not config.get("is_encoder_decoder")
+
+
 def is_encoder_decoder(model: str) -> bool:
     """Whether the config of a base says that it is an encoder-decoder model."""
     return bool(config_of(model).get("is_encoder_decoder"))

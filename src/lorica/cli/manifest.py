@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lorica.cli.prepare import Prepared
+from lorica.cli.prepare import Prepared, chosen_by_scored
 from lorica.data.encode import IGNORED
 from lorica.tasks.task import Task
 
@@ -23,7 +23,7 @@ def manifest(prepared: Prepared, path: Path) -> dict[str, Any]:
         "digest": material.train.digest,
         "format": material.train.format,
         "statement": material.train.statement,
-        "num_tokens": sum(lengths),
+        "num_tokens": examples.num_tokens,
         "num_trained_tokens": examples.num_trained_tokens,
         "length_percentiles": {
             "p50": lengths[len(lengths) // 2],
@@ -33,7 +33,7 @@ def manifest(prepared: Prepared, path: Path) -> dict[str, Any]:
         "num_truncated": examples.num_truncated,
         "example": marked(prepared.task, examples[0]),
     }
-    others = {
+    others: dict[str, dict[str, Any]] = {
         name: {
             "num_records": len(rows),
             "digest": rows.digest,
@@ -43,6 +43,8 @@ def manifest(prepared: Prepared, path: Path) -> dict[str, Any]:
         for name, rows in (("eval", material.valid), ("test", material.scored))
         if rows is not None
     }
+    if "test" in others and chosen_by_scored(prepared.settings, material):
+        others["test"]["chose_the_adapter"] = True
     labels = prepared.base.labels
     return {
         "data": {"train": trained, **others},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lorica.cli.kinds import is_encoder_decoder
+from lorica.cli.kinds import is_encoder, is_encoder_decoder
 from lorica.config import RunConfig
 from lorica.data.dataset import Dataset, group_references
 from lorica.data.facts import facts
@@ -38,12 +38,14 @@ class Material:
         valid: held-out records for the evaluation loss; None without any.
         scored: what base and tuned are scored on; None without any.
         statements: what was read and how it was parted, for the user.
+        shared: the scored records are those of the evaluation, for want of others.
     """
 
     train: Dataset
     valid: Dataset | None = None
     scored: Dataset | None = None
     statements: list[str] = field(default_factory=list)
+    shared: bool = False
 
     @property
     def held_out(self) -> Sequence[dict]:
@@ -65,7 +67,7 @@ class Material:
         )
 
     def task(self, wanted: str, model: str) -> str:
-        """The task: as set, or as data and model say. Raises DataError where the two disagree."""
+        """The task: as set, or as data and model say. Raises DataError where these disagree."""
         found = wanted
         if wanted == "auto":
             found = "text-classification" if self.train.format == "classification" else "causal-lm"
@@ -74,6 +76,13 @@ class Material:
             ):
                 found = "seq2seq"
         check_format(self.train, found)
+        if found == "causal-lm" and is_encoder(model):
+            raise DataError(
+                f"{model} is an encoder: it reads a text as a whole and cannot continue one",
+                expected="for this base, records of text and label",
+                mend="map such columns: --columns text=...,label=..., or choose a base that "
+                "continues texts",
+            )
         return found
 
     def metrics(self, task: str) -> tuple[str, ...]:
@@ -131,6 +140,7 @@ def gather(run: RunConfig, *, seed: int) -> Material:
     if valid is not None:
         material.valid, why = drawn(valid, run.eval_records, seed)
         told += [f"evaluation loss: on {why}"] if why else []
+    material.shared = scored is None and valid is not None
     scored = valid if scored is None else scored
     if scored is not None:
         material.scored, why = for_scoring(scored, run.eval_records, seed)

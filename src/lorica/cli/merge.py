@@ -79,7 +79,8 @@ def command(
     with voice.work("merging"):
         report = merge(opened.model, {opened.adapter.name: weight}, force=force)
         tokenizer = known(opened.model).tokenizer
-        save_merged(opened.model, output_dir, tokenizer, overwrite=overwrite)
+        asked = {"format": opened.format, "system": opened.system, "task": opened.task.facts()}
+        save_merged(opened.model, output_dir, tokenizer, facts=asked, overwrite=overwrite)
     facts = {**asdict(report), "damage": report.damage, "path": str(output_dir)}
     write_file(output_dir / REPORT, jsonlib.dumps(facts, indent=2) + "\n")
     print(jsonlib.dumps(facts) if json else "\n".join(_lines(report, output_dir, opened.task.kind)))

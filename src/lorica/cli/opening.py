@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import shlex
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ from torch import nn
 
 from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter
-from lorica.base.load import base_of, load_model
+from lorica.base.load import base_of, digest_of_files, load_model, weight_files
 from lorica.cli.kinds import checked_kind, names_classes
+from lorica.cli.material import class_names
 from lorica.config import load_yaml
-from lorica.errors import AdapterFileError, ConfigError
+from lorica.data.dataset import Dataset
+from lorica.data.encode import separator_of
+from lorica.errors import AdapterFileError, BaseModelError, ConfigError
 from lorica.files.adapter import load_adapter
+from lorica.records.folder import how_to_resume
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
-from lorica.tasks.task import Task
+from lorica.tasks.task import Task, num_positions
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Subject:
         task: asks the model as it was asked in training.
         format: of the records of its training ("chat", "prompt" ...); None where that is not known.
         system: the system message of its training; None without one.
+        notes: what the user should be told of how it is asked.
     """
 
     name: str
@@ -40,6 +46,7 @@ class Subject:
     task: Task
     format: str | None = None
     system: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def open_subject(
@@ -49,7 +56,7 @@ def open_subject(
     task: str = "auto",
     dtype: str = "auto",
     max_new_tokens: int = 128,
-    labels: tuple[str, ...] = (),
+    records: Dataset | None = None,
 ) -> Subject:
     """Open a run, an adapter or a base.
 
@@ -57,7 +64,8 @@ def open_subject(
         path: a run folder, an adapter folder, or a base: a folder or a hub id.
         base: for an adapter, another place of its base.
         task: of a bare base; auto: as its config suggests. An adapter knows its own.
-        labels: names of the classes of a bare base that has none.
+        records: those that will be asked. They name the classes, and say what parts prompt and
+            completion, where nothing beside the model does.
 
     Raises:
         AdapterFileError, BaseModelError: what is there cannot be opened.
@@ -67,23 +75,30 @@ def open_subject(
         if base is not None:
             raise ConfigError(f"--model goes with an adapter, but {path} is none")
         kind = checked_kind(task, path)
-        named = kind != "text-classification" or names_classes(path)
-        model = load_model(path, task=kind, dtype=dtype, labels=() if named else labels)
-        return Subject(path, model, None, _task(model, {}, max_new_tokens))
+        bare = records and kind == "text-classification" and not names_classes(path)
+        labels = class_names(records) if records and bare else ()
+        model = load_model(path, task=kind, dtype=dtype, labels=labels)
+        facts = adapter_facts(Path(path))  # of a model that an adapter was merged into
+        asked, format, system = (facts.get(key) for key in ("task", "format", "system"))
+        asked, notes = _parted(_object(asked), kind, records)
+        task_of = _task(model, asked, max_new_tokens)
+        return Subject(path, model, None, task_of, format, system, notes)
     facts = adapter_facts(folder)
     asked, known = (_object(facts.get(key)) for key in ("task", "base"))
     name = base or known.get("name") or _configured_base(folder)
-    kind = asked.get("kind") or known.get("task") or checked_kind(task, name)
-    model = load_model(
-        name,
-        task=kind,
-        dtype=dtype,
-        labels=tuple(asked.get("labels", ())),
-        eos_token=asked.get("eos_token"),
-    )
+    with _fitting(name, folder, known, recorded=base is None):
+        kind = asked.get("kind") or known.get("task") or checked_kind(task, name)
+        model = load_model(
+            name,
+            task=kind,
+            dtype=dtype,
+            labels=tuple(asked.get("labels", ())),
+            eos_token=asked.get("eos_token"),
+        )
     _take_template(model, folder)
     adapter = load_adapter(model, folder)
     activate(model, adapter)
+    asked, notes = _parted(asked, kind, records)
     run = folder.parent
     return Subject(
         path,
@@ -94,7 +109,23 @@ def open_subject(
         load_yaml(run / "config.yaml").values.get("system")
         if (run / "config.yaml").is_file()
         else None,
+        notes,
     )
+
+
+def _parted(
+    facts: dict[str, Any], kind: str, records: Dataset | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The facts with what a training on these records would put between prompt and completion,
+    where they do not say it; and what to tell of that.
+    """
+    prompts = records is not None and records.format == "prompt"
+    if "separator" in facts or kind != "causal-lm" or records is None or not prompts:
+        return facts, []
+    separator = separator_of(records.rows)
+    told = "no white space in the records parts prompt and completion"
+    notes = [f"separator: {separator!r}, as in a training on these records; {told}"]
+    return {**facts, "separator": separator}, notes if separator else []
 
 
 def adapter_folder(path: Path) -> Path | None:
@@ -113,13 +144,13 @@ def adapter_folder(path: Path) -> Path | None:
             f"the run {path} holds no single adapter",
             mend=f"name one of {path}/adapters: {', '.join(several)}"
             if several
-            else f"let the run finish: lorica train --resume {shlex.quote(str(path))}",
+            else f"let the run finish: {how_to_resume(path)}",
         )
     return None
 
 
 def adapter_facts(folder: Path) -> dict[str, Any]:
-    """What Lorica noted beside an adapter; empty for an adapter of another tool."""
+    """What Lorica noted beside an adapter or a merged model; empty for those of other tools."""
     return _json(folder / "lorica.json")
 
 
@@ -134,6 +165,45 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+@contextmanager
+def _fitting(name: str, folder: Path, known: dict[str, Any], *, recorded: bool) -> Iterator[None]:
+    """Say of a base that cannot be loaded for an adapter that it is another one, or where its name
+    comes from.
+
+    Args:
+        known: what is noted of the adapter's base.
+        recorded: the name stands beside the adapter; it was not given.
+    """
+    try:
+        yield
+    except BaseModelError as error:
+        if _has_other_weights(name, known.get("digest")):
+            raise AdapterFileError(
+                f"{folder} was made for another base than {name}: the weights differ",
+                expected=f"the base {known.get('name')}",
+                mend="name that base with --model",
+            ) from error
+        if not recorded:
+            raise
+        relative = not Path(name).is_absolute() and not Path(name).is_dir()
+        how = ", a hub id or a path relative to where it was trained," if relative else ""
+        raise BaseModelError(
+            f"{folder} was trained on the base {name!r}{how} which cannot be loaded",
+            problems=[error.what, *error.problems],
+            expected="the base of the adapter",
+            mend="name the folder of the base, or its hub id, with --model",
+        ) from error
+
+
+def _has_other_weights(name: str, digest: str | None) -> bool:
+    """Whether a base is here, and is not the one of this digest."""
+    try:
+        files = weight_files(name)
+    except (OSError, ValueError):  # neither a folder nor an id of the hub
+        return False
+    return bool(files and digest) and digest_of_files(files[0].parent) != digest
 
 
 def _take_template(model: nn.Module, folder: Path) -> None:
@@ -156,7 +226,7 @@ def _task(model: nn.Module, facts: dict[str, Any], max_new_tokens: int) -> Task:
     """The task of a loaded model, asked as the facts of its adapter say."""
     base = base_of(model)
     assert base is not None
-    max_length = facts.get("max_length")
+    max_length = facts.get("max_length") or num_positions(model)  # as training would cut
     if base.task == "text-classification":
         return TextClassification(base.tokenizer, base.labels, max_length)
     if base.task == "seq2seq":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from lorica.data.screen_tokens import Sight, screen_tokens
 from lorica.data.template import ChatTemplate
 from lorica.errors import CheckRefused, ConfigError, LoricaError
 from lorica.evaluate.metrics import find_metrics
-from lorica.records.phrases import count, parameters
+from lorica.records.phrases import CHOSEN_BY_SCORED, count, parameters
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task, num_positions
 from lorica.train.importance import attach_relevant
@@ -75,6 +76,8 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
         material = gather(settings.run, seed=settings.train.seed)
     for line in material.statements:
         voice.say(line)
+    if chosen_by_scored(settings, material):
+        voice.say(f"scores: {CHOSEN_BY_SCORED}")
     kind = material.task(settings.run.task, settings.run.model)
     check_effects(settings, material, kind)
     held_out = {id(part): part for part in (material.valid, material.scored) if part}
@@ -119,6 +122,24 @@ def _relevant(
 ) -> Adapter:
     seed = settings.train.seed
     return attach_relevant(model, settings.method, task, examples, name=ADAPTER, seed=seed)[0]
+
+
+def anchored(settings: Resolved) -> Resolved:
+    """The settings with the paths of files that are here made absolute: what a run folder records
+    must be good from every directory.
+    """
+    found = {}
+    for key in ("model", "data", "eval_data", "test_data", "chat_template"):
+        value = getattr(settings.run, key)
+        stem = re.sub(r"#\d+$", "", value or "")  # records.jsonl#500: a sample of so many
+        if stem not in ("", "embedded") and (path := Path(stem).expanduser()).exists():
+            found[key] = str(path.absolute()) + value.removeprefix(stem)
+    return replace(settings, run=settings.run.model_copy(update=found))
+
+
+def chosen_by_scored(settings: Resolved, material: Material) -> bool:
+    """Whether the records that are scored also choose which adapter is kept."""
+    return material.shared and settings.train.keep_best
 
 
 def foresee(

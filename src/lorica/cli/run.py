@@ -21,12 +21,13 @@ import torch
 from lorica import __version__
 from lorica.cli.judge import predictions, samples, tell_of_chance
 from lorica.cli.manifest import manifest, marked
-from lorica.cli.prepare import ADAPTER, Prepared, own_template, prepare
+from lorica.cli.prepare import ADAPTER, Prepared, anchored, own_template, prepare
 from lorica.cli.voice import Voice
-from lorica.config import Resolved
+from lorica.config import Resolved, load_yaml, resolve
 from lorica.errors import ConfigError, Interrupted, LoricaError
 from lorica.evaluate.compare import Comparison, compare
 from lorica.evaluate.metrics import check_inputs, find_metrics
+from lorica.methods import METHODS
 from lorica.records.atomic import write_file
 from lorica.records.card import write_card
 from lorica.records.folder import RunFolder, json_text, now
@@ -67,7 +68,7 @@ def execute(
     """
     began = time.monotonic()
     voice = Voice(json=json, quiet=quiet)
-    if resume is not None and (outcome := finished(resume, voice)):
+    if resume is not None and (outcome := finished(resume, settings, voice)):
         return outcome
     path = resume or Path(settings.run.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     try:
@@ -79,6 +80,7 @@ def execute(
             if settings.run.threads:
                 torch.set_num_threads(settings.run.threads)
             prepared = prepare(settings, voice, ignore_memory=ignore_memory)
+            prepared.settings = anchored(prepared.settings)
             if prepared.task.kind == "causal-lm":
                 shown = _example(prepared)
                 voice.say(f"the first of them, with what is trained in brackets: {shown}")
@@ -265,11 +267,14 @@ def _dress(path: Path) -> None:
     write_report(path)
 
 
-def finished(path: Path, voice: Voice) -> Outcome | None:
+def finished(path: Path, settings: Resolved, voice: Voice) -> Outcome | None:
     """Says so where a run is finished already, and writes its page where that is missing.
 
+    Args:
+        settings: those of the run, with what was asked for now.
+
     Raises:
-        ConfigError: there is no run in `path`.
+        ConfigError: there is no run in `path`; or settings are asked for that it did not have.
     """
     if not (path / "run.json").is_file():
         raise ConfigError(
@@ -280,13 +285,36 @@ def finished(path: Path, voice: Voice) -> Outcome | None:
     found = read_manifest(path / "run.json")
     if found.get("status") != "finished":
         return None
+    _check_unchanged(path, settings)
     if not ((path / "report.html").is_file() and (path / "adapter" / "README.md").is_file()):
         _dress(path)
     steps = max(found.get("training", {}).get("steps", {}).values(), default=0)
     voice.say(f"the run in {path} is finished ({steps:,} steps, ended {found.get('ended', '?')})")
-    other = shlex.join(["lorica", "train", os.path.join(path, "config.yaml"), "--output-dir"])
-    voice.say(f"for a longer one: {other} ANOTHER --max-steps N")
+    voice.say(f"for a longer one: {_another(path)} --max-steps N")
     return Outcome(path)
+
+
+def _check_unchanged(path: Path, settings: Resolved) -> None:
+    """Raises ConfigError for settings that a finished run would ignore."""
+    wanted = anchored(settings).values
+    had = anchored(resolve(load_yaml(path / "config.yaml"), methods=METHODS)).values
+    ignored = [
+        f"{settings.origins[key]}: {key} is {value!r}, and the run had {had.get(key)!r}"
+        for key, value in wanted.items()
+        if value != had.get(key) and key != "output_dir"
+    ]
+    if ignored:
+        raise ConfigError(
+            f"the run in {path} is finished; these settings would be ignored",
+            problems=ignored,
+            mend=f"start another run with them: {_another(path)} ...",
+        )
+
+
+def _another(path: Path) -> str:
+    """The command for another run with the settings of this one."""
+    line = ["lorica", "train", os.path.join(path, "config.yaml"), "--output-dir", "ANOTHER"]
+    return shlex.join(line)
 
 
 def _example(prepared: Prepared) -> str:

@@ -238,6 +238,14 @@ def _choose(found: Found, methods: Mapping[str, type | Preset], problems: list[s
     if isinstance(word, str) and word in methods:
         chosen = methods[word]
         return _unfold(word, chosen, found, problems) if isinstance(chosen, Preset) else chosen
+    if isinstance(word, Mapping):
+        del found["method"]  # told here, in full
+        lines = "; ".join(f"{key}: {yaml_text(_plain(value))}" for key, value in word.items())
+        problems.append(
+            f"{origin}: method is a section here, but settings lie flat: write method: "
+            f"{next(iter(methods))}, and at the top level {lines}"
+        )
+        return None
     near = nearest(str(word), methods)
     hint = f"did you mean {near}?" if near else f"there are: {', '.join(methods)}"
     problems.append(f"{origin}: method is {word!r}; {hint}")

@@ -277,7 +277,9 @@ class RunConfig(Settings):
         default=None, description="records to evaluate on while training"
     )
     test_data: PathText | None = Field(
-        default=None, description="records for the final scores; null: the evaluation records"
+        default=None,
+        description="records for the final scores; null: the evaluation records, which then also "
+        "choose the adapter that is kept",
     )
     task: Literal["auto", "causal-lm", "text-classification", "seq2seq"] = Field(
         default="auto", description="what the model learns to do; auto: as model and data say"

@@ -314,31 +314,6 @@ class CausalEncoder:
         )
 
 
-def encode_causal(
-    record: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    *,
-    template: ChatTemplate | None = None,
-    max_length: int | None = None,
-    train_on: TrainOn = "completion",
-    add_bos: bool | None = None,
-    add_eos: bool = True,
-) -> Example:
-    """Encode one record; for many, `CausalEncoder(...).encode` is faster. Arguments as there.
-
-    Raises:
-        DataError: no trained token, or a text that needs several windows of max_length.
-    """
-    encoder = CausalEncoder(tokenizer, template, max_length, train_on, add_bos, add_eos)
-    examples = encoder.encode([record])
-    if len(examples) > 1:
-        raise DataError(
-            f"the text needs {len(examples)} windows of {max_length} tokens",
-            mend="CausalEncoder.encode gives all of them",
-        )
-    return examples[0]
-
-
 def separator_of(records: Iterable[Mapping[str, Any]]) -> str:
     """What to put between prompts and completions, for all records of a set alike.
 
@@ -353,15 +328,6 @@ def separator_of(records: Iterable[Mapping[str, Any]]) -> str:
         if not (ends or begins):
             return "\n"
     return ""
-
-
-def suggested_max_length(lengths: Sequence[int], *, most: int) -> int:
-    """The 99th percentile of the lengths, rounded up to a multiple of 64, at most `most`."""
-    if not lengths:
-        return most
-    ordered = sorted(lengths)
-    percentile = ordered[min(len(ordered) - 1, (99 * len(ordered)) // 100)]
-    return min(most, -(-percentile // 64) * 64)
 
 
 def _messages(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -32,6 +32,11 @@ class Example:
         return len(self.input_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that the model is run on."""
+        return len(self.input_ids)
+
+    @property
     def num_trained(self) -> int:
         """Tokens on which the loss falls."""
         return len(self.labels) - self.labels.count(IGNORED)
@@ -59,7 +64,7 @@ class Encoded(Sequence[Example]):
 
     @cached_property
     def num_tokens(self) -> int:
-        return sum(len(example) for example in self.examples)
+        return sum(example.num_tokens for example in self.examples)
 
     @cached_property
     def num_trained_tokens(self) -> int:

@@ -233,7 +233,7 @@ def _check_mapped(columns: Mapping[str, str], seen: tuple[str, ...], target: str
         kind = NoTarget if columns[target] in missing or by_place else DataError
         close = {name: nearest(name, seen) for name in missing}
         raise kind(
-            f"mapped columns are not in the data: {', '.join(map(repr, missing))}",
+            "mapped columns are not in the data",
             problems=[f"{a!r}" + (f"; did you mean {b!r}?" if b else "") for a, b in close.items()],
             expected=f"names among {_listed(seen, 20)}",
         )

@@ -91,11 +91,7 @@ def to_peft(adapter: Adapter) -> Written:
             spot.to_file({name: _plain(tensor) for name, tensor in slot.tensors.items()})
         )
     found.whole = whole_names(adapter)
-    found.unreadable += [
-        path
-        for path in found.modules
-        if any(path.endswith(name) and not f".{path}".endswith(f".{name}") for name in found.whole)
-    ]
+    found.unreadable += [name for name in found.whole if _caught_besides(name, adapter)]
     _fill_attention(found, modules)
     return found
 
@@ -164,11 +160,33 @@ def _fill_attention(found: Written, modules: Mapping[str, nn.Module]) -> None:
 
 
 def whole_names(adapter: Adapter) -> list[str]:
-    """Names for modules_to_save: the settings' own where they say it, else the full paths."""
-    copied = [path for path, slot in adapter.slots.items() if isinstance(slot.method, Copy)]
+    """Names for modules_to_save: the settings' own where PEFT selects by them what was copied and
+    nothing else, else the full paths.
+    """
+    copied = _copied(adapter)
     names = [name for name in getattr(adapter.method, "modules_to_save", ()) if name]
     unnamed = [p for p in copied if not any(f".{name}." in f".{p}." for name in names)]
-    return sorted({*names, *unnamed}) if copied else []
+    found = set(unnamed)
+    for name in names if copied else ():
+        roots = [p for p in modules_of(adapter.model) if f".{p}".endswith(f".{name}")]
+        found |= set(roots) if _caught_besides(name, adapter) else {name}
+    return sorted(found)
+
+
+def _copied(adapter: Adapter) -> list[str]:
+    return [path for path, slot in adapter.slots.items() if isinstance(slot.method, Copy)]
+
+
+def _caught_besides(name: str, adapter: Adapter) -> list[str]:
+    """The modules without a copy that PEFT would train whole by this name: for modules_to_save
+    its rule is a plain `endswith`, by which "norm" is input_layernorm too.
+    """
+    copied = [f"{path}." for path in _copied(adapter)]
+    return [
+        path
+        for path in modules_of(adapter.model)
+        if path.endswith(name) and not any(c.startswith(f"{path}.") for c in copied)
+    ]
 
 
 def _plain(tensor: Tensor) -> Tensor:

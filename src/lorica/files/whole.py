@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,18 @@ from torch import nn
 from lorica.attach.attach import adapters
 from lorica.errors import BaseModelError
 from lorica.files.folder import new_folder
+from lorica.records.atomic import write_file
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, FACTS = "model.safetensors", "lorica.json"
 
 
 def save_merged(
-    model: nn.Module, folder: str | Path, tokenizer: Any = None, *, overwrite: bool = False
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: Any = None,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a model, after `merge`, in the format of its library; the base on the disk is not
     touched.
@@ -26,6 +34,7 @@ def save_merged(
             other module as one file of its parameters and buffers.
         folder: appears whole or not at all; it may not be the folder of the base.
         tokenizer: written into the same folder, with its chat template.
+        facts: how the model must be asked, for lorica.json: {"task": task.facts()}.
         overwrite: replace a model that is there.
 
     Raises:
@@ -48,4 +57,6 @@ def save_merged(
             save_model(model, str(temporary / WEIGHTS), metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if facts is not None:
+            write_file(temporary / FACTS, json.dumps(dict(facts), indent=2, sort_keys=True) + "\n")
     return Path(folder)

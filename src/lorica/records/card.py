@@ -12,6 +12,8 @@ import yaml
 
 from lorica.records.atomic import write_file
 from lorica.records.phrases import (
+    CHOSEN_BY_SCORED,
+    chosen_by_scored,
     count,
     duration,
     metric_name,
@@ -52,7 +54,7 @@ def model_card(manifest: Mapping, *, adapter: str) -> str:
         f"---\n{front}---",
         f"# {escaped(adapter)}",
         _introduction(manifest, adapter),
-        *(_score_part(scores) if scores else []),
+        *(_score_part(manifest, scores) if scores else []),
         "## How to use it",
         f"With PEFT:\n\n```python\n{peft_snippet(public, 'path/to/this/folder')}\n```",
         f"With Lorica:\n\n```python\n{lorica_snippet(public, 'path/to/this/folder', adapter)}\n```",
@@ -178,7 +180,7 @@ def _introduction(manifest: Mapping, adapter: str) -> str:
     return words + (f" ({', '.join(details)})." if details else ".")
 
 
-def _score_part(scores: Mapping[str, Mapping]) -> list[str]:
+def _score_part(manifest: Mapping, scores: Mapping[str, Mapping]) -> list[str]:
     metric, score = next(iter(scores.items()))
     rows = []
     for name, values in scores.items():
@@ -197,6 +199,7 @@ def _score_part(scores: Mapping[str, Mapping]) -> list[str]:
         )
     header = ("metric", "base", "tuned", "difference", "95 % interval", "records")
     note = "Base and tuned on the same records; the interval is of the paired difference."
+    note += f" Scored {CHOSEN_BY_SCORED}." if chosen_by_scored(manifest) else ""
     sentence = escaped(verdict(metric, score).sentence)
     return [
         "## Is it better than the base?",

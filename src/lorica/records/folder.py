@@ -255,9 +255,18 @@ def _refuse_run(path: Path, replace: bool) -> None:
         raise ConfigError(
             f"{path} already holds a run ({_describe_run(path)})",
             expected="an empty folder, or one that does not exist yet",
-            mend=f"go on with it: lorica train --resume {shlex.quote(str(path))}; or throw it away "
-            "with --replace; or choose another --output-dir",
+            mend=f"go on with it: {how_to_resume(path)}; or throw it away (--replace); or choose "
+            "another output_dir",
         )
+
+
+def how_to_resume(path: Path) -> str:
+    """What goes on with the run in `path`: the command where it began it, which leaves its settings
+    there, else a call from Python, with the same model and records.
+    """
+    if (path / CONFIG).is_file():
+        return f"lorica train --resume {shlex.quote(str(path))}"
+    return f"lorica.train(..., output_dir={str(path)!r}, resume=True)"
 
 
 def _make(path: Path) -> None:

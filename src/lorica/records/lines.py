@@ -150,11 +150,15 @@ def row_line(row: dict, progress: Progress) -> str:
 
 
 def ending(summary: dict, progress: Progress, *, mark: bool = False) -> str:
-    """How the run ended, after what time and how many steps; with `mark`, a sign before it."""
+    """How the run ended: after what time in all, how long it trained, in how many steps; with
+    `mark`, a sign before it.
+    """
     status = str(summary.get("status", "finished"))
     resources = summary.get("resources", {})
     why = summary.get("stopped_because")
-    parts = [f"{status} after {duration(resources.get('seconds', progress.elapsed))}"]
+    parts = [f"{status} after {duration(resources.get('total_seconds', progress.elapsed))}"]
+    if resources.get("seconds") is not None:
+        parts.append(f"trained for {duration(resources['seconds'])}")
     parts.append(f"{count(progress.step)} steps")
     if resources.get("tokens_per_second"):
         parts.append(f"{count(resources['tokens_per_second'])} tokens/s")

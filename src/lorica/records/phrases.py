@@ -44,6 +44,20 @@ class Verdict:
         return f"{self.headline}: {self.detail}"
 
 
+CHOSEN_BY_SCORED = (
+    "on the evaluation records, by whose loss the adapter that was kept is chosen too: somewhat in "
+    "its favour; test_data names records of their own"
+)
+"""Said beside scores of records that were no mere test."""
+
+
+def chosen_by_scored(manifest: Mapping) -> bool:
+    """Whether run.json says so of its scores."""
+    data = manifest.get("data")
+    test = data.get("test") if isinstance(data, Mapping) else None
+    return isinstance(test, Mapping) and test.get("chose_the_adapter") is True
+
+
 def verdict(metric: str, score: Mapping) -> Verdict:
     """Read one entry of run.json's scores: base, tuned, difference, low, high, p, num_records,
     higher_is_better, and the verdict of `evaluate.compare` where it has one.

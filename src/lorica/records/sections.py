@@ -9,6 +9,8 @@ from lorica.records.card import lorica_snippet, peft_snippet, shell_line
 from lorica.records.difference import Piece, marked, nearest_reference
 from lorica.records.folder import ADAPTER, ADAPTERS
 from lorica.records.phrases import (
+    CHOSEN_BY_SCORED,
+    chosen_by_scored,
     count,
     decimals,
     duration,
@@ -59,6 +61,7 @@ def content(run: Run) -> dict:
         "no_verdict": _why_no_verdict(run),
         "alarms": [*_alarms(run), *run.notes],
         "scores": [_score_table(index, *part) for index, part in enumerate(scores)],
+        "chosen_by_scored": CHOSEN_BY_SCORED if chosen_by_scored(run.manifest) else "",
         "loss_figure": loss_figure(curves, _loss_unit(run)),
         "rate_figure": rate_figure(curves),
         "legend": [one.adapter for one in curves] if len(curves) > 1 else [],

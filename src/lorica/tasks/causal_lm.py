@@ -147,7 +147,7 @@ class CausalLM:
         if self.packing is False:
             return False
         if model not in self._packs:
-            reason = packing_fault(model)
+            reason = packing_fault(model, longest=self.encoder.max_length)
             if reason is not None and self.packing is True:
                 raise ConfigError(
                     f"packing is on, but this model cannot: {reason}", mend="set packing: auto"
@@ -185,16 +185,18 @@ class CausalLM:
     ) -> list[Prediction]:
         examples = self.encode(records).examples
         outputs: list[Any] = [None] * len(records)
+        cut = [0] * len(records)
         with answering(model):
             nll, counts = self._nll(model, examples, len(records), batch_size)
             if generate:
-                prompts = [self._prompt(record, model) for record in records]
-                outputs = self._generate(model, prompts, batch_size, progress)
+                asked = [self._prompt(record, model) for record in records]
+                cut = [num_cut for _, num_cut in asked]
+                outputs = self._generate(model, [ids for ids, _ in asked], batch_size, progress)
             elif progress is not None:
                 progress(len(records))
         return [
-            Prediction(record, loss, count, output, references(record))
-            for record, loss, count, output in zip(records, nll, counts, outputs, strict=True)
+            Prediction(record, *said, references(record), num_cut)
+            for record, *said, num_cut in zip(records, nll, counts, outputs, cut, strict=True)
         ]
 
     def _nll(
@@ -218,16 +220,18 @@ class CausalLM:
         each = F.cross_entropy(wide(logits), batch.labels[0], reduction="none").double()
         return [part.sum().item() for part in each.split([e.num_trained for e in examples])]
 
-    def _prompt(self, record: dict, model: nn.Module) -> list[int]:
+    def _prompt(self, record: dict, model: nn.Module) -> tuple[list[int], int]:
         """The ids to continue: never none, and leaving room for the answer among the model's
-        positions.
+        positions; and how many were cut off for that.
         """
         limit = num_positions(model)
         most = None if limit is None else max(1, limit - self._room(limit))
         start = self.tokenizer.bos_token_id
-        return self.encoder.prompt_ids(record, most=most) or [
-            self.tokenizer.eos_token_id if start is None else start
-        ]
+        ids = self.encoder.prompt_ids(record)
+        num_cut = 0 if most is None else max(0, len(ids) - most)
+        if num_cut:
+            ids = self.encoder.prompt_ids(record, most=most)
+        return ids or [self.tokenizer.eos_token_id if start is None else start], num_cut
 
     def _room(self, limit: int | None) -> int:
         """Tokens that an answer may have: at most half of the model's positions."""

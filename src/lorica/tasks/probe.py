@@ -20,6 +20,21 @@ from lorica.tasks.task import answering, device_of
 _LENGTHS = (7, 5, 9)
 """Tokens of the documents that are compared: odd, different, the longest not first."""
 
+_SHOWN_BY_SHORT = frozenset(
+    [
+        "full_attention",
+        "sliding_attention",
+        "linear_attention",
+        "conv",
+        "hybrid",
+        "hybrid_sliding",
+        "moe",
+        "dense",
+        "sparse",
+    ]
+)
+"""Kinds of layers that treat short documents as long ones, or whose window is handed on."""
+
 
 @contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
@@ -35,12 +50,17 @@ def attention(model: Any, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def packing_fault(model: Any) -> str | None:
+def packing_fault(model: Any, *, longest: int | None = None) -> str | None:
     """Why documents cannot share a row of `model`; None where packed equals separate on three short
     documents.
+
+    Args:
+        longest: no document will have more tokens; None: they may have any number.
     """
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
         return "it is no model of transformers"
+    if (fault := _local_attention(model.config.get_text_config(), longest)) is not None:
+        return fault
     settable = getattr(model, "_can_set_attn_implementation", None)
     if settable is not None and not settable():  # asking it anyway would be logged
         return "it does not take another attention function"
@@ -83,6 +103,25 @@ def packing_fault(model: Any) -> str | None:
     if not worst <= tolerance:  # also where it is NaN
         return f"packed documents see each other (logits differ by {worst:.2g})"
     return None
+
+
+def _local_attention(config: Any, longest: int | None) -> str | None:
+    """Why long documents would be attended to otherwise than alone, which three short ones do not
+    show: attention in chunks or in a selection of tokens is a mask that is not handed on.
+    """
+    chunk = getattr(config, "attention_chunk_size", None)
+    kinds = set(getattr(config, "layer_types", None) or (["chunked_attention"] if chunk else []))
+    kinds -= _SHOWN_BY_SHORT
+    if kinds == {"chunked_attention"} and chunk and longest is not None and longest <= chunk:
+        return None
+    if kinds == {"chunked_attention"}:
+        return (
+            f"its attention is in chunks of {chunk:,} tokens, and documents may be longer; with "
+            f"max_length: {chunk} they could be packed"
+        )
+    return (
+        f"its layers attend in a way of their own ({', '.join(sorted(kinds))})" if kinds else None
+    )
 
 
 def plain_head(model: Any) -> nn.Module | None:

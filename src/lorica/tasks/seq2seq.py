@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorica.data.encode import IGNORED, Encoded, Example
-from lorica.errors import DataError
+from lorica.errors import BaseModelError, DataError
 from lorica.tasks.causal_lm import references, stop_tokens
 from lorica.tasks.task import (
     Batch,
@@ -24,6 +24,15 @@ from lorica.tasks.task import (
     pad,
     wide,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTarget(Example):
+    """A source, and as its labels the target: the encoder runs on one, the decoder on the other."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids) + len(self.labels)
 
 
 @dataclass
@@ -64,10 +73,10 @@ class Seq2Seq:
             )
         sources = self._ids(text=[source for source, _ in pairs])
         targets = self._ids(text_target=[target for _, target in pairs])
-        examples = []
-        for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            (ids, cut_source), (labels, cut_target) = self._cut(source), self._cut(target)
-            examples.append(Example(ids, labels, row, cut_source + cut_target, cut_target))
+        examples: list[Example] = []
+        for row, both in enumerate(zip(sources, targets, strict=True)):
+            (ids, cut_source), (labels, cut_target) = both
+            examples.append(SourceTarget(ids, labels, row, cut_source + cut_target, cut_target))
         cut = sum(e.num_cut > 0 for e in examples)
         note = f"{cut:,} records cut to {self.max_length} tokens"
         return Encoded(examples, [note] if cut else [])
@@ -75,21 +84,30 @@ class Seq2Seq:
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "max_length": self.max_length}
 
-    def _ids(self, **texts: list[str]) -> list[list[int]]:
-        """Token ids framed as the tokenizer frames them, each with exactly one end token."""
+    def prompt_ids(self, record: Mapping[str, Any]) -> list[int]:
+        """The ids that the model is asked with: exactly those of the source in `encode`."""
+        ((ids, _),) = self._ids(text=[record.get("source", record.get("prompt"))])
+        return ids
+
+    def _ids(self, **texts: list[str]) -> list[tuple[list[int], int]]:
+        """Token ids framed as the tokenizer frames them, each with one end token, and how many were
+        cut off to make them `max_length`. What stands behind the text stays: the end token, and
+        behind it the language where the tokenizer says that (mBART).
+        """
         if not next(iter(texts.values())):
             return []
         rows = self.tokenizer(**texts, verbose=False)["input_ids"]
+        frame = self.tokenizer(**{key: [""] for key in texts}, verbose=False)["input_ids"][0]
         end = self.tokenizer.eos_token_id
-        return [
-            list(ids) if end is None or (ids and ids[-1] == end) else [*ids, end] for ids in rows
-        ]
-
-    def _cut(self, ids: list[int]) -> tuple[list[int], int]:
-        """At most `max_length` ids; the end token stays."""
-        if self.max_length is None or len(ids) <= self.max_length:
-            return ids, 0
-        return [*ids[: self.max_length - 1], ids[-1]], len(ids) - self.max_length
+        tail = len(frame) - frame.index(end) if end in frame else 1
+        missing = [] if end is None or end in frame else [end]
+        found = []
+        for row in rows:
+            ids = [*row, *(missing if row[-1:] != missing else [])]
+            most = len(ids) if self.max_length is None else min(len(ids), self.max_length)
+            kept = [*ids[: max(0, most - tail)], *ids[-min(most, tail) :]] if ids else ids
+            found.append((kept, len(ids) - len(kept)))
+        return found
 
     def shares(self, model: nn.Module) -> bool:
         return False
@@ -104,7 +122,7 @@ class Seq2Seq:
         inputs = {
             "input_ids": pad(ids, filler(model, self.tokenizer)).to(device),
             "attention_mask": mask_of(ids).to(device),
-            "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels),
+            "decoder_input_ids": _one_later(model, labels),
         }
         return Batch(inputs, (labels,))
 
@@ -160,3 +178,24 @@ class Seq2Seq:
         )
         texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+
+def _one_later(model: Any, labels: Tensor) -> Tensor:
+    """What the decoder is given to predict `labels`: them, one place later, as the model has it.
+
+    Raises:
+        BaseModelError: the model does not say what a target begins with.
+    """
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    config = model.config
+    start, fill = getattr(config, "decoder_start_token_id", None), config.pad_token_id
+    if start is None or fill is None:
+        raise BaseModelError(
+            f"{type(model).__name__} does not say which token a target begins with",
+            expected="an encoder-decoder whose config has decoder_start_token_id and pad_token_id",
+            mend="choose such a base, or another task",
+        )
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted == IGNORED, fill)

@@ -24,6 +24,7 @@ class Prediction:
         num_tokens: how many tokens `nll` sums over (1 for a classification).
         output: the generated text, or the index of the predicted label; None where not generated.
         references: the acceptable outputs, or the index of the one true label.
+        num_cut: tokens cut off the left of what was asked, to leave room for the answer.
     """
 
     record: dict
@@ -31,6 +32,7 @@ class Prediction:
     num_tokens: int
     output: str | int | None
     references: tuple[str | int, ...]
+    num_cut: int = 0
 
 
 @dataclass(frozen=True, eq=False)

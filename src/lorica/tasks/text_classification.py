@@ -120,14 +120,17 @@ class TextClassification:
         return [(list(ids), tuple(segments[i]) if segments else ()) for i, ids in enumerate(rows)]
 
     def index(self, label: str | int | float | bool) -> int:
-        """The index of a label given by name, or by number where the classes are numbered. Raises
-        DataError.
+        """The index of a label given by name, in any case where that leaves no doubt, or by number
+        where the classes are numbered. Raises DataError.
         """
         name = _name(label)
         if name in self.labels:
             return self.labels.index(name)
         if f"LABEL_{name}" in self.labels:  # what transformers calls classes without names
             return self.labels.index(f"LABEL_{name}")
+        alike = [i for i, own in enumerate(self.labels) if own.casefold() == name.casefold()]
+        if len(alike) == 1:
+            return alike[0]
         near = nearest(name, self.labels)
         raise DataError(
             f"the label {label!r} is none of the {len(self.labels)} classes",

@@ -31,7 +31,7 @@ from lorica.attach.site import Route, is_site, plates_of
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import NonFiniteError, TrainingError
-from lorica.tasks.task import Task
+from lorica.tasks.task import Batch, Task, answering
 from lorica.train.optim import learning_rate, make_optimizer
 
 
@@ -63,7 +63,7 @@ class StepResult:
         loss: mean negative log-likelihood (nats) of the trained tokens of the step.
         grad_norm: norm of all its gradients before clipping.
         learning_rate: the rate used.
-        tokens: real tokens seen, trained or not.
+        tokens: real tokens seen, trained or not; of source and target where there are both.
         trained_tokens: tokens with a label.
     """
 
@@ -183,19 +183,26 @@ class Engine:
         with self.task.running(self.model), Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
             if new := set(names) - self._checked:
-                self._refuse_unvisited(new)
+                self._refuse_unvisited(new, batch)
             shares = [loss / t.labels for loss, t in zip(losses, totals, strict=True)]
             torch.stack(shares).sum().backward()
         for loss, t, block in zip(losses, totals, blocks, strict=True):
             value = loss.item()
             t.rows += [e.row for e in block]
             t.loss += value / t.labels
-            t.tokens += sum(len(e) for e in block)
+            t.tokens += sum(e.num_tokens for e in block)
             if not math.isfinite(value):
                 t.suspects += [e.row for e in block]
 
-    def _refuse_unvisited(self, names: set[str]) -> None:
+    def _refuse_unvisited(self, names: set[str], batch: Batch) -> None:
+        """Judge the layers that this pass went by once more as they run in use: training may drop
+        layers at random.
+        """
         self._checked |= names
+        if not unvisited(self.model):
+            return
+        with answering(self.model):
+            self.task.losses(self.model, batch)
         if passed := unvisited(self.model):
             raise TrainingError(
                 f"{len(passed)} adapted layers were never called: the adapter would have no effect "

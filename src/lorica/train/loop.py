@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -20,7 +19,7 @@ from lorica.base.load import base_of
 from lorica.config import TrainSettings
 from lorica.errors import Interrupted, LoricaError, NonFiniteError, TrainingError
 from lorica.files.adapter import save_adapter
-from lorica.records.folder import RunFolder
+from lorica.records.folder import RunFolder, how_to_resume
 from lorica.records.write import Recorder, RunRecorder
 from lorica.tasks.task import Task, answering, device_of
 from lorica.train import checkpoint
@@ -95,10 +94,12 @@ def train(
         output_dir: the run folder; or one that the caller holds.
         eval_data: held-out records, for all adapters or for each: evaluation loss, the best
             adapter, early stop.
-        task: what a loss is; None takes that which the model was loaded for.
+        task: what a loss is; None takes that which the model was loaded for, with a line break
+            between prompt and completion where no white space in the records parts them.
         evaluator: further scores at each evaluation.
         recorder: makes what is told of every step and event, given the step that is gone on from;
-            the caller then calls its `finish`. None writes the run folder and nothing else.
+            the caller then calls its `finish` and writes the tokenizer beside the adapter. None
+            writes the run folder, with the tokenizer of a loaded base, and nothing else.
         manifest: more for run.json than the loop knows, such as the origin of the data.
         resume: go on from the newest checkpoint of the run folder, to the same bits as without the
             stop.
@@ -110,7 +111,7 @@ def train(
         CheckpointError: `resume` with other data, settings or base; or no checkpoint is whole.
     """
     settings = settings or TrainSettings()
-    task = task or default_task(model, settings)
+    task = task or default_task(model, settings, data.values())
     courses, notes = courses_of(model, task, data, eval_data, settings)
     folder = output_dir
     if not isinstance(folder, RunFolder):
@@ -136,6 +137,7 @@ class _Run:
         turn: turns of the loop done: steps of every adapter that has not ended before.
         unjudged: the newest turn was not evaluated and logged yet: it was stopped in between.
         saved: the turn of the newest checkpoint.
+        tokenizer: is written beside the adapters; None where the caller does, or there is none.
         seconds: spent in optimizer steps, over all tries.
         last_save: when the newest checkpoint was done, and how many seconds it took.
     """
@@ -166,6 +168,8 @@ class _Run:
         gone = self.turn - self.unjudged if resume else None
         make_one = make or (lambda step: RunRecorder(self.folder, resumed_step=step))
         self.recorder: Recorder = make_one(gone)
+        base = base_of(self.model)
+        self.tokenizer = base.tokenizer if base and make is None else None
         own = self._manifest()
         plan = {**own["plan"], **manifest.get("plan", {})}
         self.recorder.start({**own, **manifest, "plan": plan})
@@ -366,15 +370,18 @@ class _Run:
         return report
 
     def _publish(self, course: Course) -> Path:
-        target, facts = self._target(course), self._provenance(course)
+        target, adapter = self._target(course), course.trainee.adapter
+        how: dict[str, Any] = {"provenance": self._provenance(course), "tokenizer": self.tokenizer}
         try:
-            return save_adapter(course.trainee.adapter, target, overwrite=True, provenance=facts)
-        except OSError as error:
-            again = shlex.quote(str(self.folder.path))
+            return save_adapter(adapter, target, overwrite=True, **how)
+        except Exception as error:  # a tokenizer's own writer raises a bare Exception
+            if not (isinstance(error, OSError) or "os error" in str(error)):
+                raise
             raise TrainingError(
-                f"the adapter could not be written in {target}: {error.strerror or error}",
+                f"the adapter could not be written in {target}: "
+                f"{getattr(error, 'strerror', None) or error}",
                 expected="the checkpoint of the last step holds it",
-                mend=f"free space, then: lorica train --resume {again}",
+                mend=f"free space, then: {how_to_resume(self.folder.path)}",
             ) from error
 
     def _target(self, course: Course) -> Path:

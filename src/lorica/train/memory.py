@@ -6,7 +6,6 @@ make the same optimizer step, so a run that was stopped by it goes on from its c
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 
 from lorica.config import TrainSettings
 from lorica.errors import OutOfMemory, is_out_of_memory
+from lorica.records.folder import how_to_resume
 from lorica.tasks.task import device_of
 from lorica.train.course import Course
 from lorica.train.measure import memory_bytes
@@ -45,8 +45,7 @@ def memory_advised(
             f"far{_available()})",
             problems=[*told[:1], *levers(model, courses, settings, evaluating="step" not in what)],
             expected="the last checkpoint stands; the first settings named here can go on from it",
-            mend=f"lorica train --resume {shlex.quote(str(folder))} with them, or another run with "
-            "the others",
+            mend=f"{how_to_resume(folder)} with them, or another run with the others",
         ) from error
 
 

@@ -49,7 +49,7 @@ def probed(
                 engine.step([trainee], [[block]])
                 if number:
                     seconds += time.perf_counter() - began
-                    tokens += sum(len(e) for e in block)
+                    tokens += sum(e.num_tokens for e in block)
     finally:
         engine.close()
     return Pace(tokens / seconds, f"measured: {PROBED_STEPS} steps of this run on this machine")

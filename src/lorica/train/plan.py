@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter, find
 from lorica.base.load import base_of
 from lorica.config import TrainSettings
-from lorica.data.encode import Example
+from lorica.data.encode import Example, separator_of
 from lorica.errors import ConfigError, DataError
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task, num_positions
@@ -22,8 +22,15 @@ from lorica.train.engine import Trainee
 Records = Sequence[dict] | Sequence[Example]
 
 
-def default_task(model: nn.Module, settings: TrainSettings) -> Task:
-    """The task that a model was loaded for. Raises ConfigError where Lorica did not load it."""
+def default_task(model: nn.Module, settings: TrainSettings, data: Collection[Records] = ()) -> Task:
+    """The task that a model was loaded for.
+
+    Args:
+        data: the records of every adapter, which tell whether prompt and completion must be parted.
+
+    Raises:
+        ConfigError: Lorica did not load the model; or the sets of records are parted differently.
+    """
     base = base_of(model)
     if base is None:
         raise ConfigError(
@@ -34,7 +41,33 @@ def default_task(model: nn.Module, settings: TrainSettings) -> Task:
         return TextClassification(base.tokenizer, base.labels, settings.max_length)
     if base.task == "seq2seq":
         return Seq2Seq(base.tokenizer, settings.max_length)
-    return CausalLM.of(base.tokenizer, max_length=settings.max_length, packing=settings.packing)
+    separator = _separator(data)
+    task = CausalLM.of(
+        base.tokenizer,
+        max_length=settings.max_length,
+        packing=settings.packing,
+        separator=separator,
+    )
+    if separator:
+        task.notes.append(f"separator: {separator!r}; no white space parts prompt and completion")
+    return task
+
+
+def _separator(data: Collection[Records]) -> str:
+    """What parts prompt and completion: the same for all adapters, which share one task."""
+    asked: list[list[dict]] = []
+    for records in data:
+        rows = [r for r in records if isinstance(r, Mapping) and {"prompt", "completion"} <= {*r}]
+        asked += [rows] if rows else []
+    found = {separator_of(rows) for rows in asked}
+    if len(found) > 1:
+        raise ConfigError(
+            "some sets of records part prompt and completion by white space, and some do not",
+            expected="one way of asking for all adapters that train together",
+            mend="end every prompt alike, or pass task=lorica.tasks.CausalLM.of(tokenizer, "
+            "separator=...)",
+        )
+    return next(iter(found), "")
 
 
 def total_steps(num_records: int, settings: TrainSettings) -> int:

@@ -135,7 +135,7 @@ def make_shadow(request: Request) -> Shadow:
     if request.task == "text-classification":
         config: Any = model.config
         base.labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
-        base.new_modules = missing_heads(request.name, made, revision=request.revision)
+        base.new_modules = missing_heads(request.name, made, labels=request.labels, **how)  # type: ignore[arg-type]
     model.__dict__["_lorica_base"] = base
     return Shadow(request, model.eval(), base, mode)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from lorica.errors import Interrupted
+from lorica.records.folder import how_to_resume
 
 _HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -41,7 +41,7 @@ class Stop:
         state = "the state was saved" if saved else "at once; the last checkpoint stands"
         error = Interrupted(
             f"stopped by {signal.Signals(number).name}: {state}",
-            mend=f"go on with: lorica train --resume {shlex.quote(str(folder))}",
+            mend=f"go on with: {how_to_resume(folder)}",
         )
         error.exit_code = 128 + number  # type: ignore[misc]
         return error
