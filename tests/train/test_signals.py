@@ -12,7 +12,7 @@ import pytest
 
 from lorica.errors import Interrupted
 from lorica.records.read import read_manifest
-from lorica.train.signals import StopAsked, stopping
+from lorica.train.signals import StopAsked, signals_wait, stopping
 from train.runs import outcome, run
 
 SCRIPT = Path(__file__).with_name("stoppable.py")
@@ -144,3 +144,21 @@ def test_another_thread_trains_without_handlers(tmp_path):
     thread.join()
     assert found == [{"a": 4, "b": 4}]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_signals_wait_for_work_that_must_not_be_left():
+    reached = []
+
+    def raising(number, frame):
+        reached.append("handler")
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, raising)
+    try:
+        with pytest.raises(KeyboardInterrupt), signals_wait():
+            signal.raise_signal(signal.SIGTERM)
+            reached.append("work")
+        assert reached == ["work", "handler"]
+        assert signal.getsignal(signal.SIGTERM) is raising
+    finally:
+        signal.signal(signal.SIGTERM, before)

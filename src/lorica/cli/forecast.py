@@ -20,6 +20,7 @@ from lorica.records.phrases import count, size
 from lorica.tasks.task import Task
 from lorica.train.budget import Memory, Scoring, Work, estimate, machine_bytes, process_bytes
 from lorica.train.shadow import Request, Shadow, make_shadow, try_out
+from lorica.train.signals import signals_wait
 
 FAR_OVER = 1.5
 """Times the memory of the machine from which on a run is refused: paging cannot save it."""
@@ -73,6 +74,7 @@ def request_of(settings: Resolved, material: Material, kind: str) -> Request:
     )
 
 
+@signals_wait()
 def forecast(settings: Resolved, material: Material, shadow: Shadow, encoded: Any) -> Forecast:
     """Estimate a run.
 
@@ -99,6 +101,7 @@ def forecast(settings: Resolved, material: Material, shadow: Shadow, encoded: An
     )
 
 
+@signals_wait()
 def shadow_of(settings: Resolved, material: Material, kind: str) -> Shadow:
     """The base of a run without its weights. Raises BaseModelError."""
     return make_shadow(request_of(settings, material, kind))

@@ -195,8 +195,10 @@ class CausalLM:
             elif progress is not None:
                 progress(len(records))
         return [
-            Prediction(record, *said, references(record), num_cut)
-            for record, *said, num_cut in zip(records, nll, counts, outputs, cut, strict=True)
+            Prediction(record, loss, count, output, references(record), num_cut)
+            for record, loss, count, output, num_cut in zip(
+                records, nll, counts, outputs, cut, strict=True
+            )
         ]
 
     def _nll(

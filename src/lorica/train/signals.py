@@ -66,3 +66,27 @@ def stopping() -> Iterator[Stop]:
     finally:
         for number in heard:
             signal.signal(number, before[number])
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Hold signals back for a while: for work of a second in which compiled code calls Python.
+
+    torch ends the process (SIGABRT, without a word) where a handler raises inside such a call, as
+    in a dispatch mode. What came meanwhile reaches its handler when the work is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {n: signal.getsignal(n) for n in _HEARD}
+    heard = {n: h for n, h in before.items() if callable(h)}
+    for number in heard:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
