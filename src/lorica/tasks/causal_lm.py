@@ -195,8 +195,8 @@ class CausalLM:
             elif progress is not None:
                 progress(len(records))
         return [
-            Prediction(record, *said, references(record), num_cut)
-            for record, *said, num_cut in zip(records, nll, counts, outputs, cut, strict=True)
+            Prediction(records[i], nll[i], counts[i], outputs[i], references(records[i]), cut[i])
+            for i in range(len(records))
         ]
 
     def _nll(
