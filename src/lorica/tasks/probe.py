@@ -21,17 +21,8 @@ _LENGTHS = (7, 5, 9)
 """Tokens of the documents that are compared: odd, different, the longest not first."""
 
 _SHOWN_BY_SHORT = frozenset(
-    [
-        "full_attention",
-        "sliding_attention",
-        "linear_attention",
-        "conv",
-        "hybrid",
-        "hybrid_sliding",
-        "moe",
-        "dense",
-        "sparse",
-    ]
+    {"full_attention", "sliding_attention", "linear_attention", "hybrid", "hybrid_sliding"}
+    | {"conv", "moe", "dense", "sparse"}
 )
 """Kinds of layers that treat short documents as long ones, or whose window is handed on."""
 
