@@ -10,7 +10,7 @@ KIB, MIB = 1024, 1024 * 1024
 
 
 def resident(events) -> int:
-    return replay(events)[0]
+    return replay(events)
 
 
 def test_a_ledger_counts_what_lives_at_once():

@@ -11,6 +11,7 @@ from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter
 from lorica.base.load import Base
 from lorica.cli.voice import Voice
+from lorica.data.secrets import hidden
 from lorica.tasks.task import Prediction, Task
 
 UNTRAINED_HEAD = (
@@ -62,7 +63,9 @@ def tell_of_chance(base: Base, voice: Voice, *, alone: bool = False) -> None:
 def samples(
     before: Sequence[Prediction], after: Sequence[Prediction], task: Task, number: int
 ) -> list[dict]:
-    """Inputs with the answers of both and the references, for the report: rows of samples.jsonl."""
+    """Inputs with the answers of both and the references, without keys, for the report: rows of
+    samples.jsonl.
+    """
     labels = getattr(task, "labels", ())
     shown = []
     for old, new in list(zip(before, after, strict=True))[:number]:
@@ -70,10 +73,10 @@ def samples(
             break
         shown.append(
             {
-                "input": input_text(old.record),
-                "before": output_text(old.output, labels),
-                "after": output_text(new.output, labels),
-                "references": [output_text(r, labels) for r in new.references],
+                "input": hidden(input_text(old.record)),
+                "before": hidden(output_text(old.output, labels)),
+                "after": hidden(output_text(new.output, labels)),
+                "references": [hidden(output_text(r, labels)) for r in new.references],
             }
         )
     return shown

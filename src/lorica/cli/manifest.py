@@ -10,6 +10,7 @@ import torch
 
 from lorica.cli.prepare import Prepared, chosen_by_scored
 from lorica.data.encode import IGNORED
+from lorica.data.secrets import hidden
 from lorica.tasks.task import Task
 
 
@@ -60,8 +61,11 @@ def manifest(prepared: Prepared, path: Path) -> dict[str, Any]:
 
 
 def marked(task: Task, example: Any) -> list[list]:
-    """A record as the model sees it: stretches of text, each trained or not."""
-    decode = task.tokenizer.decode
+    """A record as the model sees it, but for keys: stretches of text, each trained or not."""
+
+    def decode(ids: Any) -> str:
+        return hidden(task.tokenizer.decode(ids))
+
     if len(example.labels) != len(example.input_ids):  # a class or a target text
         return [[decode(example.input_ids), False]]
     stretches: list[tuple[list[int], bool]] = []

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from typing import Any, BinaryIO, NoReturn
 
-from lorica.data.problems import Problems, RowProblem, show
+from lorica.data.problems import Problems, RowProblem, around, show
 from lorica.data.source import MAX_ROW_BYTES, as_utf8, whole_text
 from lorica.data.table import MAX_DEPTH, Table, Wish, check_strings, keep
 from lorica.errors import DataError
@@ -131,12 +131,12 @@ def _read_line(raw: bytes, name: str, number: int, table: Table, problems: Probl
             f"byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line",
             mend=f"iconv -f LATIN1 -t UTF-8 {name}   # or whatever encoding it was written in",
         )
-        problems.add(problem, name, number, excerpt=raw[:200].decode("latin-1"))
+        problems.add(problem, name, number, excerpt=raw[:500].decode("latin-1"))
     except json.JSONDecodeError as error:
         problem = RowProblem(
             "not valid JSON", error.msg, column=error.colno, mend=_hint(text, error)
         )
-        problems.add(problem, name, number, excerpt=text[max(0, error.pos - 20) :])
+        problems.add(problem, name, number, excerpt=around(text, error.pos))
     except RowProblem as problem:
         problems.add(problem, name, number, excerpt=text)
 
@@ -162,9 +162,7 @@ def read_json(file: BinaryIO, name: str, wish: Wish, problems: Problems) -> Tabl
         problem = RowProblem(
             "not valid JSON", error.msg, column=error.colno, mend=_hint(text, error)
         )
-        problems.add(
-            problem, name, error.lineno, excerpt=text[max(0, error.pos - 20) :], fatal=True
-        )
+        problems.add(problem, name, error.lineno, excerpt=around(text, error.pos), fatal=True)
         return Table()
     except (RecursionError, ValueError) as error:
         problems.add(RowProblem("not usable JSON", str(error)[:80]), name, fatal=True)
@@ -234,7 +232,7 @@ def _read_array(text: str, start: int, name: str, wish: Wish, problems: Problems
                 problem,
                 name,
                 text.count("\n", 0, at) + 1,
-                excerpt=text[max(0, at - 20) :],
+                excerpt=around(text, at),
                 fatal=True,
             )
             break
@@ -249,5 +247,5 @@ def _read_element(
         keep(table, value, line, control)
         return end
     except RowProblem as problem:
-        problems.add(problem, name, line, excerpt=text[position : position + 200])
+        problems.add(problem, name, line, excerpt=text[position : position + 500])
         return _LENIENT.raw_decode(text, position)[1]

@@ -3,11 +3,13 @@
 import json
 from dataclasses import dataclass, field
 
+from lorica.data.secrets import hidden
 from lorica.errors import DataError
 
 SHOWN = 3  # places shown per kind
 EXCERPT = 60  # characters
 LONGEST = 300  # of what is wrong with a row
+SEARCHED = 400  # characters beyond an excerpt in which a key is still known by its form
 
 
 class RowProblem(Exception):
@@ -96,6 +98,17 @@ def counted(number: int, noun: str) -> str:
 
 
 def show(text: str, length: int = EXCERPT) -> str:
-    """A short quoted excerpt, with everything that could disturb a terminal escaped."""
-    shown = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text[:length])
-    return f"`{shown}{'...' if len(text) > length else ''}`"
+    """A short quoted excerpt, with everything that could disturb a terminal escaped, and without
+    keys: what is said of records goes into logs.
+    """
+    whole = hidden(text[: length + SEARCHED])
+    shown = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in whole[:length])
+    return f"`{shown}{'...' if len(whole) > length else ''}`"
+
+
+def around(text: str, position: int, before: int = 20) -> str:
+    """A text from a little before a position on; a key that begins further in front is not cut in
+    two, for half of it would not be known as a key.
+    """
+    first = max(0, position - before - SEARCHED)
+    return hidden(text[first:position])[-before:] + text[position : position + EXCERPT + SEARCHED]

@@ -13,7 +13,7 @@ from lorica.data.duplicates import NearIndex, keys_of, near_parts, repeats, shar
 from lorica.data.findings import SHOWN, Finding, excerpt, places, share
 from lorica.data.labels import are_scores, balance, contradictions, suspects
 from lorica.data.languages import languages_of
-from lorica.data.problems import counted
+from lorica.data.problems import around, counted
 from lorica.data.secrets import KINDS, find, hint_of
 from lorica.data.texts import input_of, normalised, output_of, texts_of, whole_text
 
@@ -202,8 +202,8 @@ def _broken(train: Dataset) -> Iterator[Finding]:
         match = next((m for _, text in texts_of(row) if (m := _BROKEN.search(text))), None)
         if match:
             rows.append(index)
-            start = max(0, match.start() - 15)
-            said.append(excerpt(match.string[start : match.end() + 15]))
+            shown = around(match.string[: match.end() + 15], match.start(), 15)
+            said.append(excerpt(shown))
     if rows:
         yield Finding(
             "broken-text",

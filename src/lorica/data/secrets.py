@@ -154,6 +154,27 @@ def find(text: str) -> Iterator[Found]:
             position = match.start() + 1
 
 
+def hidden(text: str) -> str:
+    """The text without what opens something (keys, tokens, passwords), for all that is shown or
+    kept of records. Personal data stays: a sample without names would show nothing.
+    """
+    if not _HINT.search(text):
+        return text
+    parts, position = [], 0
+    for kind, start, end in find(text):
+        if KINDS[kind].secret and start >= position:
+            parts += [text[position:start], f"[{kind.upper()}]"]
+            position = _end_of_key(text, end) if kind == "private_key" else end
+    return "".join([*parts, text[position:]])
+
+
+def _end_of_key(text: str, start: int) -> int:
+    """Where a private key ends whose first line ends at `start`: the form is only that line."""
+    closing = text.find("-----END", start)
+    end = text.find("-----", closing + 8) if closing >= 0 else -1
+    return len(text) if end < 0 else end + 5
+
+
 def redacted(text: str) -> tuple[str, int]:
     """The text with every find replaced by [KIND], and how many there were."""
     parts, position, number = [], 0, 0

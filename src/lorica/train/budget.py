@@ -209,8 +209,7 @@ class _Runner:
         self.model.eval()
         sizes = [p.numel() * p.element_size() for p in self._parameters() for _ in "mv"]
         moments = [Event(number, size) for number, size in enumerate(sizes)]
-        found, held_back = replay(renumbered([ledger.events, moments, ledger.events]))
-        found += held_back  # observed, not a result of the replay: see docs/plan.md
+        found = replay(renumbered([ledger.events, moments, ledger.events, ledger.events]))
         parts["optimizer"] = sum(e.size for e in moments)
         parts["fragmentation"] = found - sum(parts.values())
         return _Trained(found, parts, sum(len(e) for e in largest))
@@ -240,7 +239,7 @@ class _Runner:
         with self.shadow.mode, ledger, answering(self.model), self._active():
             loss = self.task.losses(self.model, batch)
             del loss
-        return replay(ledger.events)[0]
+        return replay(ledger.events)
 
     def _generation(self, scoring: Scoring) -> int:
         """Keys and values of prompts and answers, one layer of them twice while they grow."""
@@ -262,7 +261,7 @@ class _Runner:
             kept = ledger.live
             del cache
         grown = kept * (longest + scoring.new_tokens) // longest
-        return max(replay(ledger.events)[0], grown + grown // max(1, self._num_layers))
+        return max(replay(ledger.events), grown + grown // max(1, self._num_layers))
 
     @property
     def _num_layers(self) -> int:

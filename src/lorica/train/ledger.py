@@ -12,9 +12,11 @@ when freed; others come from a heap, from the smallest free piece that fits, and
 system only from its top. Freeing a mapped piece raises the threshold to its size, up to 32 MiB,
 which is why a process that trains keeps more than it needs. Two things keep freed pieces from being
 found again. A request for an aligned piece must find more than the piece, so that a hole left by
-one of the same size is too small. And the small objects that come with every tensor (its handle,
-its storage, its node in the graph) stay behind in a cache when freed, between the large pieces,
-which then cannot be joined.
+one of the same size is too small, unless it can be joined with what was cut off in front of it and
+behind it. But these scraps of 32 to 96 bytes are just what small objects ask for, and many come
+with every tensor (vectors of its shape, counters, its handle, its storage, its node in the graph):
+they settle between the large pieces, and stay in a cache when freed. So a heap grows far beyond
+what lives in it, the more so the more tensors of one size come and go.
 """
 
 from __future__ import annotations
@@ -131,25 +133,25 @@ ALIGNMENT = 64
 SEARCHED = ALIGNMENT + 32
 """Bytes that glibc looks for beyond the piece, to place it aligned."""
 HEADER, SMALLEST = 16, 32
-OBJECTS = (112, 208, 304)
-"""Bytes of what comes with a tensor: storage, handle, node of the graph. Assumed, not measured."""
+OBJECTS = (32, 48, 64, 80, 96, 112, 208, 304)
+"""Bytes of what comes with a tensor, its headers included: vectors of shapes and strides, counters
+and saved variables of five small sizes, its storage, its handle, its node in the graph. Their
+number is assumed, not measured."""
 CACHED = 7
 """Freed objects of one size that glibc keeps as they are (tcache_count)."""
 FIRST_THRESHOLD, LAST_THRESHOLD = 128 * 1024, 32 * 1024 * 1024
 """Bytes at and above which glibc maps a request by itself: at the start, and at the most."""
 
 
-def replay(events: Iterable[Event]) -> tuple[int, int]:
-    """Most bytes that a process would hold for these events with glibc's malloc, and those of its
-    heap at the end, whether in use or held back.
-    """
+def replay(events: Iterable[Event]) -> int:
+    """Most bytes that a process would hold for these events with glibc's malloc."""
     heap = _Heap()
     for event in events:
         if event.size > 0:
             heap.take(event.number, event.size)
         elif event.size < 0:
             heap.drop(event.number)
-    return heap.peak, heap.extent
+    return heap.peak
 
 
 class _Heap:
