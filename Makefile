@@ -25,7 +25,7 @@ test: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath $(RUN)
 	$(RUN) -m pytest -q tests/house tests/config
 	$(RUN) scripts/supply_chain.py licences > /dev/null
 	$(RUN) scripts/supply_chain.py advisories

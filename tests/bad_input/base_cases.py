@@ -23,7 +23,7 @@ from data.chat_templates import byte_tokenizer
 from lorica.base import hub
 from lorica.base.load import base_of, load_model, load_tokenizer
 from lorica.data import budget
-from lorica.data.encode import encode_causal
+from lorica.data.encode import CausalEncoder
 from lorica.data.template import ChatTemplate
 from lorica.errors import BaseModelError, DataError
 
@@ -169,7 +169,8 @@ def _slow_pattern(folder: Path) -> str:
     found["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}
     (path / "tokenizer.json").write_text(json.dumps(found))
     tokenizer = load_tokenizer(path)
-    return str(encode_causal({"prompt": "a" * 60 + "b", "completion": "c"}, tokenizer))
+    record = {"prompt": "a" * 60 + "b", "completion": "c"}
+    return str(CausalEncoder(tokenizer).encode([record]))
 
 
 def _double_bos(folder: Path) -> str:
@@ -177,7 +178,8 @@ def _double_bos(folder: Path) -> str:
     source = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     tokenizer = byte_tokenizer(source, adds_bos=True)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = encode_causal({"messages": turns}, tokenizer).input_ids
+    (example,) = CausalEncoder(tokenizer).encode([{"messages": turns}])
+    ids = example.input_ids
     assert ids.count(tokenizer.bos_token_id) == 1
     return "one BOS in the record"
 

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -335,7 +335,7 @@ def _check_places(places: Places, method: Method) -> None:
         layer = describe(module, parameter)
         found = own.problems(layer)
         if parameter is not None:
-            found = found + _read_problems(own, layer, module._parameters[parameter])
+            found = found + _read_problems(own, layer, cast(Tensor, module._parameters[parameter]))
         if own.replaces and any(p is not None and p.is_meta for p in module._parameters.values()):
             found = [*found, "there are no values to copy on the meta device"]
         problems += [f"{path} ({layer.shape}): {problem}" for problem in found]

@@ -19,7 +19,7 @@ import hashlib
 import re
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from lorica.attach.layers import describe, to_stored
 from lorica.errors import ActivationError, LoricaError, LoricaWarning
-from lorica.methods.method import Layer, Method
+from lorica.methods.method import Layer, Method, Tensors
 from lorica.ops.lora import Segment, lora_linear
 
 _ROUTED = re.compile(r"(^|\.)experts\.\d+\.")  # is given some of the tokens, of any row
@@ -163,7 +163,7 @@ class Site:
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """The plates follow the device, never the dtype."""
         super()._apply(fn, recurse)  # pyright: ignore
-        for plates in plates_of(self):
+        for plates in plates_of(cast(nn.Module, self)):
             for slot in plates.slots.values():
                 for tensor in slot.tensors.values():
                     plates.to(fn(tensor.detach().new_empty(0)).device)
@@ -206,7 +206,8 @@ def _add_adapters(
             adapted = _run_copy(module, slot, *args, **kwargs)
         else:
             dropped = _dropout(x, slot.method.dropout, plates) if training else x
-            adapted = slot.method.apply(dropped, y, slot.tensors, plates.layer)
+            tensors = cast(Tensors, slot.tensors)
+            adapted = slot.method.apply(dropped, y, tensors, plates.layer)
         if route.weights is None:
             result = result + (adapted - y) if len(names) > 1 else adapted
         else:
@@ -360,7 +361,8 @@ class WeightSite(Site):
     """A site whose parameters are read, not called: through a property of the class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plates_of(self)[0].status.warn_undecided()  # reading a weight alone is no forward pass
+        plates = plates_of(cast(nn.Module, self))[0]
+        plates.status.warn_undecided()  # reading a weight alone is no forward pass
         inner = self.__dict__.get("_lorica_inner")
         return inner(*args, **kwargs) if inner else super(Site, self).forward(*args, **kwargs)  # pyright: ignore
 
@@ -455,7 +457,7 @@ def enter(module: nn.Module, path: str, status: Status, parameter: str | None = 
 
 def check_unchanged(module: nn.Module) -> None:
     """Raises LoricaError where somebody changed the class or the forward of a site after us."""
-    own = type(module)
+    own: Any = type(module)
     base = getattr(own, "_lorica_base", None)
     if base is None or _CLASSES.get((base, own._lorica_reads)) is not own:
         raise LoricaError(
@@ -475,7 +477,7 @@ def leave(module: nn.Module) -> None:
     """Give the module its class back. Raises LoricaError as `check_unchanged` does."""
     check_unchanged(module)
     module.__dict__.pop("forward", None)  # one that a tool put back, bound to our class
-    module.__class__ = type(module)._lorica_base
+    module.__class__ = getattr(type(module), "_lorica_base")  # noqa: B009
     for key in ("_lorica", "_lorica_weights"):
         module.__dict__.pop(key, None)
     if inner := module.__dict__.pop("_lorica_inner", None):

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto import configuration_auto
 
 from lorica.errors import nearest
 
+KNOWN_KINDS = getattr(configuration_auto, "CONFIG_MAPPING_NAMES")  # noqa: B009 (not exported)
 INDEX = "model.safetensors.index.json"
 MOST_BYTES = {  # file -> bytes; the largest that are in use have a tenth of it
     "config.json": 4 * 2**20,
@@ -110,11 +111,11 @@ def _config_problems(folder: Path, trust_remote_code: bool) -> Iterator[str]:
         return
     kind = config.get("model_type")
     own_code = "auto_map" in config
-    if not isinstance(kind, str) or (kind not in CONFIG_MAPPING_NAMES and not own_code):
-        near = nearest(str(kind), CONFIG_MAPPING_NAMES) if kind else None
+    if not isinstance(kind, str) or (kind not in KNOWN_KINDS and not own_code):
+        near = nearest(str(kind), KNOWN_KINDS) if kind else None
         hint = f"; did you mean {near}?" if near else ""
         yield f"{folder}/config.json: the model_type {str(kind)[:60]!r} is not known{hint}"
-    elif kind not in CONFIG_MAPPING_NAMES and not trust_remote_code:
+    elif kind not in KNOWN_KINDS and not trust_remote_code:
         yield (
             f"{folder} brings Python code of its own (auto_map), which is not run; where you trust "
             "it: trust_remote_code"

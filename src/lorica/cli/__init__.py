@@ -34,7 +34,7 @@ OPTIONS = {
 }
 _HELP = {"help_option_names": ["--help", "-h"]}
 
-UsageError = typer.BadParameter.__bases__[0]
+UsageError: Any = typer.BadParameter.__bases__[0]
 """What typer raises for a command line that it cannot read."""
 
 

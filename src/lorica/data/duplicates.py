@@ -81,7 +81,8 @@ class NearIndex:
 
     def _nearest(self, own: list[set[int]], signature: Any) -> int | None:
         best, found = 0.0, None
-        for candidate in sorted(self._index.query(signature))[:_CANDIDATES]:
+        candidates: list[Any] = self._index.query(signature)
+        for candidate in sorted(candidates)[:_CANDIDATES]:
             similarity = min(map(_jaccard, own, self._shingles[candidate]))
             if similarity >= THRESHOLD and similarity > best:
                 best, found = similarity, candidate

@@ -31,9 +31,10 @@ def hub_tables(hub: HubId, limit: int | None) -> dict[str, Table]:
     """
     try:
         import datasets
+        import datasets.config
     except ImportError as error:
         raise MissingPackage.of("datasets", "hub", f"reading {hub.id} from the hub") from error
-    if offline() and not datasets.config.HF_HUB_OFFLINE:  # pyright: ignore
+    if offline() and not datasets.config.HF_HUB_OFFLINE:
         raise DataError(
             f"{hub.id} is on the hub, and the environment was set to offline after Python started",
             mend="set HF_HUB_OFFLINE=1 before the start, so that the libraries see it",

@@ -102,4 +102,5 @@ def _cross_validated(texts: list[str], given: np.ndarray, seed: int) -> np.ndarr
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=50_000)
     model = make_pipeline(words, LogisticRegression(C=4.0, max_iter=200, tol=1e-3))
     folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
-    return cross_val_predict(model, texts, given, cv=folds, method="predict_proba")
+    chances = cross_val_predict(model, texts, given, cv=folds, method="predict_proba")
+    return np.asarray(chances)

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
@@ -279,7 +279,7 @@ def _sacrebleu_counts(metric: BLEU | CHRF) -> Callable[[Sequence[Prediction]], A
         pairs = _texts(predictions)
         outputs = [output for output, _ in pairs]
         longest = max(len(references) for _, references in pairs)
-        streams = [
+        streams: Any = [
             [refs[place] if place < len(refs) else None for _, refs in pairs]
             for place in range(longest)
         ]

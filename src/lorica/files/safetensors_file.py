@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors.torch import save
@@ -91,7 +91,7 @@ class TensorFile:
         """
         entry = self.entries[name]
         raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        view = memoryview(cast(Any, raw.numpy()))
         self._file.seek(self._data_start + entry.start)
         while view:
             count = self._file.readinto(view)  # pyright: ignore[reportAttributeAccessIssue]

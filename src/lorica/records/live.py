@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import deque
 from itertools import pairwise
-from typing import IO, Protocol
+from typing import IO, Protocol, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -71,7 +71,9 @@ class LiveDisplay:
     """
 
     def __init__(self, stream: IO[str], *, console: Console | None = None) -> None:
-        self._console = console or Console(file=SurvivingStream(stream), highlight=False)
+        self._console = console or Console(
+            file=cast(IO[str], SurvivingStream(stream)), highlight=False
+        )
         self._progress = Progress()
         self._manifest: dict = {}
         self._events: deque[tuple[str, str]] = deque(maxlen=EVENTS_SHOWN)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -34,7 +35,7 @@ _VARIABLES = {
     _BASE: "base",
     _GOOD: "good",
 } | {colour: f"series-{index}" for index, colour in enumerate(_SERIES)}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lorica",
     "text.parse_math": False,  # a name may hold a dollar sign
