@@ -419,7 +419,7 @@ def failing_allocations(place: Path, *, every: int = 1) -> Counted:
             found.violations.append(f"operation {at}: nothing was said")
         except OutOfMemory as error:
             told = str(error)
-            right = "batch_size: 2 -> 1" in told and "--resume" in told
+            right = "batch_size: 2 -> 1" in told and "resume=True" in told
             found.check(right, f"operation {at}: no advice in {told}")
         except Exception as error:
             found.violations.append(f"operation {at}: {type(error).__name__}: {error}")

@@ -6,6 +6,7 @@ between the groups, and between the settings and what the paths mean on this mac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def _course(train: TrainSettings) -> Iterator[str]:
 def _base(run: RunConfig) -> Iterator[str]:
     if run.model == "embedded":
         where = "the embedded base, which travels with lorica"
-    elif Path(run.model).is_dir():
+    elif os.path.isdir(run.model):  # False, not an error, where one may not look
         where = f"{run.model}, which is a folder"
     else:
         return
