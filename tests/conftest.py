@@ -19,8 +19,12 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several workers share the cores
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell script
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, usual in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:  # in the background of a script, under nohup
+        signal.signal(number, usual)
 
 TESTS = Path(__file__).parent
 sys.path.append(str(TESTS))  # at the end: a folder here must not hide an installed package

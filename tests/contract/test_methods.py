@@ -384,8 +384,9 @@ def test_gradients_are_right_in_float64(settings, case):
     model, x = build(case, dtype=torch.float64)
     adapter = put(model, case, settings(case))
     slot = adapter.slots[case.place(adapter.method)]
+    slot.tensors.update({n: t.double() for n, t in slot.tensors.items() if t.is_floating_point()})
     names = [n for n in slot.tensors if n not in slot.method.frozen]
-    given = [slot.tensors[n].detach().double().requires_grad_() for n in names]
+    given = [slot.tensors[n].detach().requires_grad_() for n in names]
 
     def adapted(x: Tensor, *tensors: Tensor) -> Tensor:
         slot.tensors.update(zip(names, tensors, strict=True))
