@@ -5,6 +5,7 @@ whose answers are shown, and broken ones, which errors are about.
 """
 
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,34 @@ def test_no_file_of_a_run_and_no_word_of_a_command_holds_a_key(lorica, stock, qu
     assert sum(result.code == 0 for result in said) >= 8
     for folder in ("run", "again", "merged"):
         assert leaking_files(Path(folder)) == {}
+
+
+FILES_OF_AN_ADAPTER = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "lorica.json",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+}  # fmt: skip
+FACTS = {"base", "data_digest", "format", "reason", "settings", "steps", "task", "versions"}
+
+
+def test_a_published_adapter_tells_nothing_of_its_author(lorica, stock, quick, monkeypatch):
+    """No place of records, no user, no machine; of a local base the path, and nowhere else."""
+    home = Path("home-of-ada")
+    home.mkdir()
+    records = write_rows(home / "cases.jsonl", pairs(48))
+    monkeypatch.setenv("USER", "ada-the-user")
+    words = ["--model", stock / "llama", "--data", records, *quick]
+    done = lorica("train", *words, "--output-dir", home / "run")
+    assert done.code == 0, done.err
+    folder = home / "run" / "adapter"
+    assert {file.name for file in folder.iterdir()} <= FILES_OF_AN_ADAPTER
+    assert json.loads((folder / "lorica.json").read_text()).keys() == FACTS
+    for file in folder.iterdir():
+        text = file.read_bytes().decode("utf-8", "replace")
+        if file.name in ("adapter_config.json", "lorica.json"):
+            text = text.replace(str(stock / "llama"), "")
+        told = [w for w in ("home-of-ada", "ada-the-user", platform.node()) if w in text]
+        assert not told, (file.name, told)
+        assert str(stock) not in text, file.name
 
 
 def broken_line(rows: list[str]) -> list[str]:

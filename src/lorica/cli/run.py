@@ -21,6 +21,7 @@ import torch
 from lorica import __version__
 from lorica.cli.judge import predictions, samples, tell_of_chance
 from lorica.cli.manifest import manifest, marked
+from lorica.cli.opening import adapter_facts
 from lorica.cli.prepare import ADAPTER, Prepared, anchored, own_template, prepare
 from lorica.cli.voice import Voice
 from lorica.config import Resolved, load_yaml, resolve
@@ -262,8 +263,10 @@ def _begin(folder: RunFolder, settings: Resolved) -> None:
 
 
 def _dress(path: Path) -> None:
-    """Model card and page, which say what run.json says."""
-    write_card(path / "adapter", read_manifest(path / "run.json"), adapter=ADAPTER)
+    """Model card and page, which say what run.json says, and the card what the adapter does."""
+    manifest, facts = read_manifest(path / "run.json"), adapter_facts(path / "adapter")
+    card = {**manifest, "settings": facts.get("settings", {})}
+    write_card(path / "adapter", card, adapter=ADAPTER)
     write_report(path)
 
 

@@ -210,10 +210,11 @@ def _score_part(manifest: Mapping, scores: Mapping[str, Mapping]) -> list[str]:
 
 
 def _settings(manifest: Mapping) -> list[tuple[str, str]]:
-    plan, method = dict(manifest.get("plan", {})), dict(manifest.get("method", {}))
-    settings = {**method, **plan, **manifest.get("settings", {})}
+    plan = {k: v for k, v in dict(manifest.get("plan", {})).items() if not isinstance(v, Mapping)}
+    settings = {**dict(manifest.get("method", {})), **manifest.get("settings", {}), **plan}
     rows = [(key, _value(value)) for key, value in settings.items() if value is not None]
-    rows += [("seed", str(manifest["seed"]))] if manifest.get("seed") is not None else []
+    if "seed" not in settings and manifest.get("seed") is not None:
+        rows.append(("seed", str(manifest["seed"])))
     seconds = manifest.get("resources", {}).get("seconds")
     return rows + ([("time", duration(seconds))] if number(seconds) is not None else [])
 
