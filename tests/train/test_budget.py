@@ -120,7 +120,9 @@ def test_parts_add_up_and_cheaper_settings_are_cheaper(shadow, task, examples):
     assert half.activations < 0.65 * whole.activations
     assert half.gradients > whole.gradients, "the second part finds the gradients of the first"
     thin = planned(shadow, task, examples, method=LoRA(r=2, target_modules="all-linear"))
-    assert thin.adapter == whole.adapter // 4 and thin.total < whole.total
+    assert thin.adapter == whole.adapter // 4
+    # what the allocator keeps besides is a matter of a few pieces that fit or do not
+    assert thin.total - thin.fragmentation < whole.total - whole.fragmentation
     redone = planned(shadow, task, examples, gradient_checkpointing=True)
     assert redone.activations < 0.5 * whole.activations
 

@@ -1,16 +1,9 @@
-"""What a computation holds, without doing it; and what an allocator makes of that."""
+"""What a computation holds, without doing it."""
 
-import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorica.train.ledger import LAST_THRESHOLD, PAGE, Event, Ledger, renumbered, replay
-
-KIB, MIB = 1024, 1024 * 1024
-
-
-def resident(events) -> int:
-    return replay(events)
+from lorica.train.ledger import Event, Ledger, most_alive, renumbered
 
 
 def test_a_ledger_counts_what_lives_at_once():
@@ -61,37 +54,6 @@ def test_going_of_a_storage_that_never_came_is_left_out():
     assert renumbered([[Event(3, -10), Event(4, 10)]]) == [Event(1, 10)]
 
 
-@pytest.mark.parametrize("sizes", [[MIB], [100, 5 * MIB, 3], [33 * MIB, 1, 40 * MIB]])
-def test_a_process_never_holds_less_than_what_lives(sizes):
-    held = resident([Event(i, size) for i, size in enumerate(sizes)])
-    assert sum(sizes) <= held <= sum(sizes) + len(sizes) * (PAGE + 1024) + 132 * KIB
-
-
-def test_a_hole_in_the_heap_is_used_again():
-    come = [Event(1, 64 * KIB), Event(2, 64 * KIB), Event(1, -64 * KIB)]
-    assert resident([*come, Event(3, 60 * KIB)]) < resident([*come, Event(3, 96 * KIB)])
-
-
-def test_a_freed_mapping_goes_back_and_raises_the_threshold():
-    once = [Event(1, 4 * MIB), Event(1, -4 * MIB)]
-    assert resident([*once, Event(2, 5 * MIB)]) < 5 * MIB + 200 * KIB
-    # now four mebibytes come from the heap, where what lies above keeps them
-    events = [*once, Event(2, 3 * MIB), Event(3, 64), Event(2, -3 * MIB), Event(4, 4 * MIB)]
-    assert resident(events) >= 7 * MIB
-
-
-def test_very_large_pieces_are_always_mapped():
-    size = LAST_THRESHOLD + MIB
-    come_and_go = [Event(1, size), Event(1, -size)]
-    held = resident(renumbered([come_and_go] * 5))
-    assert size <= held < size + 200 * KIB
-
-
-def test_small_objects_hold_large_pieces_apart():
-    pieces = [Event(n, 100 * KIB) for n in range(20)]
-    gone = [Event(n, -100 * KIB) for n in range(19)]
-    filled = [*pieces, *gone]
-    again = [Event(n, 100 * KIB) for n in range(20, 39)]
-    assert resident([*filled, *again]) > resident(filled) + 500 * KIB, "few holes fit"
-    freed = Event(19, -100 * KIB)  # the last one lay on top and kept the others
-    assert resident([*filled, freed, *again]) < resident([*filled, *again])
+def test_the_most_that_lives_at_once():
+    events = [Event(1, 100), Event(2, 50), Event(1, -100), Event(3, 20)]
+    assert most_alive(events) == 150

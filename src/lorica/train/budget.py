@@ -31,7 +31,7 @@ from lorica.methods.method import Method
 from lorica.tasks.task import Batch, answering, by_length
 from lorica.train.course import GROUP
 from lorica.train.engine import Engine
-from lorica.train.ledger import Event, Ledger, renumbered, replay
+from lorica.train.ledger import Event, Ledger, most_alive, renumbered, resident
 from lorica.train.measure import memory_bytes
 from lorica.train.plan import total_steps
 from lorica.train.shadow import Shadow
@@ -209,7 +209,7 @@ class _Runner:
         self.model.eval()
         sizes = [p.numel() * p.element_size() for p in self._parameters() for _ in "mv"]
         moments = [Event(number, size) for number, size in enumerate(sizes)]
-        found = replay(renumbered([ledger.events, moments, ledger.events, ledger.events]))
+        found = self._resident([ledger.events, moments, ledger.events, ledger.events])
         parts["optimizer"] = sum(e.size for e in moments)
         parts["fragmentation"] = found - sum(parts.values())
         return _Trained(found, parts, sum(len(e) for e in largest))
@@ -239,7 +239,7 @@ class _Runner:
         with self.shadow.mode, ledger, answering(self.model), self._active():
             loss = self.task.losses(self.model, batch)
             del loss
-        return replay(ledger.events)
+        return self._resident([ledger.events])
 
     def _generation(self, scoring: Scoring) -> int:
         """Keys and values of prompts and answers, one layer of them twice while they grow."""
@@ -261,7 +261,7 @@ class _Runner:
             kept = ledger.live
             del cache
         grown = kept * (longest + scoring.new_tokens) // longest
-        return max(replay(ledger.events), grown + grown // max(1, self._num_layers))
+        return max(self._resident([ledger.events]), grown + grown // max(1, self._num_layers))
 
     @property
     def _num_layers(self) -> int:
@@ -298,6 +298,13 @@ class _Runner:
             kind = "logits" if event.wide else "gradients" if number in gradients else kind
             parts[kind] += event.size
         return parts
+
+    def _resident(self, stretches: Sequence[Sequence[Event]]) -> int:
+        """Bytes that stretches of a ledger, one after the other, take; fragments of a GPU's
+        allocator are not known.
+        """
+        events = renumbered(stretches)
+        return most_alive(events) if self._device.type == "cuda" else resident(events)
 
     def _ledger(self) -> Ledger:
         """A ledger for which base and adapter are there already."""
