@@ -6,7 +6,7 @@
 Every row is a process of its own that does what `lorica train` does: the plan is made before the
 weights are loaded, and the peak is the most that the process held up to the end of training
 (VmHWM: python, torch, records, scoring of the base and all). No row has a factor of its own. Every
-row is written as soon as it is measured; docs/plan.md takes its table from there.
+row is written as soon as it is measured, into the table of docs/plan.md too.
 Weights of the Llama shapes are random; memory does not depend on their values.
 """
 
@@ -25,6 +25,8 @@ from jobs import RESULTS, machine, versions, write_result
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent / "shared" / "data"
 GOAL = 0.15
+PAGE = HERE.parent / "docs" / "plan.md"
+FIRST_MARK, LAST_MARK = f"<!-- table: benchmarks/{Path(__file__).name} -->", "<!-- end of table -->"
 SHAPES = {
     "llama30m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8},
     "llama100m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12},
@@ -141,10 +143,15 @@ def run(row: tuple, folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--page", action="store_true", help="only the table, from the figures")
     parser.add_argument("--only", default="", help="rows whose name holds this word")
-    only = parser.parse_args().only
+    asked = parser.parse_args()
+    only = asked.only
     print(f"{'row':<20} {'planned':>10} {'measured':>10} {'error':>8} {'of the run alone':>17}")
     rows = measured_before()
+    if asked.page:
+        write_table(list(rows.values()))
+        return
     with tempfile.TemporaryDirectory() as made:
         for row in GRID:
             if only not in row[0]:
@@ -158,9 +165,32 @@ def main() -> None:
             threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
             facts = {"machine": machine(threads), "versions": versions(), "goal": GOAL}
             write_result("plan", {**facts, "rows": kept})
+            write_table(kept)
     worst = max(abs(row["error"]) for row in rows.values())
     print(f"worst error {worst:.1%} of {len(rows)} rows; the goal is below {GOAL:.0%}")
     sys.exit(worst >= GOAL)
+
+
+def write_table(rows: list[dict]) -> None:
+    """The table of docs/plan.md, between its marks."""
+    lines = [
+        "| row | batch x tokens | r, places | planned | measured | error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        how = f"{row['batch_size']} x {row['max_length']}"
+        how += ", checkpointing" * row["gradient_checkpointing"]
+        how += f", {row['dtype']}" * (row["dtype"] != "float32")
+        sizes = [f"{row[key] / 2**20:,.0f} MiB" for key in ("planned", "measured")]
+        where = f"{row['r']}, {row['target_modules'].replace(',', ' ')}"
+        lines.append(
+            f"| {row['base']} | {how} | {where} | {' | '.join(sizes)} | {row['error']:+.1%} |"
+        )
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(FIRST_MARK)
+    after = rest.split(LAST_MARK)[1]
+    table = "\n".join(lines)
+    PAGE.write_text(f"{before}{FIRST_MARK}\n{table}\n{LAST_MARK}{after}", encoding="utf-8")
 
 
 def measured_before() -> dict[str, dict]:
