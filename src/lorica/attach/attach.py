@@ -188,6 +188,31 @@ def detach(model: nn.Module, adapter: str | Adapter) -> None:
         del model.__dict__["_lorica_attached"]
 
 
+def reshape(
+    adapter: Adapter, method: Method, held: Mapping[str, tuple[Method, Mapping[str, Tensor]]]
+) -> None:
+    """Give an adapter other settings, and some of its places other settings and tensors.
+
+    Args:
+        held: by path; a place for which there are no tensors is given up.
+    """
+    for path, (own, tensors) in held.items():
+        slot = adapter.slots[path]
+        slot.method = own
+        slot.tensors = {
+            key: nn.Parameter(tensor.detach().clone(), requires_grad=key not in own.frozen)
+            for key, tensor in tensors.items()
+        }
+    given_up = [adapter.slots.pop(path) for path, (_, tensors) in held.items() if not tensors]
+    for module in [m for m in adapter.model.modules() if is_site(m)]:
+        for plates in plates_of(module):
+            if any(plates.slots.get(adapter.name) is slot for slot in given_up):
+                del plates.slots[adapter.name]
+        if not any(plates.slots for plates in plates_of(module)):
+            leave(module)
+    adapter.method = method
+
+
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters on a model, by name, in the order in which they came."""
     return dict(attached_to(model).adapters)

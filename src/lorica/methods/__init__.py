@@ -1,6 +1,7 @@
 """Methods: settings, tensors, arithmetic and merged form of one way to adapt a layer each."""
 
 from lorica.config.settings import Preset
+from lorica.methods.adalora import AdaLoRA
 from lorica.methods.bottleneck import Bottleneck, Compacter
 from lorica.methods.dora import DoRA
 from lorica.methods.hira import HiRA
@@ -18,6 +19,7 @@ METHODS = {
         LoRA,
         LoRAFA,
         DoRA,
+        AdaLoRA,
         VeRA,
         LoHa,
         LoKr,
@@ -77,6 +79,7 @@ __all__ = [
     "METHODS",
     "PRESETS",
     "WORDS",
+    "AdaLoRA",
     "Bottleneck",
     "Compacter",
     "DoRA",

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ from lorica.attach.site import Route, is_site, plates_of
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import NonFiniteError, TrainingError
+from lorica.methods.between import Between
 from lorica.tasks.task import Batch, Task, answering
 from lorica.train.optim import learning_rate, make_optimizer
 
@@ -43,11 +45,15 @@ class Trainee:
         settings: its settings.
         total: optimizer steps of the whole run.
         step: optimizer steps done.
+        between: what the method does between the steps.
     """
 
     def __init__(self, adapter: Adapter, settings: TrainSettings, total: int) -> None:
         self.adapter, self.settings, self.total, self.step = adapter, settings, total, 0
         self.optimizer = make_optimizer(adapter.named_parameters(), settings)
+        make = getattr(adapter.method, "between", None)
+        held = {path: (slot.method, slot.tensors) for path, slot in adapter.slots.items()}
+        self.between = make(held, total=total, seed=settings.seed) if make else Between()
 
     @property
     def learning_rate(self) -> float:
@@ -128,15 +134,19 @@ class Engine:
                     f"adapter {trainee.adapter.name!r}, step {trainee.step + 1}: no token to learn",
                     expected="at least one label that is not -100",
                 )
-        for group in groups:
-            for micro in range(max(len(work[i]) for i in group)):
-                present = [i for i in group if micro < len(work[i])]
-                self._micro_step(
-                    [trainees[i] for i in present],
-                    [work[i][micro] for i in present],
-                    [totals[i] for i in present],
-                    micro,
-                )
+        with _resting(trainees):
+            for group in groups:
+                for micro in range(max(len(work[i]) for i in group)):
+                    present = [i for i in group if micro < len(work[i])]
+                    self._micro_step(
+                        [trainees[i] for i in present],
+                        [work[i][micro] for i in present],
+                        [totals[i] for i in present],
+                        micro,
+                    )
+            for trainee in trainees:
+                if (penalty := trainee.between.penalty()) is not None:
+                    penalty.backward()
         norms = [_clip(t, total) for t, total in zip(trainees, totals, strict=True)]
         return [
             _update(t, total, norm) for t, total, norm in zip(trainees, totals, norms, strict=True)
@@ -231,6 +241,26 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
+@contextmanager
+def _resting(trainees: Sequence[Trainee]) -> Iterator[None]:
+    """Let nothing ask for gradients, nor keep moments, at the places that rest in this step."""
+    resting = [
+        (trainee.optimizer, tensor)
+        for trainee in trainees
+        for path in trainee.between.at_rest(trainee.step)
+        for tensor in trainee.adapter.slots[path].tensors.values()
+        if tensor.requires_grad
+    ]
+    try:
+        for optimizer, tensor in resting:
+            tensor.requires_grad_(False)
+            optimizer.state.pop(tensor, None)
+        yield
+    finally:
+        for _, tensor in resting:
+            tensor.requires_grad_(True)
+
+
 def _num_labels(block: Sequence[Example]) -> int:
     return sum(e.num_trained for e in block)
 
@@ -267,8 +297,9 @@ def _update(trainee: Trainee, total: _Totals, norm: float) -> StepResult:
     for group in trainee.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
     trainee.optimizer.step()
-    trainee.optimizer.zero_grad(set_to_none=True)
     trainee.step += 1
+    trainee.between.after(trainee.step)
+    trainee.optimizer.zero_grad(set_to_none=True)
     return StepResult(total.loss, norm, rate, total.tokens, total.labels)
 
 

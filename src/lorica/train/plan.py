@@ -121,6 +121,8 @@ def courses_of(
         courses.append(Course(trainee, examples, judged, group, origins))
     _check_lengths(model, courses)
     _check_warmup(courses, settings)
+    if problems := [text for course in courses for text in course.trainee.between.problems()]:
+        raise ConfigError("the method cannot run so", problems=problems)
     return courses, encoder.notes
 
 
