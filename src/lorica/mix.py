@@ -332,7 +332,7 @@ def _ties(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, list[str]
     problems: list[str] = []
     for target in targets:
         sharers = owners[id(target.parameter)]
-        if len(sharers) > 1:
+        if len(sharers) > 1 and not _moves_as_one(target, targets, len(sharers)):
             others = ", ".join(path for path, _ in sharers if path != target.path)
             if _can_untie(model, [module for _, module in sharers]):
                 untie[target.path] = [path for path, _ in sharers]
@@ -345,6 +345,13 @@ def _ties(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, list[str]
         elif id(target.parameter) in overlapping:
             problems.append(f"{target.path}: its memory is shared with another parameter")
     return untie, problems
+
+
+def _moves_as_one(target: _Target, targets: list[_Target], num_sharers: int) -> bool:
+    """Whether every layer with this weight gets the very same update, so that it stays shared."""
+    together = [t for t in targets if t.parameter is target.parameter]
+    updates = {tuple((share, id(slot.tensors)) for share, slot in t.parts) for t in together}
+    return len(together) == num_sharers and len(updates) == 1
 
 
 def _can_untie(model: nn.Module, modules: list[nn.Module]) -> bool:

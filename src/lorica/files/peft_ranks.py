@@ -29,7 +29,7 @@ UNUSED = {
 }
 """Keys of LoRA that PEFT's AdaLoRA does not look at, or in training only."""
 
-OTHER_VARIANTS = {**NEUTRAL, "target_parameters": None}
+OTHER_VARIANTS = {**NEUTRAL, "target_parameters": None, "trainable_token_indices": None}
 """Keys that would change the arithmetic, at the value that changes nothing."""
 
 
