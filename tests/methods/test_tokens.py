@@ -14,7 +14,7 @@ from lorica.train.engine import Engine, Trainee
 from train.words import WordTokenizer, examples
 
 TOKENS = tuple(sorted({*examples(0, 5)[0].input_ids[:-1]}))[:3]
-I, J, K = TOKENS
+ONE, TWO, THREE = TOKENS
 OTHERS = [i for i in range(1, 90) if i not in TOKENS][:2]
 METHOD = LoRA(r=2, target_modules=("q_proj",), trainable_token_indices=TOKENS)
 
@@ -40,7 +40,7 @@ def test_beside_others_it_trains_as_alone_and_moves_its_rows_only(base):
     rows = one["model.embed_tokens.rows"]
     assert (rows != before[list(TOKENS)]).any(1).all()
     assert torch.equal(alone.get_input_embeddings().weight, before)
-    ids = torch.tensor([[OTHERS[0], I, OTHERS[1], K, J]])
+    ids = torch.tensor([[OTHERS[0], ONE, OTHERS[1], THREE, TWO]])
     with torch.no_grad(), activate(alone, "a"):
         embedded = alone.get_input_embeddings()(ids)[0]
     torch.testing.assert_close(embedded[[1, 3, 4]], rows.detach()[[0, 2, 1]])
@@ -54,7 +54,7 @@ def test_gradients_are_right_in_float64(layer):
     slot = adapter.slots["model.embed_tokens"]
     start = slot.tensors["rows"].detach().double().add(0.1).requires_grad_()
     module = model.model.embed_tokens if layer == "embedding" else model.lm_head
-    x = torch.tensor([[I, OTHERS[0], K, J, J]])
+    x = torch.tensor([[ONE, OTHERS[0], THREE, TWO, TWO]])
     if layer == "head":
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, 36, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -69,7 +69,7 @@ def test_gradients_are_right_in_float64(layer):
 
 def test_each_row_of_a_batch_has_its_own_mixture():
     model = trained("llama-tied", ["a", "b"])
-    ids = torch.tensor([[OTHERS[0], I, OTHERS[1], K, J]] * 3)
+    ids = torch.tensor([[OTHERS[0], ONE, OTHERS[1], THREE, TWO]] * 3)
     with torch.no_grad():
         with activate(model, ["a", None, {"a": 0.5, "b": 0.5}]):
             together = model(ids).logits

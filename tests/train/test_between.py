@@ -2,9 +2,11 @@
 alone."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+import transformers
 
 import lorica
 from architectures import ARCHITECTURES
@@ -12,7 +14,8 @@ from lorica.attach.activate import activate
 from lorica.attach.attach import attach
 from lorica.config import TrainSettings
 from lorica.errors import ConfigError, Interrupted, NonFiniteError
-from lorica.methods import AdaLoRA, LoRA
+from lorica.methods import LISA, AdaLoRA, LoRA
+from lorica.methods.lisa import Draws, block_of
 from lorica.tasks.causal_lm import CausalLM
 from lorica.train.engine import Engine, Trainee
 from lorica.train.loop import train
@@ -23,9 +26,10 @@ METHODS = {
     "adalora": AdaLoRA(
         init_r=4, target_r=2, tinit=2, tfinal=4, deltaT=2, target_modules=("q_proj", "up_proj")
     ),
+    "lisa": LISA(lisa_activated_layers=1, lisa_interval_steps=3),
 }
 every = pytest.mark.parametrize("kind", METHODS)
-PLAIN = {**SETTINGS, "early_stopping_patience": None, "max_steps": 10}
+PLAIN = {**SETTINGS, "early_stopping_patience": None, "max_steps": 10, "eval_steps": 4}
 
 
 def model_with(kind, *names):
@@ -50,7 +54,7 @@ def run(kind, folder, *, resume=False, **changes):
 @every
 def test_a_stopped_run_goes_on_to_the_same_bits(kind, tmp_path, monkeypatch):
     run(kind, tmp_path / "whole")
-    for step in (1, 3, 6, 7, 9):
+    for step in (3, 7):
         folder = tmp_path / f"stopped-{step}"
         with monkeypatch.context() as patch:
             stop_after(patch, step)
@@ -95,9 +99,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was(kind):
         engine.step([trainee], [[examples(step, 3)]])
     before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
     state = {key: tensor.clone() for key, tensor in trainee.between.state.items()}
-    norm = model.get_submodule("model.norm").weight
-    with torch.no_grad():
-        norm.mul_(math.inf)
+    model.get_submodule("model.rotary_emb").inv_freq.fill_(math.nan)
     with pytest.raises(NonFiniteError):
         engine.step([trainee], [[examples(5, 3)]])
     after = dict(adapter.named_parameters())
@@ -155,3 +157,85 @@ def test_a_schedule_without_room_is_refused_before_training(tmp_path):
             task=CausalLM.of(WordTokenizer()),
         )
     assert "tinit=6 and tfinal=4 leave none of the 10 steps" in str(caught.value)
+
+
+def layers_that_move(steps, **settings):
+    """For every step the layers whose copies changed, and how many moments there are of layers."""
+    model = deep()
+    method = LISA(**{"lisa_activated_layers": 2, "lisa_interval_steps": 3, **settings})
+    adapter = attach(model, method, name="a")
+    engine = Engine(model, CausalLM.of(WordTokenizer()))
+    trainee = Trainee(adapter, TrainSettings(learning_rate=1e-2, max_steps=steps, seed=1), steps)
+    found = []
+    for step in range(steps):
+        before = {key: p.detach().clone() for key, p in adapter.named_parameters()}
+        engine.step([trainee], [[examples(step, 3)]])
+        moved = {key for key, p in adapter.named_parameters() if not torch.equal(p, before[key])}
+        kept = {key for key, p in adapter.named_parameters() if p in trainee.optimizer.state}
+        assert all(p.requires_grad for p in adapter.parameters())
+        found.append((moved, kept, trainee.between.active(step)))
+    return adapter, found
+
+
+def deep(layers=5):
+    """A model of enough layers to draw from."""
+    config = ARCHITECTURES["llama"].build().config
+    config.num_hidden_layers = layers
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config)
+
+
+def test_lisa_trains_the_layers_drawn_and_the_ends():
+    adapter, found = layers_that_move(12)
+    for moved, kept, active in found:
+        blocks = {block for key in moved if (block := block_of(key))}
+        assert blocks == set(active) and len(blocks) == 2
+        outside = {key for key, _ in adapter.named_parameters() if block_of(key) is None}
+        assert {key for key in moved if block_of(key) is None} == outside
+        assert len(outside) == 3  # embedding, last norm, head
+        assert kept == moved  # the others have no moments
+    draws = [active for _, _, active in found]
+    assert all(draws[i] == draws[i - i % 3] for i in range(12))
+    assert len({tuple(active) for active in draws}) > 1
+
+
+def test_lisa_may_leave_the_ends_alone():
+    adapter, found = layers_that_move(2, lisa_ends=False, last_layers=3)
+    paths = [key for key, _ in adapter.named_parameters()]
+    assert {block_of(path) for path in paths} == {f"model.layers.{i}" for i in (2, 3, 4)}
+    assert all(len({block_of(key) for key in moved}) == 2 for moved, _, _ in found)
+
+
+def test_moments_of_a_layer_begin_anew_when_it_comes_back():
+    _, found = layers_that_move(30, lisa_activated_layers=1, lisa_interval_steps=2)
+    again = [active[0] for _, _, active in found[::2]]
+    assert any(block in again[:i] and again[i - 1] != block for i, block in enumerate(again))
+    for moved, kept, active in found:
+        assert {block_of(key) for key in kept} - {None} == set(active)
+        assert moved == kept
+
+
+def test_all_layers_have_their_turn_alike():
+    held = {f"x.layers.{i}.w": (LISA(), {}) for i in range(6)}
+    draws = Draws(LISA(lisa_activated_layers=2, lisa_interval_steps=1), held, 0)
+    counts = Counter(block for step in range(600) for block in draws.active(step))
+    assert len(counts) == 6 and all(150 < count < 250 for count in counts.values())
+    assert draws.active(7) == Draws(draws.method, held, 0).active(7)
+    assert [draws.active(i) for i in range(9)] != [
+        Draws(draws.method, held, 1).active(i) for i in range(9)
+    ]
+
+
+def test_too_few_layers_are_told_before_training(tmp_path):
+    model = ARCHITECTURES["llama"].build()
+    attach(model, LISA(lisa_activated_layers=3), name="a")
+    with pytest.raises(ConfigError) as caught:
+        train(
+            model,
+            {"a": examples(1, 17)},
+            TrainSettings(max_steps=10),
+            output_dir=tmp_path / "run",
+            task=CausalLM.of(WordTokenizer()),
+        )
+    assert "lisa_activated_layers=3, but 2 layers" in str(caught.value)

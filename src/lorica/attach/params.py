@@ -105,6 +105,14 @@ def _in_layers(found: Survey, method: Selective, problems: list[str]) -> set[str
     """The modules in the layers that are asked for; all where none are."""
     numbers = {path: layer_number(path) for path in found.modules}
     inside = {path: number for path, number in numbers.items() if number is not None}
+    if not method.outside:
+        return _chosen_layers(found, inside, method, problems) & set(inside)
+    return _chosen_layers(found, inside, method, problems)
+
+
+def _chosen_layers(
+    found: Survey, inside: dict[str, int], method: Selective, problems: list[str]
+) -> set[str]:
     if method.last_layers is not None:
         return _last(found, inside, method.last_layers, problems)
     if method.layers_to_transform is None:

@@ -6,6 +6,7 @@ from lorica.methods.bottleneck import Bottleneck, Compacter
 from lorica.methods.dora import DoRA
 from lorica.methods.hira import HiRA
 from lorica.methods.ia3 import IA3
+from lorica.methods.lisa import LISA
 from lorica.methods.loha import LoHa
 from lorica.methods.lokr import LoKr
 from lorica.methods.lora import LoRA, LoRAFA
@@ -28,6 +29,7 @@ METHODS = {
         Bottleneck,
         Compacter,
         Selective,
+        LISA,
         Sparse,
     )
 }
@@ -76,6 +78,7 @@ WORDS: dict[str, type | Preset] = {**METHODS, **PRESETS}
 
 __all__ = [
     "IA3",
+    "LISA",
     "METHODS",
     "PRESETS",
     "WORDS",
