@@ -59,6 +59,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "hira": {"plain": {"r": 3}, "dropout": {"r": 3, "hira_dropout": 0.4}},
     "ia3": {"plain": {}, "on-input": {"on_input": True}},
+    "road": {
+        "plain": {"group_size": 2},
+        "four": {"group_size": 2, "variant": "road_4"},
+    },
     "sparse": {
         "plain": {"density": 0.2, "selection": "random"},
         "some": {"count": 3, "selection": "random"},

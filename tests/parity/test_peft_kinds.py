@@ -16,7 +16,7 @@ from lorica.errors import AdapterFileError
 from lorica.files.adapter import load_adapter, save_adapter
 from lorica.files.peft_config import OTHER_KINDS
 from lorica.files.peft_kinds import KINDS
-from lorica.methods import IA3, AdaLoRA, DoRA, HiRA, LoHa, LoKr, LoRA, VeRA
+from lorica.methods import IA3, AdaLoRA, DoRA, HiRA, LoHa, LoKr, LoRA, RoAd, VeRA
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
@@ -102,6 +102,18 @@ CASES: dict[str, tuple[str, Any, Any]] = {
         HiRA(r=4, target_modules=BOTH),
         peft.HiraConfig(r=4, target_modules=BOTH),
     ),
+    **{
+        variant: (
+            "bert",
+            RoAd(variant=variant, group_size=4, target_modules=("query", "output.dense")),  # type: ignore[arg-type]
+            peft.RoadConfig(
+                variant=variant,  # type: ignore[arg-type]
+                group_size=4,
+                target_modules=["query", "output.dense"],
+            ),
+        )
+        for variant in ("road_1", "road_2", "road_4")
+    },
     "ia3": (
         "bert",
         IA3(target_modules=("key", "intermediate.dense"), feedforward_modules=("dense",)),

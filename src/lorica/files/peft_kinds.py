@@ -1,4 +1,4 @@
-"""PEFT's layouts of the methods beside LoRA: AdaLoRA, VeRA, LoHa, LoKr, HiRA, IA3.
+"""PEFT's layouts of the methods beside LoRA: AdaLoRA, VeRA, LoHa, LoKr, HiRA, IA3, RoAd.
 
 They share one shape: `base_model.model.PATH.SUFFIX` for every tensor of a layer, and a config whose
 target_modules select the layers. What differs stands in `KINDS`.
@@ -33,6 +33,7 @@ from lorica.methods.loha import LoHa
 from lorica.methods.lokr import LoKr
 from lorica.methods.method import Layer, Method, Tensors
 from lorica.methods.patterns import unmatched_patterns
+from lorica.methods.road import RoAd
 from lorica.methods.vera import VeRA, projection
 
 _SHOWN = 10
@@ -140,6 +141,14 @@ KINDS: dict[str, Kind] = {
         "hira_",
     ),
     "IA3": Kind(IA3, _PLAIN, {}, {}, {"init_ia3_weights": True}, "ia3_"),
+    "ROAD": Kind(
+        RoAd,
+        (nn.Linear,),
+        {"variant": "variant", "group_size": "group_size"},
+        fixed={"init_weights": True},
+        prefix="road_",
+        has_exclusion=False,
+    ),
 }
 _TRANSPOSING = ("ADALORA", "VERA", "HIRA", "IA3")
 """Those whose config says whether the weights are GPT-2's, stored (in, out)."""

@@ -10,6 +10,7 @@ from lorica.methods.lisa import LISA
 from lorica.methods.loha import LoHa
 from lorica.methods.lokr import LoKr
 from lorica.methods.lora import LoRA, LoRAFA
+from lorica.methods.road import RoAd
 from lorica.methods.selective import Selective
 from lorica.methods.sparse import Sparse
 from lorica.methods.vera import VeRA
@@ -26,6 +27,7 @@ METHODS = {
         LoKr,
         HiRA,
         IA3,
+        RoAd,
         Bottleneck,
         Compacter,
         Selective,
@@ -91,6 +93,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LoRAFA",
+    "RoAd",
     "Selective",
     "Sparse",
     "VeRA",
