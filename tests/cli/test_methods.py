@@ -70,7 +70,7 @@ TRAINABLE = {
     **{word: [] for word in METHODS},
     "vera": ["--r", "8"],
     "hira": ["--r", "4"],
-    "road": ["--group-size", "4"],
+    "road": ["--group-size", "4", "--target-modules", "attention"],
     "bitfit": [],
     "pissa": [],
 }
