@@ -24,7 +24,7 @@ from train.words import WordTokenizer, examples
 
 METHODS = {
     "adalora": AdaLoRA(
-        init_r=4, target_r=2, tinit=2, tfinal=4, deltaT=2, target_modules=("q_proj", "up_proj")
+        init_r=4, target_r=2, tinit=2, tfinal=4, delta_t=2, target_modules=("q_proj", "up_proj")
     ),
     "lisa": LISA(lisa_activated_layers=1, lisa_interval_steps=3),
 }

@@ -47,7 +47,8 @@ _SAME = {
     "exclude_modules": "lora_exclude_modules",
     "use_rslora": "rslora",
     "modules_to_save": "lora_modules_to_save",
-    # LISA
+    # AdaLoRA and LISA
+    "delta_t": "deltaT",
     "lisa_activated_layers": "lisa_n_layers",
     "lisa_interval_steps": "lisa_interval lisa_step_interval",
 }

@@ -4,7 +4,8 @@ in training to the places that need them most.
     D = s P diag(E) Q        P is called B, Q is called A; s = lora_alpha / init_r
 
 Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning" (ICLR 2023,
-arXiv 2303.10512). The loss has a part that keeps P and Q orthogonal (equation 4). A triplet is a
+arXiv 2303.10512). The loss has a part that keeps P and Q orthogonal (equation 4; as in PEFT it is
+the mean over all matrices of the norm, which the paper squares and sums). A triplet is a
 singular value with its two vectors, and counts as much as its entries do (equations 7 to 10): each
 by sensitivity, |entry times gradient|, times its uncertainty, both as running means.
 
@@ -42,19 +43,20 @@ STEADY = 1e-5
 
 @dataclass(frozen=True)
 class AdaLoRA(WeightUpdate):
-    """Settings and arithmetic of AdaLoRA. The field names are PEFT's, but for `kept_r`."""
+    """Settings and arithmetic of AdaLoRA. The field names are PEFT's, but for `kept_r`, and
+    `delta_t` where PEFT has deltaT."""
 
     init_r: int = setting(12, "rank at every place before the budget falls")
     target_r: int = setting(8, "mean rank of the places at the end")
     lora_alpha: float = setting(16, "the update is scaled by lora_alpha / init_r")
     lora_dropout: float = setting(0.0, "share of a layer's input dropped before A, in training")
     tinit: int | None = setting(
-        None, "steps before the budget falls; null: a tenth of all (the paper has 8 to 20 %)"
+        None, "steps before the budget falls; null: a tenth of all (9 to 18 % in the paper)"
     )
     tfinal: int | None = setting(
-        None, "steps at the end with fixed ranks; null: half of all (the paper has 30 to 60 %)"
+        None, "steps at the end with fixed ranks; null: half of all (44 to 58 % in the paper)"
     )
-    deltaT: int = setting(1, "ranks are given out anew every so many steps")
+    delta_t: int = setting(1, "ranks are given out anew every so many steps")
     beta1: float = setting(0.85, "decay of the running mean of sensitivity")
     beta2: float = setting(0.85, "decay of the running mean of its uncertainty")
     orth_reg_weight: float = setting(
@@ -126,7 +128,7 @@ class AdaLoRA(WeightUpdate):
         ranges = {"lora_dropout": (0.0, 0.99), "orth_reg_weight": (0.0, 1e4)}
         found = rank_problems("init_r", self.init_r) + rank_problems("target_r", self.target_r)
         found += scale_problems("lora_alpha", self.lora_alpha) + numeric_problems(self, ranges)
-        found += rank_problems("deltaT", self.deltaT)
+        found += rank_problems("delta_t", self.delta_t)
         for name in ("beta1", "beta2"):
             found += numeric_problems(self, {name: (1e-6, 1 - 1e-6)})
         for name in ("tinit", "tfinal"):
@@ -201,7 +203,7 @@ class Allocation(Between):
             self.state = {f"{path}|kept": kept for path, kept in self._allocate(step).items()}
         else:
             self._weigh()
-            if step > self.tinit and step % self.method.deltaT == 0:
+            if step > self.tinit and step % self.method.delta_t == 0:
                 self._allocate(step)
 
     def settled(self, step: int) -> bool:

@@ -41,7 +41,9 @@ class RoAd(Placed):
         if layer.kind not in ("linear", "embedding", "conv1d", "conv2d"):
             return ["road needs a linear, embedding or convolution layer"]
         if layer.out_features % self.group_size:
-            return [f"its {layer.out_features} outputs are no multiple of group_size={self.group_size}"]
+            return [
+                f"its {layer.out_features} outputs are no multiple of group_size={self.group_size}"
+            ]
         return []
 
     def start(self, layer: Layer, generator: torch.Generator) -> Tensors:
