@@ -227,6 +227,48 @@ def test_all_layers_have_their_turn_alike():
     ]
 
 
+@pytest.mark.parametrize("base", ["llama-tied", "gpt2", "t5"])
+def test_a_tied_embedding_trains_as_one(base, tmp_path):
+    arch = ARCHITECTURES[base]
+    model = arch.build()
+    adapter = attach(model, LISA(lisa_activated_layers=1), name="a")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head.weight is embedding.weight
+    shared = [p for p in adapter.slots if model.get_submodule(p).weight is head.weight]
+    assert len(shared) == (3 if base == "t5" else 2)
+    first, *others = (adapter.slots[path].tensors for path in shared)
+    assert all(other is first for other in others)
+    assert sum(p is first["weight"] for p in adapter.parameters()) == 1
+    sample = arch.sample(model, 2, 7)
+    with torch.no_grad(), activate(model, "a"):
+        start = arch.logits(model(**sample))
+    with activate(model, "a"):
+        arch.logits(model(**sample)).square().mean().backward()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter -= 0.1 * parameter.grad
+        with activate(model, "a"):
+            expected = arch.logits(model(**sample))
+    assert (expected - start).abs().max() > 1e-4
+    lorica.save_adapter(adapter, tmp_path / "a")
+    again = arch.build()
+    read = lorica.load_adapter(again, tmp_path / "a", name="b")
+    assert read.num_parameters == adapter.num_parameters
+    lorica.merge(model, "a")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    with torch.no_grad():
+        assert torch.equal(arch.logits(model(**sample)), expected)
+        with activate(again, "b"):
+            assert torch.equal(arch.logits(again(**sample)), expected)
+
+
+def test_a_tied_embedding_stays_where_its_head_is_left_out():
+    model = ARCHITECTURES["llama-tied"].build()
+    adapter = attach(model, LISA(exclude_modules=("lm_head",)), name="a")
+    assert not {"lm_head", "model.embed_tokens"} & adapter.slots.keys()
+    assert "stay frozen" in adapter.reason
+
+
 def test_too_few_layers_are_told_before_training(tmp_path):
     model = ARCHITECTURES["llama"].build()
     attach(model, LISA(lisa_activated_layers=3), name="a")

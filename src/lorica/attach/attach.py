@@ -82,7 +82,7 @@ class Attached:
 
 def tied_to(slot: Slot) -> str | None:
     """The place whose tensors these are, where two layers share one weight."""
-    return slot.method.tied_to if isinstance(slot.method, Tokens) else None
+    return getattr(slot.method, "tied_to", None)
 
 
 def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int = 0) -> Adapter:
@@ -158,8 +158,8 @@ def _put(
     try:
         for path, (module, parameter, own) in places.items():
             plates = enter(module, path, attached.status, parameter)
-            if isinstance(own, Tokens) and own.tied_to is not None:
-                held = slots[own.tied_to].tensors
+            if (tie := getattr(own, "tied_to", None)) is not None:
+                held = slots[tie].tensors
             else:
                 held = _parameters(start(path, own, plates.layer), module, own.frozen)
             slots[path] = plates.slots[name] = Slot(own, held)
@@ -290,7 +290,10 @@ def places_of(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
 def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     if isinstance(method, Selective):
         chosen = select(model, method)
-        copies: Places = {p: (m, None, Copy(only)) for p, (m, only) in chosen.modules.items()}
+        copies: Places = {
+            path: (module, None, Copy(only, chosen.tied.get(path)))
+            for path, (module, only) in chosen.modules.items()
+        }
         whole = _copied(model, method.modules_to_save)
         copies.update({path: (module, None, Copy()) for path, module in whole.items()})
         return copies, method, chosen.reason

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import Adapter, Places
+from lorica.attach.attach import Adapter, Places, tied_to
 from lorica.attach.layers import describe
 from lorica.config.resolve import build_method
 from lorica.errors import AdapterFileError, ConfigError
@@ -64,9 +65,10 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if isinstance(slot.method, Copy) and slot.method.only is not None:
             places[path]["only"] = list(slot.method.only)
         if isinstance(slot.method, Tokens):
-            places[path] |= {"indices": list(slot.method.indices), "tied_to": slot.method.tied_to}
-            if slot.method.tied_to is not None:
-                continue
+            places[path]["indices"] = list(slot.method.indices)
+        if (tie := tied_to(slot)) is not None:
+            places[path]["tied_to"] = tie
+            continue
         tensors |= {f"{path}.{name}": _plain(tensor) for name, tensor in slot.tensors.items()}
     config = {
         "format": FORMAT,
@@ -181,32 +183,35 @@ def _place(
     layer = describe(module, parameter)
     if found := own.problems(layer):
         raise AdapterFileError("; ".join(found))
-    if isinstance(own, Tokens) and own.tied_to is not None:
+    if getattr(own, "tied_to", None) is not None:
         return (module, parameter, own), {}
     return (module, parameter, own), own.start(layer, torch.Generator())
 
 
 def _own(path: str, parameter: str | None, entry: Mapping[str, Any], method: Method) -> Method:
     """The settings at one place."""
+    tie = entry.get("tied_to")
+    if not isinstance(tie, str | None):
+        raise AdapterFileError("tied_to is no path")
     if entry.get("kind") == Tokens.kind:
-        return _tokens(entry)
+        return _tokens(entry, tie)
     if entry.get("kind") != Copy.kind:
         return method.at(_name(path, parameter))
     only = entry.get("only")
     if only is None:
-        return Copy()
+        return Copy(None, tie)
     if not isinstance(only, list) or not all(isinstance(name, str) for name in only):
         raise AdapterFileError("only is no list of names")
-    return Copy(tuple(only))
+    return Copy(tuple(only), tie)
 
 
-def _tokens(entry: Mapping[str, Any]) -> Tokens:
-    indices, tied_to = entry.get("indices"), entry.get("tied_to")
+def _tokens(entry: Mapping[str, Any], tie: str | None) -> Tokens:
+    indices = entry.get("indices")
     numbers = indices if isinstance(indices, list) else []
     sound = all(type(i) is int and i >= 0 for i in numbers) and numbers == sorted({*numbers})
-    if not numbers or not sound or not isinstance(tied_to, str | None):
-        raise AdapterFileError("indices is no ascending list of tokens, or tied_to no path")
-    return Tokens(tuple(numbers), tied_to)
+    if not numbers or not sound:
+        raise AdapterFileError("indices is no ascending list of tokens")
+    return Tokens(tuple(numbers), tie)
 
 
 def _is_tied(item: tuple[str, Mapping[str, Any]]) -> bool:
@@ -215,15 +220,16 @@ def _is_tied(item: tuple[str, Mapping[str, Any]]) -> bool:
 
 
 def _tie_problems(path: str, places: Places) -> list[str]:
-    """Whether the place that this one shares its rows with is there, over the same weight."""
+    """Whether the place whose tensors this one shares is there, over the same weight."""
     module, _, own = places[path]
-    if not isinstance(own, Tokens) or own.tied_to is None:
+    if not isinstance(own, Copy | Tokens) or own.tied_to is None:
         return []
     owner, _, first = places.get(own.tied_to, (None, None, None))
-    same = owner is not None and owner._parameters["weight"] is module._parameters["weight"]
-    if same and first == Tokens(own.indices):
+    same = owner is not None and owner._parameters.get("weight") is module._parameters.get("weight")
+    whole = isinstance(own, Tokens) or own.only == ("weight",)
+    if same and whole and first == replace(own, tied_to=None):
         return []
-    return [f"{path}: tied to {own.tied_to[:80]}, which has not the same rows of the same weight"]
+    return [f"{path}: tied to {own.tied_to[:80]}, which does not hold the same of the same weight"]
 
 
 def _name(path: str, parameter: str | None) -> str:

@@ -39,6 +39,10 @@ class LISA(Selective):
     def outside(self) -> bool:
         return self.lisa_ends
 
+    @property
+    def ties(self) -> bool:
+        return True
+
     def between(self, held: Held, *, total: int, seed: int) -> Draws:
         """The draws of a run."""
         return Draws(self, held, seed)

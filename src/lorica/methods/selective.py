@@ -38,6 +38,11 @@ class Selective(Placed):
         """Whether parameters outside of the numbered layers may be among them."""
         return True
 
+    @property
+    def ties(self) -> bool:
+        """Whether a weight that several layers share trains, as one; else it stays frozen."""
+        return False
+
     def _problems(self) -> list[str]:
         found = []
         if self.parameters not in ("all", "bias", "norm"):

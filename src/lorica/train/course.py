@@ -173,8 +173,9 @@ class Course:
         """
         if self.keeps_best:
             self._set(self.best)
-        if form := self.trainee.between.finished():
-            reshape(self.trainee.adapter, *form)
+        if (form := self.trainee.between.finished()) is not None:
+            method, held = form
+            reshape(self.trainee.adapter, method, held)
 
     # what goes into a checkpoint
 
