@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import lorica
 from architectures import ARCHITECTURES
@@ -240,6 +241,24 @@ def test_a_model_without_an_embedding_is_told():
 def test_a_choice_that_is_none_is_refused(chosen, word):
     with pytest.raises(ConfigError, match=word):
         LoRA(trainable_token_indices=chosen)
+
+
+def test_a_file_that_adapts_the_embedding_besides_is_refused(tmp_path):
+    for name, settings in (
+        ("rows", {"trainable_token_indices": NEW}),
+        ("whole", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ):
+        method = LoRA(**{"r": 3, "target_modules": ["q_proj"], **settings})
+        save_adapter(attach(ARCHITECTURES["llama"].build(), method), tmp_path / name)
+    tensors, config = {}, {}
+    for name in ("rows", "whole"):
+        tensors |= load_file(tmp_path / name / "adapter_model.safetensors")
+        config |= json.loads((tmp_path / name / "adapter_config.json").read_text())
+    config["trainable_token_indices"] = sorted(NEW)
+    save_file(tensors, tmp_path / "rows/adapter_model.safetensors")
+    (tmp_path / "rows/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterFileError, match=r"embed_tokens: adapted as a whole"):
+        load_adapter(ARCHITECTURES["llama"].build(), tmp_path / "rows")
 
 
 @pytest.mark.parametrize(

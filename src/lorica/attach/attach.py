@@ -15,17 +15,15 @@ from lorica.attach.layers import describe
 from lorica.attach.params import select
 from lorica.attach.probe import weight_read
 from lorica.attach.site import Slot, Status, check_unchanged, enter, is_site, leave, plates_of
-from lorica.attach.survey import clean, unwrap
+from lorica.attach.survey import unwrap
 from lorica.attach.targets import resolve
-from lorica.attach.tokens import SETTING as TOKENS
-from lorica.attach.tokens import rows_of
+from lorica.attach.tokens import SETTING, add_rows
 from lorica.base.load import base_of
 from lorica.errors import ConfigError, TargetError, nearest
 from lorica.methods.copy import Copy
 from lorica.methods.method import Layer, Method, Tensors
 from lorica.methods.patterns import unmatched_patterns
 from lorica.methods.selective import Selective
-from lorica.methods.tokens import Tokens
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -318,7 +316,7 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     settings = settings.over([describe(module, own) for _, module, own in taken.values()])
     found: Places = {p: (module, own, settings.at(n)) for p, (n, module, own) in taken.items()}
     found.update({path: (module, None, Copy()) for path, module in copied.items()})
-    _add_tokens(model, method, found)
+    add_rows(model, getattr(method, SETTING, ()), found)
     for setting in ("rank_pattern", "alpha_pattern"):
         paths = [*(name for name, _, _ in taken.values()), *copied]
         if missed := unmatched_patterns(getattr(method, setting, {}), paths):
@@ -328,20 +326,6 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
                 mend="give names as they end in the list of adapted layers, for example 'q_proj'",
             )
     return found, settings, targets.reason
-
-
-def _add_tokens(model: nn.Module, method: Method, found: Places) -> None:
-    """The embeddings some of whose rows train. Raises TargetError where one is adapted already."""
-    modules = {clean(path): module for path, module in model.named_modules()}
-    for rows in rows_of(model, getattr(method, TOKENS, ())):
-        if taken := [path for path in rows.places if path in found]:
-            raise TargetError(
-                f"{' and '.join(taken)}: adapted as a whole, and {TOKENS} would train rows of it",
-                mend="take it out of target_modules and modules_to_save, or take the tokens out",
-            )
-        for path in rows.places:
-            tie = None if path == rows.places[0] else rows.places[0]
-            found[path] = modules[path], None, Tokens(rows.indices, tie)
 
 
 def _copied(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:

@@ -9,6 +9,8 @@ from torch import nn
 
 from lorica.attach.survey import LINEAR, clean, end_layer, ends, survey
 from lorica.errors import TargetError, nearest
+from lorica.methods.method import Method
+from lorica.methods.tokens import Tokens
 
 Choice = Sequence[int] | Mapping[str, Sequence[int]]
 """Tokens of the input embedding, or those of each named layer."""
@@ -67,6 +69,26 @@ def rows_of(model: nn.Module, choice: Choice) -> list[Rows]:
             "[...]}",
         )
     return found
+
+
+def add_rows(
+    model: nn.Module, choice: Choice, places: dict[str, tuple[nn.Module, str | None, Method]]
+) -> None:
+    """Add the places of the rows to those of an adapter.
+
+    Raises:
+        TargetError: as `rows_of` does; or one of these layers is adapted already.
+    """
+    modules = {clean(path): module for path, module in model.named_modules()}
+    for rows in rows_of(model, choice):
+        if taken := [path for path in rows.places if path in places]:
+            raise TargetError(
+                f"{' and '.join(taken)}: adapted as a whole, and {SETTING} would train rows of it",
+                mend="take it out of target_modules and modules_to_save, or take the tokens out",
+            )
+        for path in rows.places:
+            tie = None if path == rows.places[0] else rows.places[0]
+            places[path] = modules[path], None, Tokens(rows.indices, tie)
 
 
 def _named(

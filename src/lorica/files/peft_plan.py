@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorica.attach.attach import Places
 from lorica.attach.survey import clean, survey
-from lorica.attach.tokens import SETTING, rows_of
+from lorica.attach.tokens import SETTING, add_rows, rows_of
 from lorica.errors import TargetError
 from lorica.files.peft_config import HEADS_OF_PEFT, PeftConfig
 from lorica.files.peft_layout import (
@@ -65,6 +65,7 @@ def plan(model: nn.Module, shapes: Mapping[str, Shape], config: PeftConfig) -> P
     modules = modules_of(model)
     pairs: dict[str, dict[str, str]] = {}
     rows = _plan_rows(found, model, modules, shapes, config)
+    rows_at = set(found.places)
     for key, shape in shapes.items():
         if key in rows:
             continue
@@ -78,6 +79,11 @@ def plan(model: nn.Module, shapes: Mapping[str, Shape], config: PeftConfig) -> P
     for stem, keys in pairs.items():
         _plan_pair(found, modules, stem, keys, shapes, config)
     _plan_missing(found, model, modules, config)
+    found.unexpected += [
+        f"{path}: adapted as a whole, and {SETTING} changes rows of it"
+        for path in sorted(rows_at)
+        if not isinstance(found.places[path][2], Tokens)
+    ]
     _refuse_second_names(found)
     order = {path: i for i, path in enumerate(modules)}
     found.places = dict(sorted(found.places.items(), key=lambda item: _rank(item, order)))
@@ -109,9 +115,7 @@ def _plan_rows(
             found.misshapen.append(f"{key}: {shapes[key]}, but the base needs {expected}")
         named = config.tokens
         found.rows[first] = key, named[rows.name] if isinstance(named, Mapping) else named
-        for path in rows.places:
-            tie = None if path == first else first
-            found.places[path] = modules[path], None, Tokens(rows.indices, tie)
+    add_rows(model, config.tokens, found.places)
     return keys
 
 
