@@ -209,6 +209,10 @@ class Allocation(Between):
     def settled(self, step: int) -> bool:
         return step >= self.decided
 
+    def kept_bytes(self) -> int:
+        tensors = [tensor for own in self.held.values() for tensor in own.values()]
+        return 2 * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def finished(self) -> tuple[Method, Held] | None:
         kept = {path: tensors["E"].detach().flatten() != 0 for path, tensors in self.held.items()}
         ranks = {path: int(own.sum()) for path, own in kept.items()}

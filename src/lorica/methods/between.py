@@ -54,6 +54,10 @@ class Between:
         """
         return True
 
+    def kept_bytes(self) -> int:
+        """How much `state` will take, for the estimate of a run's memory."""
+        return 0
+
     def finished(self) -> tuple[Method, Held] | None:
         """The settings of the adapter when the run is over, and what its places hold, where that
         changes; where nothing is held, nothing stays.
