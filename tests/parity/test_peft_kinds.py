@@ -62,6 +62,13 @@ CASES: dict[str, tuple[str, Any, Any]] = {
             init_r=4, target_r=3, lora_alpha=16, total_step=9, target_modules=["c_attn"]
         ),
     ),
+    "adalora-conv": (
+        "vit",
+        AdaLoRA(init_r=3, target_r=2, target_modules=("projection",)),
+        peft.AdaLoraConfig(
+            init_r=3, target_r=2, lora_alpha=16, total_step=9, target_modules=["projection"]
+        ),
+    ),
     "vera": (
         "llama",
         VeRA(r=16, target_modules=BOTH, projection_prng_key=5, d_initial=0.3),

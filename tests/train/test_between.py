@@ -7,16 +7,19 @@ from collections import Counter
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import lorica
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach
+from lorica.attach.site import plates_of
 from lorica.config import TrainSettings
 from lorica.errors import ConfigError, Interrupted, NonFiniteError
 from lorica.methods import LISA, AdaLoRA, LoRA
 from lorica.methods.lisa import Draws, block_of
 from lorica.tasks.causal_lm import CausalLM
+from lorica.train.course import Course
 from lorica.train.engine import Engine, Trainee
 from lorica.train.loop import train
 from train.runs import SETTINGS, outcome, stop_after
@@ -143,6 +146,42 @@ def test_adalora_that_learnt_is_better_than_its_base(tmp_path):
         task=CausalLM.of(WordTokenizer()),
     )
     assert report.eval_loss["a"] is not None and report.eval_loss["a"] < 0.5 * math.log(97)
+
+
+def test_adalora_is_cut_wherever_it_sits(tmp_path):
+    """Also at an embedding and at weights that other code reads, which PEFT has not."""
+    model = nn.ModuleDict(
+        {
+            "words": nn.Embedding(23, 8),
+            "mixed": nn.MultiheadAttention(8, 2, batch_first=True),
+            "out": nn.Linear(8, 5),
+            "inner": nn.ModuleDict({"out": nn.Linear(8, 5)}),
+        }
+    )
+    targets = ("words", "mixed.in_proj_weight", "mixed.out_proj", "out")
+    adapter = attach(model, AdaLoRA(init_r=3, target_r=1, target_modules=targets), name="a")
+    assert len(adapter.slots) == 5
+    with torch.no_grad():
+        for number, slot in enumerate(adapter.slots.values()):
+            slot.tensors["E"].copy_(torch.tensor([[0.0], [1.0], [2.0]]) * (number != 1))
+            slot.tensors["E"][2] *= number % 2
+    trainee = Trainee(adapter, TrainSettings(max_steps=4), 4)
+    places = {path: slot.method for path, slot in adapter.slots.items()}
+    layers = {plates.path: plates.layer for m in model.modules() for plates in plates_of(m)}
+    before = {p: places[p].delta(dict(s.tensors), layers[p]) for p, s in adapter.slots.items()}
+    Course(trainee, [], []).finish()
+    ranks = {path: len(slot.tensors["E"]) for path, slot in adapter.slots.items()}
+    assert sorted(ranks.values()) == [1, 1, 1, 2] and len(adapter.slots) == 4
+    for path, slot in adapter.slots.items():
+        after = slot.method.delta(dict(slot.tensors), layers[path])
+        torch.testing.assert_close(after, before[path])
+    lorica.save_adapter(adapter, tmp_path / "a")
+    lorica.detach(model, "a")
+    read = lorica.load_adapter(model, tmp_path / "a", name="b")
+    assert {path: len(slot.tensors["E"]) for path, slot in read.slots.items()} == ranks
+    assert read.method == adapter.method
+    lorica.detach(model, "b")
+    assert not any(plates_of(module) for module in model.modules())
 
 
 def test_a_schedule_without_room_is_refused_before_training(tmp_path):

@@ -176,6 +176,13 @@ class Allocation(Between):
             "the budget to fall in"
         ]
 
+    def note(self) -> str | None:
+        end, target = self.decided, min(self.target, self.all_ranks)
+        return (
+            f"{self.all_ranks} ranks become {target} between steps {self.tinit} and {end}; "
+            f"evaluations before step {end} choose no best"
+        )
+
     def budget(self, step: int) -> int:
         """Ranks of all places together that stay after `step` steps."""
         if step <= self.tinit:
@@ -230,12 +237,17 @@ class Allocation(Between):
             for name, tensor in tensors.items():
                 if tensor.grad is None:
                     continue
-                key, zero = f"{path}.{name}", torch.zeros_like(tensor)
                 now = (tensor * tensor.grad).abs()
-                mean = beta1 * self.state.get(f"{key}|sensitivity", zero) + (1 - beta1) * now
-                spread = self.state.get(f"{key}|uncertainty", zero)
-                self.state[f"{key}|sensitivity"] = mean
-                self.state[f"{key}|uncertainty"] = beta2 * spread + (1 - beta2) * (now - mean).abs()
+                mean = self._running(f"{path}.{name}|sensitivity", tensor)
+                mean.mul_(beta1).add_(now, alpha=1 - beta1)
+                spread = self._running(f"{path}.{name}|uncertainty", tensor)
+                spread.mul_(beta2).add_((now - mean).abs_(), alpha=1 - beta2)
+
+    def _running(self, key: str, like: Tensor) -> Tensor:
+        """A running mean, from 0."""
+        if key not in self.state:
+            self.state[key] = torch.zeros_like(like)
+        return self.state[key]
 
     def _allocate(self, step: int) -> dict[str, Tensor]:
         """Set the singular values beyond the budget to 0; returns which triplets stay."""

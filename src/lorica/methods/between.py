@@ -33,6 +33,10 @@ class Between:
         """Why a run cannot go so; empty where it can."""
         return []
 
+    def note(self) -> str | None:
+        """What the user should know of the run."""
+        return None
+
     def at_rest(self, step: int) -> Collection[str]:
         """The places that do not train in the step to come, after `step` of them. They get no
         gradients, and the optimizer forgets what it knows of them.

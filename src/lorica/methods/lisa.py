@@ -71,6 +71,11 @@ class Draws(Between):
             return []
         return [f"lisa_activated_layers={wanted}, but {there} layers have parameters to train"]
 
+    def note(self) -> str | None:
+        count, every = self.method.lisa_activated_layers, self.method.lisa_interval_steps
+        there = len(self.blocks)
+        return f"{count} of {there} layers train at a time, drawn anew every {every} steps"
+
     def active(self, step: int) -> list[str]:
         """The layers that train in the step after `step` of them, in the order of the model."""
         number = step // self.method.lisa_interval_steps

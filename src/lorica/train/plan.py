@@ -123,7 +123,8 @@ def courses_of(
     _check_warmup(courses, settings)
     if problems := [text for course in courses for text in course.trainee.between.problems()]:
         raise ConfigError("the method cannot run so", problems=problems)
-    return courses, encoder.notes
+    told = [(course.name, course.trainee.between.note()) for course in courses]
+    return courses, [*encoder.notes, *(f"{name}: {note}" for name, note in told if note)]
 
 
 class _Encoder:
