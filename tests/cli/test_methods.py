@@ -130,3 +130,11 @@ def test_adalora_writes_the_ranks_of_its_budget(lorica, stock, quick):
     )  # one for each on average
     merged = lorica("merge", "run", "--output-dir", "merged")
     assert merged.code == 0, merged.err
+
+
+def test_a_plan_knows_the_schedule_of_adalora(lorica, stock):
+    given = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", "--method", "adalora"]
+    rest = ["--init-r", "4", "--target-r", "2", "--tinit", "100", "--tfinal", "100"]
+    assert lorica("plan", *given, *rest, "--max-steps", "300").code == 0
+    refused = lorica("plan", *given, *rest, "--max-steps", "150")
+    assert refused.code == 2 and "leave none of the 150 steps" in refused.err

@@ -213,3 +213,12 @@ def test_without_numbers_the_schedule_follows_from_the_run(trained):
     for total in range(1, 9):
         assert not Allocation(method, held, total).problems()
     assert "none of the 100 steps" in Allocation(replace(method, tinit=50), held, 100).problems()[0]
+
+
+def test_a_target_above_the_initial_rank_is_read_as_none(tmp_path):
+    """PEFT's target_r is 8 where nobody says anything, also for an init_r of 3."""
+    config = peft.AdaLoraConfig(init_r=3, total_step=9, target_modules=["q_proj"])
+    theirs = peft.get_peft_model(ARCHITECTURES["llama"].build(), config)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    adapter = load_adapter(ARCHITECTURES["llama"].build(), tmp_path / "theirs")
+    assert (adapter.method.init_r, adapter.method.target_r) == (3, 3)

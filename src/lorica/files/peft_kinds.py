@@ -324,6 +324,7 @@ def _method(raw: Mapping[str, Any], kind: Kind, config: PeftConfig, where: Path)
     if kind.method is AdaLoRA:
         ranks = peft_ranks.ranks_of(raw)
         problems += [ranks] if isinstance(ranks, str) else []
+        given["target_r"] = peft_ranks.target_of(raw)
         given["rank_pattern"] = {} if isinstance(ranks, str) else peft_ranks.as_setting(raw, ranks)
     placed = {
         name: getattr(config.method, name)

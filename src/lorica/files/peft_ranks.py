@@ -55,6 +55,14 @@ def as_setting(raw: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, in
     return exact_ranks(ranks, raw.get("init_r", AdaLoRA.init_r))
 
 
+def target_of(raw: Mapping[str, Any]) -> Any:
+    """The mean rank that was aimed at. PEFT takes one above the initial rank, which its default is
+    where init_r is small, and then cuts nothing.
+    """
+    target, init_r = raw.get("target_r", AdaLoRA.target_r), raw.get("init_r", AdaLoRA.init_r)
+    return min(target, init_r) if type(target) is type(init_r) is int else target
+
+
 def without_rank(raw: Mapping[str, Any]) -> set[str]:
     """The layers where nothing is left: their tensors are empty."""
     ranks = ranks_of(raw)

@@ -204,14 +204,14 @@ class Allocation(Between):
 
     @torch.no_grad()
     def after(self, step: int) -> None:
-        if step > self.decided:
-            self._mask({path: self.state[f"{path}|kept"] for path in self.held})
-        elif step == self.decided:
-            self.state = {f"{path}|kept": kept for path, kept in self._allocate(step).items()}
-        else:
+        if step < self.decided:
             self._weigh()
             if step > self.tinit and step % self.method.delta_t == 0:
                 self._allocate(step)
+        elif all(f"{path}|kept" in self.state for path in self.held):
+            self._mask({path: self.state[f"{path}|kept"] for path in self.held})
+        else:
+            self.state = {f"{path}|kept": kept for path, kept in self._allocate(step).items()}
 
     def settled(self, step: int) -> bool:
         return step >= self.decided

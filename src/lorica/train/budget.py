@@ -27,6 +27,7 @@ from lorica.base.load import weight_files
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.data.pack import batches
+from lorica.errors import ConfigError
 from lorica.methods.method import Method
 from lorica.tasks.task import Batch, answering, by_length
 from lorica.train.course import GROUP
@@ -189,6 +190,8 @@ class _Runner:
     def __init__(self, shadow: Shadow, task: Any, adapter: Adapter, total: int) -> None:
         self.shadow, self.task, self.adapter = shadow, task, adapter
         self.between = between_of(adapter, total, seed=0)
+        if problems := self.between.problems():
+            raise ConfigError("the method cannot run so", problems=problems)
         self.resting = at_rest(adapter, self.between, 0)
         self.model: Any = shadow.model
         self.vocabulary = self.model.config.get_text_config().vocab_size
