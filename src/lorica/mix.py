@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorica.attach.attach import Adapter, adapters, attached_to, detach, find
 from lorica.attach.layers import describe, to_stored
 from lorica.attach.site import Slot
-from lorica.attach.survey import clean, end_layer
+from lorica.attach.survey import clean, end_layer, survey
 from lorica.base.load import base_of
 from lorica.errors import ConfigError, LoricaWarning, MergeError
 from lorica.methods.method import Layer
@@ -327,12 +327,14 @@ def _ties(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, list[str]
             if parameter is not None:
                 full = clean(f"{path}.{name}" if path else name)
                 owners.setdefault(id(parameter), []).append((full, module))
+    idle = {f"{p.path}.weight" for p in survey(model).places.values() if p.shared and p.refusal}
     overlapping = _overlapping(model)
     untie: dict[str, list[str]] = {}
     problems: list[str] = []
     for target in targets:
         sharers = owners[id(target.parameter)]
-        if len(sharers) > 1:
+        called = [path for path, _ in sharers if path not in idle]
+        if len(sharers) > 1 and not _moves_as_one(target, targets, len(called)):
             others = ", ".join(path for path, _ in sharers if path != target.path)
             if _can_untie(model, [module for _, module in sharers]):
                 untie[target.path] = [path for path, _ in sharers]
@@ -345,6 +347,15 @@ def _ties(model: nn.Module, targets: list[_Target]) -> tuple[dict[str, list[str]
         elif id(target.parameter) in overlapping:
             problems.append(f"{target.path}: its memory is shared with another parameter")
     return untie, problems
+
+
+def _moves_as_one(target: _Target, targets: list[_Target], num_called: int) -> bool:
+    """Whether every layer that is called with this weight gets the very same update, so that it
+    stays shared.
+    """
+    together = [t for t in targets if t.parameter is target.parameter]
+    updates = {tuple((share, id(slot.tensors)) for share, slot in t.parts) for t in together}
+    return len(together) == num_called and len(updates) == 1
 
 
 def _can_untie(model: nn.Module, modules: list[nn.Module]) -> bool:

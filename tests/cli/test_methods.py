@@ -1,6 +1,7 @@
 """`lorica methods`, and the names of methods in settings."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,7 @@ TRAINABLE = {
     **{word: [] for word in METHODS},
     "vera": ["--r", "8"],
     "hira": ["--r", "4"],
+    "road": ["--group-size", "4", "--target-modules", "attention"],
     "bitfit": [],
     "pissa": [],
 }
@@ -89,3 +91,50 @@ def test_every_method_trains_saves_and_is_read_back(lorica, stock, quick, word):
     assert judged.code == 0, judged.err
     again = lorica("train", "--resume", "run")
     assert again.code == 0 and "is finished" in again.out
+
+
+@pytest.mark.parametrize("where", ["flag", "yaml"])
+def test_rows_of_tokens_train_from_flags_and_yaml(lorica, stock, quick, where):
+    given = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
+    if where == "flag":
+        given += ["--trainable-token-indices", "5,9"]
+    else:
+        Path("run.yaml").write_text("trainable_token_indices: {embed_tokens: [9, 5]}\n")
+        given = ["run.yaml", *given]
+    done = lorica("train", *given, "--output-dir", "run", "--quiet")
+    assert done.code == 0, done.err
+    config = json.loads(Path("run/adapter/adapter_config.json").read_text())
+    expected = [5, 9] if where == "flag" else {"embed_tokens": [5, 9]}
+    assert config["trainable_token_indices"] == expected
+    assert lorica("eval", "run", "--data", stock / "pairs.jsonl", "--limit", "4").code == 0
+    wrong = [word if word != "5,9" else "5,100000" for word in given]
+    if where == "yaml":
+        wrong += ["--trainable-token-indices", "[5, 100000]"]
+    refused = lorica("train", *wrong, "--output-dir", "other", "--quiet")
+    assert refused.code == 2 and "there is no token 100000" in refused.err + refused.out
+
+
+def test_adalora_writes_the_ranks_of_its_budget(lorica, stock, quick):
+    flags = dict(zip(quick[::2], quick[1::2], strict=True))
+    del flags["--r"]
+    words = [part for pair in flags.items() for part in pair]
+    given = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", *words]
+    ranks = ["--init-r", "4", "--target-r", "1", "--tinit", "0", "--deltaT", "1"]
+    own = ["--method", "adalora", *ranks]
+    done = lorica("train", *given, *own, "--output-dir", "run", "--quiet")
+    assert done.code == 0, done.err
+    config = json.loads(Path("run/adapter/adapter_config.json").read_text())
+    (adapter,) = json.loads(Path("run/run.json").read_text())["adapters"].values()
+    assert (
+        sum(map(sum, config["rank_pattern"].values())) == adapter["num_places"]
+    )  # one for each on average
+    merged = lorica("merge", "run", "--output-dir", "merged")
+    assert merged.code == 0, merged.err
+
+
+def test_a_plan_knows_the_schedule_of_adalora(lorica, stock):
+    given = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", "--method", "adalora"]
+    rest = ["--init-r", "4", "--target-r", "2", "--tinit", "100", "--tfinal", "100"]
+    assert lorica("plan", *given, *rest, "--max-steps", "300").code == 0
+    refused = lorica("plan", *given, *rest, "--max-steps", "150")
+    assert refused.code == 2 and "leave none of the 150 steps" in refused.err

@@ -46,6 +46,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "detached": {"r": 3, "lora_alpha": 5},
         "dropout": {"r": 3, "lora_dropout": 0.4},
     },
+    "adalora": {
+        "plain": {"init_r": 3, "target_r": 2, "lora_alpha": 9},
+        "cut": {"init_r": 3, "target_r": 2, "lora_alpha": 9, "kept_r": 1},
+        "dropout": {"init_r": 3, "target_r": 2, "lora_dropout": 0.4},
+    },
     "vera": {"plain": {"r": 6, "d_initial": 0.4}, "dropout": {"r": 6, "vera_dropout": 0.4}},
     "loha": {"plain": {"r": 3}},
     "lokr": {
@@ -54,6 +59,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "hira": {"plain": {"r": 3}, "dropout": {"r": 3, "hira_dropout": 0.4}},
     "ia3": {"plain": {}, "on-input": {"on_input": True}},
+    "road": {
+        "plain": {"group_size": 2},
+        "four": {"group_size": 2, "variant": "road_4"},
+    },
     "sparse": {
         "plain": {"density": 0.2, "selection": "random"},
         "some": {"count": 3, "selection": "random"},

@@ -294,7 +294,7 @@ CONFIGS = {
     "bias on B": ({"lora_bias": True}, "lora_B"),
     "alora": ({"alora_invocation_tokens": [1, 2]}, "sequence"),
     "replication": ({"layer_replication": [[0, 2], [1, 2]]}, "deeper"),
-    "tokens": ({"trainable_token_indices": [5]}, "embedding"),
+    "tokens": ({"trainable_token_indices": [5]}, "embed_tokens.token_adapter"),
     "unknown and set": ({"use_magic": 3}, "use_magic"),
     "near a known key": ({"use_rslra": True}, "use_rslora"),
     "old merged linear": ({"enable_lora": [True, False, True]}, "enable_lora"),

@@ -16,7 +16,7 @@ from lorica.errors import AdapterFileError
 from lorica.files.adapter import load_adapter, save_adapter
 from lorica.files.peft_config import OTHER_KINDS
 from lorica.files.peft_kinds import KINDS
-from lorica.methods import IA3, DoRA, HiRA, LoHa, LoKr, LoRA, VeRA
+from lorica.methods import IA3, AdaLoRA, DoRA, HiRA, LoHa, LoKr, LoRA, RoAd, VeRA
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
@@ -41,6 +41,33 @@ CASES: dict[str, tuple[str, Any, Any]] = {
         "llama",
         LoRA(r=4, target_modules=BOTH, init_lora_weights="orthogonal"),
         peft.LoraConfig(r=4, lora_alpha=16, target_modules=BOTH, init_lora_weights="orthogonal"),
+    ),
+    "adalora": (
+        "llama",
+        AdaLoRA(init_r=5, target_r=3, lora_alpha=6, tinit=1, tfinal=2, target_modules=BOTH),
+        peft.AdaLoraConfig(
+            init_r=5,
+            target_r=3,
+            lora_alpha=6,
+            tinit=1,
+            tfinal=2,
+            total_step=9,
+            target_modules=BOTH,
+        ),
+    ),
+    "adalora-gpt2": (
+        "gpt2",
+        AdaLoRA(init_r=4, target_r=3, target_modules=("c_attn",)),
+        peft.AdaLoraConfig(
+            init_r=4, target_r=3, lora_alpha=16, total_step=9, target_modules=["c_attn"]
+        ),
+    ),
+    "adalora-conv": (
+        "vit",
+        AdaLoRA(init_r=3, target_r=2, target_modules=("projection",)),
+        peft.AdaLoraConfig(
+            init_r=3, target_r=2, lora_alpha=16, total_step=9, target_modules=["projection"]
+        ),
     ),
     "vera": (
         "llama",
@@ -82,6 +109,18 @@ CASES: dict[str, tuple[str, Any, Any]] = {
         HiRA(r=4, target_modules=BOTH),
         peft.HiraConfig(r=4, target_modules=BOTH),
     ),
+    **{
+        variant: (
+            "bert",
+            RoAd(variant=variant, group_size=4, target_modules=("query", "output.dense")),  # type: ignore[arg-type]
+            peft.RoadConfig(
+                variant=variant,  # type: ignore[arg-type]
+                group_size=4,
+                target_modules=["query", "output.dense"],
+            ),
+        )
+        for variant in ("road_1", "road_2", "road_4")
+    },
     "ia3": (
         "bert",
         IA3(target_modules=("key", "intermediate.dense"), feedforward_modules=("dense",)),

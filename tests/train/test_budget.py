@@ -7,15 +7,15 @@ import torch
 import transformers as hf
 from torch.profiler import ProfilerActivity, profile
 
-from lorica.attach.attach import attach
+from lorica.attach.attach import adapters, attach
 from lorica.base.load import base_of, load_model
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.data.facts import facts
-from lorica.methods import LoRA
+from lorica.methods import LISA, AdaLoRA, LoRA
 from lorica.tasks import CausalLM, TextClassification
 from lorica.train.budget import Scoring, Work, chosen_batches, estimate, machine_bytes
-from lorica.train.engine import Engine, Trainee
+from lorica.train.engine import Engine, Trainee, at_rest, between_of
 from lorica.train.shadow import Request, make_shadow, try_out
 
 METHOD = LoRA(r=8, target_modules="all-linear")
@@ -83,6 +83,31 @@ def test_a_step_takes_what_was_planned(shadow, task, examples, checkpointing):
     assert found.weights == sum(p.nbytes for p in model.parameters()) + sum(
         b.nbytes for b in model.buffers()
     )
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        AdaLoRA(init_r=8, target_modules="all-linear"),
+        LISA(lisa_activated_layers=1),
+        LoRA(r=8, trainable_token_indices=(5, 9)),
+    ],
+    ids=lambda method: method.kind,
+)
+def test_other_methods_take_what_was_planned(shadow, task, examples, method):
+    same = in_order(examples)
+    found = planned(shadow, task, same, method=method)
+    model = load_model("embedded", dtype="float32")
+    own = CausalLM.of(base_of(model).tokenizer)
+    step = found.activations + found.logits + found.workspace + found.gradients
+    real = allocated(model, own, same, method=method)
+    assert step == pytest.approx(real, rel=0.08)  # what AdaLoRA frees was not seen to come
+    adapter = adapters(model)["real"]
+    idle = {id(p) for p in at_rest(adapter, between_of(adapter, 4, 0), 0)}
+    assert bool(idle) == (method.kind == "lisa")
+    training = sum(p.nbytes for p in adapter.parameters() if id(p) not in idle)
+    # the running means of AdaLoRA are as large as the moments
+    assert found.optimizer == (4 if method.kind == "adalora" else 2) * training
 
 
 def test_an_encoder_takes_what_was_planned(tmp_path, shadow):

@@ -17,6 +17,7 @@ from lorica.attach.probe import weight_read
 from lorica.attach.site import Slot, Status, check_unchanged, enter, is_site, leave, plates_of
 from lorica.attach.survey import unwrap
 from lorica.attach.targets import resolve
+from lorica.attach.tokens import SETTING, add_rows
 from lorica.base.load import base_of
 from lorica.errors import ConfigError, TargetError, nearest
 from lorica.methods.copy import Copy
@@ -51,7 +52,7 @@ class Adapter:
         """Name and tensor of everything that trains, in the order of the model."""
         for path, slot in self.slots.items():
             for key, tensor in slot.tensors.items():
-                if tensor.requires_grad:
+                if tensor.requires_grad and not tied_to(slot):
                     yield f"{path}.{key}", tensor
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -75,6 +76,11 @@ class Attached:
     status: Status = field(default_factory=Status)
     unfrozen: list[str] = field(default_factory=list)
     """Base parameters that required gradients before the first adapter came."""
+
+
+def tied_to(slot: Slot) -> str | None:
+    """The place whose tensors these are, where two layers share one weight."""
+    return getattr(slot.method, "tied_to", None)
 
 
 def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int = 0) -> Adapter:
@@ -150,8 +156,11 @@ def _put(
     try:
         for path, (module, parameter, own) in places.items():
             plates = enter(module, path, attached.status, parameter)
-            tensors = start(path, own, plates.layer)
-            slots[path] = plates.slots[name] = Slot(own, _parameters(tensors, module, own.frozen))
+            if (tie := getattr(own, "tied_to", None)) is not None:
+                held = slots[tie].tensors
+            else:
+                held = _parameters(start(path, own, plates.layer), module, own.frozen)
+            slots[path] = plates.slots[name] = Slot(own, held)
     except BaseException:
         _withdraw(model, name)
         raise
@@ -186,6 +195,31 @@ def detach(model: nn.Module, adapter: str | Adapter) -> None:
             if path in attached.unfrozen:
                 parameter.requires_grad_(True)
         del model.__dict__["_lorica_attached"]
+
+
+def reshape(
+    adapter: Adapter, method: Method, held: Mapping[str, tuple[Method, Mapping[str, Tensor]]]
+) -> None:
+    """Give an adapter other settings, and some of its places other settings and tensors.
+
+    Args:
+        held: by path; a place for which there are no tensors is given up.
+    """
+    for path, (own, tensors) in held.items():
+        slot = adapter.slots[path]
+        slot.method = own
+        slot.tensors = {
+            key: nn.Parameter(tensor.detach().clone(), requires_grad=key not in own.frozen)
+            for key, tensor in tensors.items()
+        }
+    given_up = [adapter.slots.pop(path) for path, (_, tensors) in held.items() if not tensors]
+    for module in [m for m in adapter.model.modules() if is_site(m)]:
+        for plates in plates_of(module):
+            if any(plates.slots.get(adapter.name) is slot for slot in given_up):
+                del plates.slots[adapter.name]
+        if not any(plates.slots for plates in plates_of(module)):
+            leave(module)
+    adapter.method = method
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -254,7 +288,10 @@ def places_of(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
 def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     if isinstance(method, Selective):
         chosen = select(model, method)
-        copies: Places = {p: (m, None, Copy(only)) for p, (m, only) in chosen.modules.items()}
+        copies: Places = {
+            path: (module, None, Copy(only, chosen.tied.get(path)))
+            for path, (module, only) in chosen.modules.items()
+        }
         whole = _copied(model, method.modules_to_save)
         copies.update({path: (module, None, Copy()) for path, module in whole.items()})
         return copies, method, chosen.reason
@@ -279,6 +316,7 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     settings = settings.over([describe(module, own) for _, module, own in taken.values()])
     found: Places = {p: (module, own, settings.at(n)) for p, (n, module, own) in taken.items()}
     found.update({path: (module, None, Copy()) for path, module in copied.items()})
+    add_rows(model, getattr(method, SETTING, ()), found)
     for setting in ("rank_pattern", "alpha_pattern"):
         paths = [*(name for name, _, _ in taken.values()), *copied]
         if missed := unmatched_patterns(getattr(method, setting, {}), paths):

@@ -21,17 +21,20 @@ class Selection:
 
     Attributes:
         modules: path -> the module and the names of its parameters, in the order of the model.
+        tied: path -> the one before it that has the very same parameter.
         reason: what was chosen, in words.
     """
 
     modules: dict[str, tuple[nn.Module, tuple[str, ...]]] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
     reason: str = ""
 
 
 def select(model: nn.Module, method: Selective) -> Selection:
     """The parameters that a selection names.
 
-    A weight that two modules share (a tied output layer) stays frozen: copies would part.
+    A weight that two modules share (a tied output layer) stays frozen, for copies would part; it
+    trains as one where the method says so, and all of them are selected and have nothing else.
 
     Raises:
         TargetError: a name matches nothing, or nothing is left; all problems at once.
@@ -43,16 +46,22 @@ def select(model: nn.Module, method: Selective) -> Selection:
     paths -= _held(found, method.exclude_modules, "exclude_modules", problems)
     paths &= _in_layers(found, method, problems)
     selection, seen, left = Selection(), set[int](), list[str]()
-    tied = _tied(model)
+    owners = _owners(found)
     for path, module in found.modules.items():
         own = {name: p for name, p in module._parameters.items() if p is not None}
         names = tuple(name for name in own if _fits(module, name, method))
         if path not in paths or not names or id(module) in seen:
             continue
-        if any(id(own[name]) in tied for name in names) or _is_read(found, path):
+        if method.ties and _in_name_only(found, path):
+            continue
+        shared = [p for name in names for p in owners[id(own[name])] if p != path]
+        as_one = method.ties and _all_alike(found, [path, *shared], paths)
+        if (shared and not as_one) or _is_read(found, path):
             left.append(path)
             continue
         seen.add(id(module))
+        if first := next((p for p in shared if p in selection.modules), None):
+            selection.tied[path] = first
         selection.modules[path] = module, names
     if not selection.modules and not problems:
         problems.append(f"no module has parameters of the kind {method.parameters!r}")
@@ -74,14 +83,30 @@ def _is_read(found: Survey, path: str) -> bool:
     return weight_read(found.modules.get(parent), last)
 
 
-def _tied(model: nn.Module) -> set[int]:
-    """Parameters that several modules hold."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
+def _owners(found: Survey) -> dict[int, list[str]]:
+    """Parameter -> the modules that hold it, each by one path."""
+    owners: dict[int, dict[int, str]] = {}
+    for path, module in found.modules.items():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return {key for key, count in owners.items() if count > 1}
+                owners.setdefault(id(parameter), {}).setdefault(id(module), path)
+    return {key: list(paths.values()) for key, paths in owners.items()}
+
+
+def _all_alike(found: Survey, sharers: list[str], paths: set[str]) -> bool:
+    """Whether all of these that are called are selected, and hold one parameter only."""
+    return all(
+        path in paths
+        and not _is_read(found, path)
+        and sum(p is not None for p in found.modules[path]._parameters.values()) == 1
+        for path in sharers
+        if not _in_name_only(found, path)
+    )
+
+
+def _in_name_only(found: Survey, path: str) -> bool:
+    """Whether a layer shares its weight with those that are called, and is not called itself."""
+    return path in found.places and bool(found.places[path].shared and found.places[path].refusal)
 
 
 def _held(
@@ -105,6 +130,14 @@ def _in_layers(found: Survey, method: Selective, problems: list[str]) -> set[str
     """The modules in the layers that are asked for; all where none are."""
     numbers = {path: layer_number(path) for path in found.modules}
     inside = {path: number for path, number in numbers.items() if number is not None}
+    if not method.outside:
+        return _chosen_layers(found, inside, method, problems) & set(inside)
+    return _chosen_layers(found, inside, method, problems)
+
+
+def _chosen_layers(
+    found: Survey, inside: dict[str, int], method: Selective, problems: list[str]
+) -> set[str]:
     if method.last_layers is not None:
         return _last(found, inside, method.last_layers, problems)
     if method.layers_to_transform is None:

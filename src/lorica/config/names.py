@@ -47,6 +47,10 @@ _SAME = {
     "exclude_modules": "lora_exclude_modules",
     "use_rslora": "rslora",
     "modules_to_save": "lora_modules_to_save",
+    # AdaLoRA and LISA
+    "delta_t": "deltaT",
+    "lisa_activated_layers": "lisa_n_layers",
+    "lisa_interval_steps": "lisa_interval lisa_step_interval",
 }
 
 ALIASES: dict[str, str] = {

@@ -173,7 +173,8 @@ def load_adapter(
     layout = next((layout for layout in LAYOUTS if layout.claims(raw)), peft)
     facts = _read_facts(folder)
     _check_base(model, layout.base_name(raw), facts, folder, allow_other_base)
-    with TensorFile(folder / WEIGHTS) as file:
+    empty = layout is peft_kinds and peft_kinds.may_be_empty(raw)
+    with TensorFile(folder / WEIGHTS, allow_empty=empty) as file:
         found = layout.read(model, raw, file, folder)
     adapter = attach_tensors(
         model,

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import Adapter, Places
+from lorica.attach.attach import Adapter, Places, tied_to
 from lorica.attach.layers import describe
 from lorica.config.resolve import build_method
 from lorica.errors import AdapterFileError, ConfigError
@@ -26,6 +27,7 @@ from lorica.files.safetensors_file import TensorFile
 from lorica.methods import METHODS
 from lorica.methods.copy import Copy
 from lorica.methods.method import Method, Tensors
+from lorica.methods.tokens import Tokens
 
 FORMAT, VERSION = "lorica", 1
 _KEYS = {"format", "version", "kind", "settings", "places", "base_model_name_or_path", "task"}
@@ -62,6 +64,11 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         places[path] = {"core": core, "parameter": parameter, "kind": slot.method.kind}
         if isinstance(slot.method, Copy) and slot.method.only is not None:
             places[path]["only"] = list(slot.method.only)
+        if isinstance(slot.method, Tokens):
+            places[path]["indices"] = list(slot.method.indices)
+        if (tie := tied_to(slot)) is not None:
+            places[path]["tied_to"] = tie
+            continue
         tensors |= {f"{path}.{name}": _plain(tensor) for name, tensor in slot.tensors.items()}
     config = {
         "format": FORMAT,
@@ -86,9 +93,10 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
     there = {key: tuple(entry.shape) for key, entry in file.entries.items()}
     places: Places = {}
     wanted: dict[str, Tensors] = {}
-    for path, entry in _entries(raw, folder).items():
+    for path, entry in sorted(_entries(raw, folder).items(), key=_is_tied):
         try:
             places[path], wanted[path] = _place(modules, path, entry, method, there)
+            problems += _tie_problems(path, places)
         except (AdapterFileError, ConfigError) as error:
             problems.append(f"{path}: {error.what}")
     keys = {f"{path}.{name}": t for path, own in wanted.items() for name, t in own.items()}
@@ -108,8 +116,10 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
     tensors = {
         path: {name: _wide(file.read(f"{path}.{name}")) for name in own}
         for path, own in wanted.items()
+        if own
     }
-    for path, (module, parameter, own) in places.items():
+    for path in tensors:
+        module, parameter, own = places[path]
         check: Any = getattr(own, "tensor_problems", lambda tensors, layer: [])
         if found := check(tensors[path], describe(module, parameter)):
             raise AdapterFileError(f"{folder}: {path}: {'; '.join(found)}")
@@ -173,19 +183,53 @@ def _place(
     layer = describe(module, parameter)
     if found := own.problems(layer):
         raise AdapterFileError("; ".join(found))
+    if getattr(own, "tied_to", None) is not None:
+        return (module, parameter, own), {}
     return (module, parameter, own), own.start(layer, torch.Generator())
 
 
 def _own(path: str, parameter: str | None, entry: Mapping[str, Any], method: Method) -> Method:
     """The settings at one place."""
+    tie = entry.get("tied_to")
+    if not isinstance(tie, str | None):
+        raise AdapterFileError("tied_to is no path")
+    if entry.get("kind") == Tokens.kind:
+        return _tokens(entry, tie)
     if entry.get("kind") != Copy.kind:
         return method.at(_name(path, parameter))
     only = entry.get("only")
     if only is None:
-        return Copy()
+        return Copy(None, tie)
     if not isinstance(only, list) or not all(isinstance(name, str) for name in only):
         raise AdapterFileError("only is no list of names")
-    return Copy(tuple(only))
+    return Copy(tuple(only), tie)
+
+
+def _tokens(entry: Mapping[str, Any], tie: str | None) -> Tokens:
+    indices = entry.get("indices")
+    numbers = indices if isinstance(indices, list) else []
+    sound = all(type(i) is int and i >= 0 for i in numbers) and numbers == sorted({*numbers})
+    if not numbers or not sound:
+        raise AdapterFileError("indices is no ascending list of tokens")
+    return Tokens(tuple(numbers), tie)
+
+
+def _is_tied(item: tuple[str, Mapping[str, Any]]) -> bool:
+    """Whether a place shares the tensors of another one, which must be there first."""
+    return item[1].get("tied_to") is not None
+
+
+def _tie_problems(path: str, places: Places) -> list[str]:
+    """Whether the place whose tensors this one shares is there, over the same weight."""
+    module, _, own = places[path]
+    if not isinstance(own, Copy | Tokens) or own.tied_to is None:
+        return []
+    owner, _, first = places.get(own.tied_to, (None, None, None))
+    same = owner is not None and owner._parameters.get("weight") is module._parameters.get("weight")
+    whole = isinstance(own, Tokens) or own.only == ("weight",)
+    if same and whole and first == replace(own, tied_to=None):
+        return []
+    return [f"{path}: tied to {own.tied_to[:80]}, which does not hold the same of the same weight"]
 
 
 def _name(path: str, parameter: str | None) -> str:

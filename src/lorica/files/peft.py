@@ -94,7 +94,8 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
     found = plan(model, {key: entry.shape for key, entry in file.entries.items()}, config)
     _check_plan(found, model, folder)
     tensors = _read(file, found)
-    places = {path: place for path, place in found.places.items() if path in tensors}
+    tied = {path for path, (_, _, own) in found.places.items() if getattr(own, "tied_to", None)}
+    places = {path: place for path, place in found.places.items() if path in {*tensors, *tied}}
     return Found(config.method, places, tensors, config.base_name, config.task)
 
 
@@ -166,6 +167,9 @@ def _read(file: TensorFile, found: Plan) -> dict[str, Tensors]:
         tensors[path] = spot.from_file(**read)
     for path, keys in found.copies.items():
         tensors[path] = {name: _wide(file.read(key)) for name, key in keys.items()}
+    for path, (key, tokens) in found.rows.items():
+        indices, order = torch.tensor(list(tokens)).sort()
+        tensors[path] = {"rows": _wide(file.read(key))[order], "indices": indices}
     assert set(tensors) <= set(found.places)
     return tensors
 

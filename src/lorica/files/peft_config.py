@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lorica.attach.tokens import Choice
 from lorica.errors import AdapterFileError, ConfigError, nearest
 from lorica.methods.dora import DoRA
 from lorica.methods.lora import LoRA
@@ -18,7 +19,7 @@ from lorica.methods.patterns import Pattern, spelling
 PEFT_VERSION = "0.21.2"
 """The version whose layout is written."""
 
-OTHER_KINDS = ("VERA", "LOHA", "LOKR", "HIRA", "IA3")
+OTHER_KINDS = ("ADALORA", "VERA", "LOHA", "LOKR", "HIRA", "IA3", "ROAD")
 """What is read besides LORA: see `peft_kinds`."""
 
 TASK_TYPES = {
@@ -49,7 +50,6 @@ NEUTRAL: dict[str, Any] = {
     "lora_ga_config": None,
     "megatron_config": None,
     "monteclora_config": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -91,6 +91,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "exclude_modules": (list, str, type(None)),
     "target_parameters": (list, type(None)),
     "modules_to_save": (list, type(None)),
+    "trainable_token_indices": (list, dict, type(None)),
     "layers_to_transform": (list, int, type(None)),
     "layers_pattern": (list, str, type(None)),
     "init_lora_weights": (bool, str),
@@ -119,6 +120,7 @@ class PeftConfig:
         target_modules: suffixes, one regular expression, or None where the file leaves it to PEFT.
         exclude_modules, target_parameters, modules_to_save, layers_to_transform, layers_pattern: as
             in PEFT.
+        tokens: trainable_token_indices in the order of the file's rows.
         task: Lorica's name of the task, or None.
         base_name: the base that the adapter was made for, or None.
     """
@@ -130,6 +132,7 @@ class PeftConfig:
     modules_to_save: tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
+    tokens: Choice = ()
     task: str | None = None
     base_name: str | None = None
 
@@ -231,7 +234,6 @@ def _why(key: str) -> str:
         "lora_bias": "a bias on lora_B is not part of plain LoRA",
         "alora_invocation_tokens": "an activated LoRA acts on a part of the sequence only",
         "layer_replication": "the base would have to be made deeper first",
-        "trainable_token_indices": "changed rows of the embedding are not part of plain LoRA",
         "loftq_config": "LoftQ changed the base; convert the adapter in PEFT first",
     }
     return reasons.get(key, "it changes the arithmetic in a way that Lorica does not know")
@@ -284,6 +286,7 @@ def _config(raw: Mapping[str, Any]) -> PeftConfig:
         use_rslora=value["use_rslora"],
         layers_to_transform=numbers or None,
         modules_to_save=whole,
+        trainable_token_indices=value.get("trainable_token_indices") or (),
         init_lora_weights=PLAIN_INITS.get(value["init_lora_weights"], "kaiming"),  # pyright: ignore[reportArgumentType]
     )
     for text in (targets, excluded):  # refuse now what cannot be matched later
@@ -299,6 +302,7 @@ def _config(raw: Mapping[str, Any]) -> PeftConfig:
         whole,
         numbers,
         (pattern,) if isinstance(pattern, str) else tuple(pattern),
+        value.get("trainable_token_indices") or (),
         next((task for task, word in TASK_TYPES.items() if word == value.get("task_type")), None),
         value.get("base_model_name_or_path") or None,
     )

@@ -1,4 +1,4 @@
-"""PEFT's layouts of the methods beside LoRA: VeRA, LoHa, LoKr, HiRA, IA3.
+"""PEFT's layouts of the methods beside LoRA: AdaLoRA, VeRA, LoHa, LoKr, HiRA, IA3, RoAd.
 
 They share one shape: `base_model.model.PATH.SUFFIX` for every tensor of a layer, and a config whose
 target_modules select the layers. What differs stands in `KINDS`.
@@ -6,10 +6,10 @@ target_modules select the layers. What differs stands in `KINDS`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,21 @@ from lorica.attach.attach import Adapter, Places
 from lorica.attach.layers import describe
 from lorica.config.resolve import build_method
 from lorica.errors import AdapterFileError, ConfigError, nearest
+from lorica.files import peft_ranks
 from lorica.files.found import Found
 from lorica.files.peft_config import PEFT_VERSION, TASK_TYPES, PeftConfig, parse_config
 from lorica.files.peft_layout import PREFIX, modules_of
 from lorica.files.peft_written import exact_names, whole_names
 from lorica.files.safetensors_file import TensorFile
+from lorica.methods.adalora import AdaLoRA
 from lorica.methods.copy import Copy
 from lorica.methods.hira import HiRA
 from lorica.methods.ia3 import IA3
 from lorica.methods.loha import LoHa
 from lorica.methods.lokr import LoKr
 from lorica.methods.method import Layer, Method, Tensors
+from lorica.methods.patterns import unmatched_patterns
+from lorica.methods.road import RoAd
 from lorica.methods.vera import VeRA, projection
 
 _SHOWN = 10
@@ -90,6 +94,14 @@ _LAYERS_CHOSEN = {"layers_to_transform": None, "layers_pattern": None}
 _PLAIN, _CONVOLVED = (nn.Linear, Conv1D), (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 KINDS: dict[str, Kind] = {
+    "ADALORA": Kind(
+        AdaLoRA,
+        (*_PLAIN, nn.Conv2d),
+        peft_ranks.SETTINGS,
+        peft_ranks.OTHER_VARIANTS,
+        _LAYERS_CHOSEN,
+        "lora_",
+    ),
     "VERA": Kind(
         VeRA,
         _PLAIN,
@@ -129,9 +141,19 @@ KINDS: dict[str, Kind] = {
         "hira_",
     ),
     "IA3": Kind(IA3, _PLAIN, {}, {}, {"init_ia3_weights": True}, "ia3_"),
+    "ROAD": Kind(
+        RoAd,
+        (nn.Linear,),
+        {"variant": "variant", "group_size": "group_size"},
+        fixed={"init_weights": True},
+        prefix="road_",
+        has_exclusion=False,
+    ),
 }
-_TRANSPOSING = ("VERA", "HIRA", "IA3")
+_TRANSPOSING = ("ADALORA", "VERA", "HIRA", "IA3")
 """Those whose config says whether the weights are GPT-2's, stored (in, out)."""
+_OPEN = ("tinit", "tfinal")
+"""Left out of a config where Lorica decides them in a run."""
 
 
 def _kind_of(method: Method) -> tuple[str, Kind] | None:
@@ -159,6 +181,11 @@ def fits(adapter: Adapter) -> bool:
 def claims(config: Mapping[str, Any]) -> bool:
     """Whether a config is of one of these layouts."""
     return isinstance(config.get("peft_type"), str) and config["peft_type"] in KINDS
+
+
+def may_be_empty(config: Mapping[str, Any]) -> bool:
+    """Whether tensors without elements are sound there: where AdaLoRA left a layer no rank."""
+    return config.get("peft_type") == "ADALORA"
 
 
 def base_name(config: Mapping[str, Any]) -> str | None:
@@ -217,6 +244,10 @@ def _config(
         found["exclude_modules"] = excluded or None
     if name in _TRANSPOSING:
         found["fan_in_fan_out"] = isinstance(modules[own[0]], Conv1D)
+    if name == "ADALORA":
+        ranks = {path: len(adapter.slots[path].tensors["E"]) for path in own}
+        found |= peft_ranks.written(cast(AdaLoRA, adapter.method), ranks)
+        found = {key: v for key, v in found.items() if key not in _OPEN or v is not None}
     if name == "IA3":
         slots: Any = adapter.slots
         scaled = [path for path in own if slots[path].method.on_input]
@@ -261,7 +292,7 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
     config = parse_config({"peft_type": "LORA", **placing}, str(where))
     method = _method(raw, kind, config, where)
     plan = _Plan(model, kind, config, method)
-    plan.assign(file)
+    plan.assign(file, peft_ranks.without_rank(raw) if kind.method is AdaLoRA else set())
     if plan.problems or not plan.wanted:
         raise AdapterFileError(
             f"{folder} does not fit this {type(model).__name__}",
@@ -276,6 +307,7 @@ def _method(raw: Mapping[str, Any], kind: Kind, config: PeftConfig, where: Path)
     """Our settings, or an error with every key that means something Lorica does not know."""
     known = {*kind.settings.values(), *kind.neutral, *_PLACING, *_SAYS_NOTHING}
     known |= {"feedforward_modules"} if kind.method is IA3 else set()
+    known |= {*peft_ranks.UNUSED, "rank_pattern"} if kind.method is AdaLoRA else set()
     problems = []
     for key, value in raw.items():
         if key in kind.neutral and value != kind.neutral[key] and value not in (None, False):
@@ -289,6 +321,11 @@ def _method(raw: Mapping[str, Any], kind: Kind, config: PeftConfig, where: Path)
         given.setdefault("lora_alpha", 8)  # PEFT's default, which is not ours
     if kind.method is IA3:
         given["feedforward_modules"] = raw.get("feedforward_modules") or []
+    if kind.method is AdaLoRA:
+        ranks = peft_ranks.ranks_of(raw)
+        problems += [ranks] if isinstance(ranks, str) else []
+        given["target_r"] = peft_ranks.target_of(raw)
+        given["rank_pattern"] = {} if isinstance(ranks, str) else peft_ranks.as_setting(raw, ranks)
     placed = {
         name: getattr(config.method, name)
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
@@ -313,9 +350,17 @@ class _Plan:
         """Path -> our name of a tensor -> its key, and our shape of it."""
         self.problems: list[str] = []
 
-    def assign(self, file: TensorFile) -> None:
-        """Fill `places` and `wanted`, or `problems`."""
-        entries = {key: tuple(entry.shape) for key, entry in file.entries.items()}
+    def assign(self, file: TensorFile, given_up: Collection[str] = ()) -> None:
+        """Fill `places` and `wanted`, or `problems`.
+
+        Args:
+            given_up: layers that the config selects, and the method left again.
+        """
+        entries = {
+            key: tuple(entry.shape)
+            for key, entry in file.entries.items()
+            if key.removeprefix(PREFIX).rpartition(".")[0] not in given_up
+        }
         shared = self._shared(file, entries)
         paths = self._paths(entries)
         layers = [describe(self.modules[path]) for path in paths]
@@ -326,9 +371,12 @@ class _Plan:
         used = {key for own in self.wanted.values() for key, _ in own.values()} | shared
         lost = [key for key in entries if key not in used]
         self.problems += [f"{key}: has no place in this model" for key in lost]
+        strange = unmatched_patterns(getattr(self.method, "rank_pattern", {}), paths)
+        strange += [path for path in given_up if path not in self.modules]
+        self.problems += [f"rank_pattern: {path} is no layer of the file" for path in strange]
         for path, module in self.modules.items():
             absent = isinstance(module, self.kind.layers) and path not in self.places
-            if absent and self.config.selects(path):
+            if absent and path not in given_up and self.config.selects(path):
                 self.problems.append(f"{PREFIX}{path}: its tensors are missing from the file")
 
     def read(self, file: TensorFile, path: str) -> Tensors:

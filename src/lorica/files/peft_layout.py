@@ -7,6 +7,7 @@
                                   PATH.base_layer.out_proj.lora_A.weight; likewise B
     DoRA besides                  PATH.lora_magnitude_vector
     trained whole                 PATH.PARAMETER
+    rows of some tokens           PATH.token_adapter.trainable_tokens_delta
 
 All behind "base_model.model.". Of a bare parameter the key does not say the name: the number of
 ".base_layer" counts the parameters of the module from the last one. For experts A is (E R, I), and
@@ -29,6 +30,8 @@ from lorica.attach.survey import clean
 from lorica.methods.method import Layer, Tensors
 
 PREFIX = "base_model.model."
+ROWS = ".token_adapter.trainable_tokens_delta"
+"""Behind an embedding's path: the rows of its trainable tokens, in the order of the config."""
 _SUFFIXES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor, nn
 
 from lorica.attach.attach import Places
 from lorica.attach.survey import clean, survey
+from lorica.attach.tokens import SETTING, add_rows, rows_of
+from lorica.errors import TargetError
 from lorica.files.peft_config import HEADS_OF_PEFT, PeftConfig
 from lorica.files.peft_layout import (
     LAYERS,
     PREFIX,
+    ROWS,
     Shape,
     Spot,
     below_attention,
@@ -24,6 +28,7 @@ from lorica.files.peft_layout import (
 from lorica.methods.copy import Copy
 from lorica.methods.dora import DoRA
 from lorica.methods.method import Method
+from lorica.methods.tokens import Tokens
 
 
 @dataclass
@@ -34,6 +39,7 @@ class Plan:
         places: for `attach_tensors`, in the order in which `attach` makes them.
         factors: path -> (spot, keys of A, B and, of DoRA, m).
         copies: path -> parameter -> key.
+        rows: path of the layer that holds the rows of tokens -> (key, tokens in the file's order).
         repeated: key -> parameter of the base that the file merely repeats, to be compared.
         refusals: path of a layer -> why it carries no adapter.
         seen: what the file speaks of, soundly or not: paths of modules and parameters.
@@ -44,6 +50,7 @@ class Plan:
     places: Places = field(default_factory=dict)
     factors: dict[str, tuple[Spot, dict[str, str]]] = field(default_factory=dict)
     copies: dict[str, dict[str, str]] = field(default_factory=dict)
+    rows: dict[str, tuple[str, Sequence[int]]] = field(default_factory=dict)
     repeated: dict[str, Tensor] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
     unexpected: list[str] = field(default_factory=list)
@@ -57,7 +64,11 @@ def plan(model: nn.Module, shapes: Mapping[str, Shape], config: PeftConfig) -> P
     found = Plan(refusals={place.path: place.refusal for place in places if place.refusal})
     modules = modules_of(model)
     pairs: dict[str, dict[str, str]] = {}
+    rows = _plan_rows(found, model, modules, shapes, config)
+    rows_at = set(found.places)
     for key, shape in shapes.items():
+        if key in rows:
+            continue
         stem, factor = split_key(key.removeprefix(PREFIX))
         if not key.startswith(PREFIX):
             found.unexpected.append(f"{key}: it does not start with {PREFIX!r}")
@@ -68,10 +79,44 @@ def plan(model: nn.Module, shapes: Mapping[str, Shape], config: PeftConfig) -> P
     for stem, keys in pairs.items():
         _plan_pair(found, modules, stem, keys, shapes, config)
     _plan_missing(found, model, modules, config)
+    found.unexpected += [
+        f"{path}: adapted as a whole, and {SETTING} changes rows of it"
+        for path in sorted(rows_at)
+        if not isinstance(found.places[path][2], Tokens)
+    ]
     _refuse_second_names(found)
     order = {path: i for i, path in enumerate(modules)}
     found.places = dict(sorted(found.places.items(), key=lambda item: _rank(item, order)))
     return found
+
+
+def _plan_rows(
+    found: Plan,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    shapes: Mapping[str, Shape],
+    config: PeftConfig,
+) -> set[str]:
+    """The rows of trainable tokens; returns their keys."""
+    try:
+        chosen = rows_of(model, config.tokens)
+    except TargetError as error:
+        found.unexpected += [f"{SETTING}: {problem}" for problem in error.problems]
+        return {key for key in shapes if key.endswith(ROWS)}
+    keys = set()
+    for rows in chosen:
+        key, first = f"{PREFIX}{rows.path}{ROWS}", rows.places[0]
+        keys.add(key)
+        width = cast(Tensor, modules[first]._parameters["weight"]).shape[1]
+        expected = len(rows.indices), width
+        if key not in shapes:
+            found.missing.append(key)
+        elif shapes[key] != expected:
+            found.misshapen.append(f"{key}: {shapes[key]}, but the base needs {expected}")
+        named = config.tokens
+        found.rows[first] = key, named[rows.name] if isinstance(named, Mapping) else named
+    add_rows(model, config.tokens, found.places)
+    return keys
 
 
 def _rank(
@@ -79,7 +124,8 @@ def _rank(
 ) -> tuple[int, int]:
     """Layers first, then bare parameters, then copies; each in the order of the model."""
     path, (_, parameter, method) = item
-    group = 2 if isinstance(method, Copy) else int(parameter not in (None, "weight"))
+    group = int(parameter not in (None, "weight"))
+    group = 3 if isinstance(method, Tokens) else 2 if isinstance(method, Copy) else group
     return group, order[path if path in order else path.rpartition(".")[0]]
 
 

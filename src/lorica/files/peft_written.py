@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorica.attach.attach import Adapter
+from lorica.attach.tokens import SETTING, Choice, rows_of
 from lorica.errors import AdapterFileError
 from lorica.files.peft_config import (
     HEADS_OF_PEFT,
@@ -26,6 +27,7 @@ from lorica.files.peft_config import (
 from lorica.files.peft_layout import (
     LAYERS,
     PREFIX,
+    ROWS,
     Spot,
     bare_spot,
     below_attention,
@@ -35,6 +37,7 @@ from lorica.files.peft_layout import (
 from lorica.methods.copy import Copy
 from lorica.methods.dora import DoRA
 from lorica.methods.lora import LoRA
+from lorica.methods.tokens import Tokens
 
 
 @dataclass
@@ -66,7 +69,12 @@ def to_peft(adapter: Adapter) -> Written:
     modules = modules_of(adapter.model)
     found = Written()
     bare = _bare_parameters(adapter, modules)
+    for rows in rows_of(adapter.model, _tokens_of(adapter)):
+        slot = adapter.slots[rows.places[0]]
+        found.tensors[f"{PREFIX}{rows.path}{ROWS}"] = _plain(slot.tensors["rows"])
     for path, slot in adapter.slots.items():
+        if isinstance(slot.method, Tokens):
+            continue
         if isinstance(slot.method, Copy):
             found.tensors.update(
                 {f"{PREFIX}{path}.{n}": _plain(t) for n, t in slot.tensors.items()}
@@ -96,6 +104,10 @@ def to_peft(adapter: Adapter) -> Written:
     return found
 
 
+def _tokens_of(adapter: Adapter) -> Choice:
+    return getattr(adapter.method, SETTING, ())
+
+
 def _core(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str | None]:
     if path in modules:
         return path, None
@@ -108,7 +120,7 @@ def _bare_parameters(adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict
     names: dict[str, list[str]] = {}
     for path, slot in adapter.slots.items():
         core, parameter = _core(path, modules)
-        if parameter is None or isinstance(slot.method, Copy):
+        if parameter is None or isinstance(slot.method, Copy | Tokens):
             continue
         module = modules[core]
         is_attention = isinstance(module, nn.MultiheadAttention)
@@ -239,6 +251,7 @@ def written_config(adapter: Adapter, written: Written) -> dict[str, Any]:
         "layers_pattern": None,
         "rank_pattern": _pattern(ranks, method.r),
         "alpha_pattern": _pattern(alphas, method.lora_alpha),
+        SETTING: _tokens_of(adapter) or None,
     }
     return dict(sorted(found.items()))
 

@@ -59,15 +59,18 @@ class TensorFile:
     Attributes:
         entries: name -> `Entry`, in the order of the data.
 
+    Args:
+        allow_empty: take tensors without elements, which are a sign of sharded ones elsewhere.
+
     Raises:
         AdapterFileError: the file is not regular, too large, or its header is not exactly right.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, allow_empty: bool = False) -> None:
         self.path = Path(path)
         self._file: BinaryIO = open_regular(self.path)
         try:
-            self.entries, self._data_start = _read_header(self._file, self.path)
+            self.entries, self._data_start = _read_header(self._file, self.path, allow_empty)
         except BaseException:
             self._file.close()
             raise
@@ -130,7 +133,7 @@ def _unfit(tensor: Tensor) -> str | None:
     return None if tensor.isfinite().all() else "it has elements that are NaN or infinite"
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], int]:
+def _read_header(file: BinaryIO, path: Path, allow_empty: bool) -> tuple[dict[str, Entry], int]:
     size = os.fstat(file.fileno()).st_size
     if sys.byteorder != "little":
         raise AdapterFileError("safetensors files are read on little-endian machines only")
@@ -157,7 +160,7 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], int]:
     entries: dict[str, Entry] = {}
     if not problems:
         for name, value in header.items():
-            entry = _entry(value)
+            entry = _entry(value, allow_empty)
             if isinstance(entry, Entry):
                 entries[name] = entry
             else:
@@ -176,7 +179,7 @@ def _metadata_problems(metadata: Any) -> list[str]:
     return []
 
 
-def _entry(value: Any) -> Entry | str:
+def _entry(value: Any, allow_empty: bool) -> Entry | str:
     """The checked entry, or what is wrong with it."""
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         return "expected dtype, shape and data_offsets, and nothing else"
@@ -188,7 +191,7 @@ def _entry(value: Any) -> Entry | str:
     if not _whole_numbers(offsets) or len(offsets) != 2:
         return "data_offsets are not two whole numbers"
     bytes_needed = math.prod(shape) * DTYPES[dtype].itemsize
-    if not bytes_needed:
+    if not bytes_needed and not allow_empty:
         return f"it is empty, of shape {shape}"
     if offsets[1] - offsets[0] != bytes_needed:
         return f"{offsets[1] - offsets[0]} bytes of data, where its shape needs {bytes_needed}"
@@ -202,7 +205,7 @@ def _whole_numbers(value: Any) -> bool:
 def _layout_problems(entries: Mapping[str, Entry], size: int) -> list[str]:
     """Overlaps, holes, and data that is missing or left over."""
     problems, end = [], 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != end:
             what = "overlaps the one before" if entry.start < end else "comes after a hole"
             problems.append(f"{name[:120]} {what} (byte {entry.start}, expected {end})")

@@ -1,13 +1,16 @@
 """Methods: settings, tensors, arithmetic and merged form of one way to adapt a layer each."""
 
 from lorica.config.settings import Preset
+from lorica.methods.adalora import AdaLoRA
 from lorica.methods.bottleneck import Bottleneck, Compacter
 from lorica.methods.dora import DoRA
 from lorica.methods.hira import HiRA
 from lorica.methods.ia3 import IA3
+from lorica.methods.lisa import LISA
 from lorica.methods.loha import LoHa
 from lorica.methods.lokr import LoKr
 from lorica.methods.lora import LoRA, LoRAFA
+from lorica.methods.road import RoAd
 from lorica.methods.selective import Selective
 from lorica.methods.sparse import Sparse
 from lorica.methods.vera import VeRA
@@ -18,14 +21,17 @@ METHODS = {
         LoRA,
         LoRAFA,
         DoRA,
+        AdaLoRA,
         VeRA,
         LoHa,
         LoKr,
         HiRA,
         IA3,
+        RoAd,
         Bottleneck,
         Compacter,
         Selective,
+        LISA,
         Sparse,
     )
 }
@@ -74,9 +80,11 @@ WORDS: dict[str, type | Preset] = {**METHODS, **PRESETS}
 
 __all__ = [
     "IA3",
+    "LISA",
     "METHODS",
     "PRESETS",
     "WORDS",
+    "AdaLoRA",
     "Bottleneck",
     "Compacter",
     "DoRA",
@@ -85,6 +93,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LoRAFA",
+    "RoAd",
     "Selective",
     "Sparse",
     "VeRA",

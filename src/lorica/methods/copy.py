@@ -20,9 +20,11 @@ class Copy:
 
     Attributes:
         only: names of the parameters that are copied; None for all of them.
+        tied_to: the place whose copy this is too, where both layers share all of these.
     """
 
     only: tuple[str, ...] | None = None
+    tied_to: str | None = None
 
     kind: ClassVar[str] = "copy"
     replaces: ClassVar[bool] = True

@@ -51,6 +51,12 @@ class LoRA(Placed):
         "changes the base's answers, for debugging",
     )
 
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = setting(
+        (),
+        "tokens whose rows of the embedding train too, such as new ones: [5, 6], or by the name of "
+        "the embedding {embed_tokens: [5, 6]}",
+    )
+
     kind: ClassVar[str] = "lora"
     title: ClassVar[str] = "a product of two thin factors beside each weight (arXiv 2106.09685)"
     stacks: ClassVar[bool] = True
@@ -159,6 +165,7 @@ class LoRA(Placed):
         if isinstance(self.init_lora_weights, bool):  # PEFT's spelling of the two
             found["init_lora_weights"] = "kaiming" if self.init_lora_weights else "random"
         found["alpha_pattern"] = {key: whole(alpha) for key, alpha in self.alpha_pattern.items()}
+        found["trainable_token_indices"] = _ascending(self.trainable_token_indices)
         return found
 
     def _problems(self) -> list[str]:
@@ -176,6 +183,7 @@ class LoRA(Placed):
             found.append(f"init_lora_weights is {self.init_lora_weights!r}; {hint}")
         if self.init_lora_weights == "orthogonal" and isinstance(self.r, int) and self.r % 2:
             found.append(f"init_lora_weights=orthogonal needs an even r, not {self.r}")
+        found += _token_problems(self.trainable_token_indices)
         return found
 
 
@@ -198,6 +206,28 @@ class LoRAFA(LoRA):
         if layer.kind == "embedding":
             return ["A of an embedding is zero at the start, and frozen it would stay so"]
         return super().problems(layer)
+
+
+def _ascending(chosen: Any) -> Any:
+    """Tokens in one order, however they were given."""
+    if isinstance(chosen, Mapping):
+        return {name: _ascending(indices) for name, indices in chosen.items()}
+    try:
+        return tuple(sorted(chosen))
+    except TypeError:  # told by `_token_problems`
+        return chosen
+
+
+def _token_problems(chosen: Any) -> list[str]:
+    """What is wrong with a choice of tokens."""
+    if isinstance(chosen, Mapping):
+        found = [text for indices in chosen.values() for text in _token_problems(indices)]
+        empty = [name for name, indices in chosen.items() if not indices]
+        return found + [f"trainable_token_indices[{name!r}] is empty" for name in empty]
+    if not isinstance(chosen, tuple) or any(type(i) is not int or i < 0 for i in chosen):
+        return ["trainable_token_indices must be whole numbers from 0"]
+    twice = sorted({i for i in chosen if chosen.count(i) > 1})
+    return [f"trainable_token_indices names the token {i} twice" for i in twice[:3]]
 
 
 def _shapes(layer: Layer, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

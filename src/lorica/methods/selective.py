@@ -33,6 +33,16 @@ class Selective(Placed):
     kind: ClassVar[str] = "selective"
     title: ClassVar[str] = "some of the base's own parameters (full tuning: arXiv 1801.06146)"
 
+    @property
+    def outside(self) -> bool:
+        """Whether parameters outside of the numbered layers may be among them."""
+        return True
+
+    @property
+    def ties(self) -> bool:
+        """Whether a weight that several layers share trains, as one; else it stays frozen."""
+        return False
+
     def _problems(self) -> list[str]:
         found = []
         if self.parameters not in ("all", "bias", "norm"):

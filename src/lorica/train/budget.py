@@ -27,10 +27,11 @@ from lorica.base.load import weight_files
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.data.pack import batches
+from lorica.errors import ConfigError
 from lorica.methods.method import Method
 from lorica.tasks.task import Batch, answering, by_length
 from lorica.train.course import GROUP
-from lorica.train.engine import Engine
+from lorica.train.engine import Engine, at_rest, between_of, resting
 from lorica.train.ledger import Event, Ledger, most_alive, renumbered, resident
 from lorica.train.measure import memory_bytes
 from lorica.train.plan import total_steps
@@ -72,7 +73,7 @@ class Memory:
         process: what the process held when the estimate was made; 0 on a GPU.
         weights: of the frozen base.
         adapter: tensors that train, and the copy of the best where evaluations choose it.
-        gradients, optimizer: of the adapter.
+        gradients, optimizer: of the adapter; what its method keeps counts with the optimizer.
         activations: saved by the forward pass for the backward pass.
         logits: everything that has one number per word of the vocabulary.
         workspace: other tensors of the moment of the peak.
@@ -148,7 +149,7 @@ def estimate(
     held = 0 if gpu else process_bytes() if process is None else process
     own = shadow.task(task)
     with shadow.adapted(method) as adapter, _checkpointing(shadow.model, own, settings):
-        runner = _Runner(shadow, own, adapter)
+        runner = _Runner(shadow, own, adapter, total_steps(len(work.examples), settings))
         weights = _bytes_of([*shadow.model.parameters(), *shadow.model.buffers()])
         trained = _bytes_of(adapter.parameters())
         best = trained if settings.keep_best and work.held_out else 0
@@ -186,8 +187,12 @@ class _Trained:
 class _Runner:
     """Runs a shadow with an adapter, and writes down what it would allocate."""
 
-    def __init__(self, shadow: Shadow, task: Any, adapter: Adapter) -> None:
+    def __init__(self, shadow: Shadow, task: Any, adapter: Adapter, total: int) -> None:
         self.shadow, self.task, self.adapter = shadow, task, adapter
+        self.between = between_of(adapter, total, seed=0)
+        if problems := self.between.problems():
+            raise ConfigError("the method cannot run so", problems=problems)
+        self.resting = at_rest(adapter, self.between, 0)
         self.model: Any = shadow.model
         self.vocabulary = self.model.config.get_text_config().vocab_size
 
@@ -199,7 +204,7 @@ class _Runner:
         ledger = self._ledger()
         if settings.gradient_accumulation_steps > 1:  # gradients are there when the next part comes
             with self.shadow.mode, ledger:
-                for parameter in self._parameters():
+                for parameter in self._training():
                     parameter.grad = torch.empty_like(parameter)
         forward = self._step(ledger, largest)
         gradients = {ledger.number_of(p.grad) for p in self._parameters() if p.grad is not None}
@@ -207,7 +212,8 @@ class _Runner:
         self._drop_gradients()
         parts = self._parts(ledger, peak_at, forward, gradients)
         self.model.eval()
-        sizes = [p.numel() * p.element_size() for p in self._parameters() for _ in "mv"]
+        sizes = [p.numel() * p.element_size() for p in self._training() for _ in "mv"]
+        sizes += [kept] if (kept := self.between.kept_bytes()) else []
         moments = [Event(number, size) for number, size in enumerate(sizes)]
         found = self._resident([ledger.events, moments, ledger.events, ledger.events])
         parts["optimizer"] = sum(e.size for e in moments)
@@ -278,7 +284,7 @@ class _Runner:
         """Forward and backward; returns the number of events at the end of the forward pass."""
         batch = self._collate(block)
         running = self.task.running(self.model)
-        with self.shadow.mode, ledger, running, self._active():
+        with self.shadow.mode, ledger, running, resting(self.resting), self._active():
             (loss,) = self.task.losses(self.model, batch)
             forward = len(ledger.events)
             (loss / 2).backward()
@@ -323,6 +329,11 @@ class _Runner:
 
     def _parameters(self) -> list[nn.Parameter]:
         return list(self.adapter.parameters())
+
+    def _training(self) -> list[nn.Parameter]:
+        """Those that train in a step; others have no gradients and no moments in it."""
+        idle = set(map(id, self.resting))
+        return [parameter for parameter in self._parameters() if id(parameter) not in idle]
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters():

@@ -3,6 +3,7 @@
     checkpoints/step-00000120/
         adapters/NAME.safetensors   what trains        optimizers/NAME.safetensors  moments of AdamW
         best/NAME.safetensors       the best so far    state.json          counters of every adapter
+        between/NAME.safetensors    what the method keeps from step to step, where it does
         MANIFEST.json               written last: size and SHA-256 of every file and of itself, and
                                     what run this belongs to
 
@@ -42,7 +43,7 @@ MANIFEST = "MANIFEST.json"
 _STATE = "state.json"
 _PREFIX, _TEMPORARY, _BAD = "step-", ".tmp-step-", ".bad-step-"
 _NAME = re.compile(rf"{_PREFIX}(\d+)")
-_GROUPS = ("adapters", "optimizers", "best")
+_GROUPS = ("adapters", "optimizers", "best", "between")
 _FILE = re.compile(rf"{re.escape(_STATE)}|(?:{'|'.join(_GROUPS)})/[^./\\\0][^/\\\0]*\.safetensors")
 
 
@@ -57,7 +58,7 @@ class State:
         unjudged: the step was made, but its evaluation was left.
         seconds: spent in optimizer steps.
         counters: plain numbers of every adapter, by its name.
-        adapters, optimizers, best: tensors by adapter and by name of the tensor.
+        adapters, optimizers, best, between: tensors by adapter and by name of the tensor.
     """
 
     step: int
@@ -69,6 +70,7 @@ class State:
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     optimizers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     best: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    between: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def save(folder: Path, state: State, *, keep: int = 2) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorica.attach.attach import reshape
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.data.pack import batches
@@ -135,7 +136,8 @@ class Course:
         self.trained_tokens += result.trained_tokens
 
     def judge(self, eval_loss: float) -> bool:
-        """Take an evaluation; whether it is the best so far. It may end the course.
+        """Take an evaluation; whether it is the best so far. It may end the course. Until the
+        method has settled on a form, it does neither.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
@@ -146,6 +148,8 @@ class Course:
                 mend="lower learning_rate, or use dtype: float32",
             )
         self.eval_loss = eval_loss
+        if not self.trainee.between.settled(self.step):
+            return False
         if self.best_loss is None or eval_loss < self.best_loss:
             self.best_loss, self.best_step, self.stale = eval_loss, self.step, 0
             self.best = {n: p.detach().clone() for n, p in self._named().items()}
@@ -163,10 +167,15 @@ class Course:
     def keeps_best(self) -> bool:
         return self.settings.keep_best and bool(self.best)
 
-    def keep_best(self) -> None:
-        """Put the best tensors into the adapter, where that is wanted and there are any."""
+    def finish(self) -> None:
+        """Put the best tensors into the adapter, where that is wanted and there are any, and give
+        it the form in which the method leaves it.
+        """
         if self.keeps_best:
             self._set(self.best)
+        if (form := self.trainee.between.finished()) is not None:
+            method, held = form
+            reshape(self.trainee.adapter, method, held)
 
     # what goes into a checkpoint
 
@@ -205,6 +214,8 @@ class Course:
         state.optimizers[self.name] = moments(self.trainee.optimizer, named)
         if self.best:
             state.best[self.name] = self.best
+        if between := self.trainee.between.state:
+            state.between[self.name] = dict(between)
 
     def restore(self, state: State) -> None:
         """Go on from what `save_into` gave.
@@ -224,6 +235,8 @@ class Course:
         for key in self._COUNTED:
             setattr(self, key, counters[key])
         self.window = Window(**counters["window"])
+        between, device = state.between.get(self.name, {}), next(iter(named.values())).device
+        self.trainee.between.state = {key: t.to(device) for key, t in between.items()}
         best = state.best.get(self.name, {})
         self.best = {key: tensor.to(named[key].device) for key, tensor in best.items()}
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ from lorica.attach.site import Route, is_site, plates_of
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import NonFiniteError, TrainingError
+from lorica.methods.between import Between
 from lorica.tasks.task import Batch, Task, answering
 from lorica.train.optim import learning_rate, make_optimizer
 
@@ -43,11 +45,13 @@ class Trainee:
         settings: its settings.
         total: optimizer steps of the whole run.
         step: optimizer steps done.
+        between: what the method does between the steps.
     """
 
     def __init__(self, adapter: Adapter, settings: TrainSettings, total: int) -> None:
         self.adapter, self.settings, self.total, self.step = adapter, settings, total, 0
         self.optimizer = make_optimizer(adapter.named_parameters(), settings)
+        self.between = between_of(adapter, total, settings.seed)
 
     @property
     def learning_rate(self) -> float:
@@ -128,19 +132,33 @@ class Engine:
                     f"adapter {trainee.adapter.name!r}, step {trainee.step + 1}: no token to learn",
                     expected="at least one label that is not -100",
                 )
-        for group in groups:
-            for micro in range(max(len(work[i]) for i in group)):
-                present = [i for i in group if micro < len(work[i])]
-                self._micro_step(
-                    [trainees[i] for i in present],
-                    [work[i][micro] for i in present],
-                    [totals[i] for i in present],
-                    micro,
-                )
+        with resting(_idle(trainees)):
+            for group in groups:
+                self._differentiate(trainees, work, totals, group)
+            for trainee in trainees:
+                if (penalty := trainee.between.penalty()) is not None:
+                    penalty.backward()
         norms = [_clip(t, total) for t, total in zip(trainees, totals, strict=True)]
         return [
             _update(t, total, norm) for t, total, norm in zip(trainees, totals, norms, strict=True)
         ]
+
+    def _differentiate(
+        self,
+        trainees: Sequence[Trainee],
+        work: Sequence[Sequence[Sequence[Example]]],
+        totals: Sequence[_Totals],
+        group: Sequence[int],
+    ) -> None:
+        """The micro-batches of those trainees that go through one pass."""
+        for micro in range(max(len(work[i]) for i in group)):
+            present = [i for i in group if micro < len(work[i])]
+            self._micro_step(
+                [trainees[i] for i in present],
+                [work[i][micro] for i in present],
+                [totals[i] for i in present],
+                micro,
+            )
 
     def _can_share(self, trainees: Sequence[Trainee]) -> bool:
         """Whether all adapters can go through one pass and still train to the same bits as alone.
@@ -225,6 +243,41 @@ class _Totals:
     rows: list[int] = field(default_factory=list)
 
 
+def between_of(adapter: Adapter, total: int, seed: int) -> Between:
+    """What the method of an adapter does between the steps of a run."""
+    make = getattr(adapter.method, "between", None)
+    held = {path: (slot.method, slot.tensors) for path, slot in adapter.slots.items()}
+    return make(held, total=total, seed=seed) if make else Between()
+
+
+def at_rest(adapter: Adapter, between: Between, step: int) -> list[nn.Parameter]:
+    """What does not train in the step after `step` of them."""
+    tensors = (t for path in between.at_rest(step) for t in adapter.slots[path].tensors.values())
+    return [tensor for tensor in tensors if tensor.requires_grad]
+
+
+def _idle(trainees: Sequence[Trainee]) -> list[nn.Parameter]:
+    """What does not train in the step to come; the optimizers forget what they know of it."""
+    found = []
+    for trainee in trainees:
+        for tensor in at_rest(trainee.adapter, trainee.between, trainee.step):
+            trainee.optimizer.state.pop(tensor, None)
+            found.append(tensor)
+    return found
+
+
+@contextmanager
+def resting(tensors: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let nothing ask for gradients of these."""
+    try:
+        for tensor in tensors:
+            tensor.requires_grad_(False)
+        yield
+    finally:
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+
+
 def derive_seed(*parts: int | str) -> int:
     """A seed that depends on all parts, for one draw and no other."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
@@ -267,8 +320,9 @@ def _update(trainee: Trainee, total: _Totals, norm: float) -> StepResult:
     for group in trainee.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
     trainee.optimizer.step()
-    trainee.optimizer.zero_grad(set_to_none=True)
     trainee.step += 1
+    trainee.between.after(trainee.step)
+    trainee.optimizer.zero_grad(set_to_none=True)
     return StepResult(total.loss, norm, rate, total.tokens, total.labels)
 
 

@@ -344,7 +344,7 @@ class _Run:
         """Write the adapters, the best ones where that is wanted."""
         folders = {}
         for c in self.courses:
-            c.keep_best()
+            c.finish()
             folders[c.name] = self._publish(c)
         seconds, tokens = self.seconds, sum(c.tokens for c in self.courses)
         report = TrainReport(

@@ -121,7 +121,10 @@ def courses_of(
         courses.append(Course(trainee, examples, judged, group, origins))
     _check_lengths(model, courses)
     _check_warmup(courses, settings)
-    return courses, encoder.notes
+    if problems := [text for course in courses for text in course.trainee.between.problems()]:
+        raise ConfigError("the method cannot run so", problems=problems)
+    told = [(course.name, course.trainee.between.note()) for course in courses]
+    return courses, [*encoder.notes, *(f"{name}: {note}" for name, note in told if note)]
 
 
 class _Encoder:
