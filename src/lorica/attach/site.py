@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorica.attach.layers import describe, to_stored
+from lorica.attach.prompt import acting, is_prompt, run
 from lorica.errors import ActivationError, LoricaError, LoricaWarning
 from lorica.methods.method import Layer, Method, Tensors
 from lorica.ops.lora import Segment, lora_linear
@@ -156,9 +157,18 @@ class Site:
         if names and _covers_all(plates) and plates.slots[names[0]].method.replaces:
             return _run_copy(self, plates.slots[names[0]], *args, **kwargs)
         # accelerate and others put a forward on the instance
-        inner = self.__dict__.get("_lorica_inner")
-        y = inner(*args, **kwargs) if inner else super().forward(*args, **kwargs)  # pyright: ignore
+        inner = self.__dict__.get("_lorica_inner") or super().forward  # pyright: ignore
+        if names and is_prompt(plates.slots[names[0]].method):
+            now = acting(plates, names)
+            return inner(*args, **kwargs) if now is None else run(self, inner, now, args, kwargs)
+        y = inner(*args, **kwargs)
         return _add_adapters(self, plates, names, y, args, kwargs) if names else y
+
+    @property
+    def lorica_virtual_tokens(self) -> int:
+        """The most virtual tokens that an adapter puts in front of the input of this module."""
+        slots = self.__dict__["_lorica"].slots.values() if "_lorica" in self.__dict__ else ()
+        return max((getattr(slot.method, "num_virtual_tokens", 0) for slot in slots), default=0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """The plates follow the device, never the dtype."""

@@ -8,6 +8,9 @@ from lorica.methods.ia3 import IA3
 from lorica.methods.loha import LoHa
 from lorica.methods.lokr import LoKr
 from lorica.methods.lora import LoRA, LoRAFA
+from lorica.methods.p_tuning import PTuning
+from lorica.methods.prefix_tuning import PrefixTuning
+from lorica.methods.prompt_tuning import PromptTuning
 from lorica.methods.selective import Selective
 from lorica.methods.sparse import Sparse
 from lorica.methods.vera import VeRA
@@ -27,6 +30,9 @@ METHODS = {
         Compacter,
         Selective,
         Sparse,
+        PromptTuning,
+        PTuning,
+        PrefixTuning,
     )
 }
 """Kind -> the settings class, which is the method."""
@@ -66,6 +72,11 @@ PRESETS = {
     "norms": Preset(
         Selective, {"parameters": "norm"}, "normalisation layers alone (arXiv 2312.11420)"
     ),
+    "p-tuning-v2": Preset(
+        PrefixTuning,
+        {"prefix_projection": False},
+        "prefix tuning without a network (arXiv 2110.07602)",
+    ),
 }
 """A method's own name -> the settings of another one that it is."""
 
@@ -85,6 +96,9 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LoRAFA",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "Selective",
     "Sparse",
     "VeRA",

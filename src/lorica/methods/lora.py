@@ -77,7 +77,7 @@ class LoRA(Placed):
         )
 
     def problems(self, layer: Layer) -> list[str]:
-        if layer.kind in ("other", "block"):
+        if layer.kind in ("other", "block", "model"):
             return [f"{self.kind} needs a linear, embedding, convolution or experts layer"]
         smallest = min(layer.in_features * math.prod(layer.kernel_size), layer.out_features)
         found = []

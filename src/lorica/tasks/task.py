@@ -156,7 +156,8 @@ def filler(model: nn.Module, tokenizer: Any) -> int:
 
 
 def num_positions(model: nn.Module) -> int | None:
-    """The longest input that a model has positions for; None where it has no such limit.
+    """The longest input that a model has positions for, beside the virtual tokens of its adapters;
+    None where it has no such limit.
 
     RoBERTa and its like count positions from behind the filling token, whose embedding is one of
     the table.
@@ -173,7 +174,8 @@ def num_positions(model: nn.Module) -> int | None:
         and module.padding_idx is not None
         and module.num_embeddings == limit
     )
-    return limit - next(offsets, 0)
+    virtual = max(getattr(module, "lorica_virtual_tokens", 0) for module in model.modules())
+    return limit - next(offsets, 0) - virtual
 
 
 def wide(logits: Tensor) -> Tensor:
