@@ -282,10 +282,12 @@ def encode(
     task = make_task(settings, base)
     parts = [task.encode(part) for part in (material.train, material.valid or ())]
     tested = task.encode(material.scored or ())
-    limit = num_positions(model)
+    virtual = getattr(settings.method, "num_virtual_tokens", 0)
+    limit = num_positions(model, virtual=virtual)
     longest = max(max(len(e.input_ids), len(e.labels)) for p in [*parts, tested] for e in p)
     if settings.train.max_length is None and limit is not None and longest > limit:
-        why = f"the positions of the base; the longest record has {longest:,} tokens"
+        less = f" less {virtual} virtual tokens" if virtual else ""
+        why = f"the positions of the base{less}; the longest record has {longest:,} tokens"
         settings = settings.decided("max_length", limit, why)
         task = make_task(settings, base)
         parts = [task.encode(part) for part in (material.train, material.valid or ())]

@@ -52,7 +52,7 @@ class LoRA(Placed):
     )
 
     kind: ClassVar[str] = "lora"
-    title: ClassVar[str] = "a product of two thin factors beside each weight (arXiv 2106.09685)"
+    title: ClassVar[str] = "a product of two thin factors beside a weight (arXiv 2106.09685)"
     stacks: ClassVar[bool] = True
     frozen: ClassVar[frozenset[str]] = frozenset({"A0", "B0"})
 

@@ -39,7 +39,7 @@ class VeRA(WeightUpdate):
     )
 
     kind: ClassVar[str] = "vera"
-    title: ClassVar[str] = "vectors around one frozen random pair of factors (arXiv 2310.11454)"
+    title: ClassVar[str] = "vectors around one frozen random product (arXiv 2310.11454)"
 
     @property
     def dropout(self) -> float:

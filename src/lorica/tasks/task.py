@@ -155,9 +155,9 @@ def filler(model: nn.Module, tokenizer: Any) -> int:
     return next((token for token in known if token is not None and token >= 0), 0)
 
 
-def num_positions(model: nn.Module) -> int | None:
+def num_positions(model: nn.Module, *, virtual: int = 0) -> int | None:
     """The longest input that a model has positions for, beside the virtual tokens of its adapters;
-    None where it has no such limit.
+    None where it has no such limit. `virtual`: at least so many, of an adapter still to come.
 
     RoBERTa and its like count positions from behind the filling token, whose embedding is one of
     the table.
@@ -174,8 +174,8 @@ def num_positions(model: nn.Module) -> int | None:
         and module.padding_idx is not None
         and module.num_embeddings == limit
     )
-    virtual = max(getattr(module, "lorica_virtual_tokens", 0) for module in model.modules())
-    return limit - next(offsets, 0) - virtual
+    there = max(getattr(module, "lorica_virtual_tokens", 0) for module in model.modules())
+    return limit - next(offsets, 0) - max(there, virtual)
 
 
 def wide(logits: Tensor) -> Tensor:
