@@ -109,3 +109,25 @@ def test_a_prompt_begins_from_a_text(lorica, stock):
     config = json.loads(Path("run/adapter/adapter_config.json").read_text())
     assert config["prompt_tuning_init_text"] == "The red cat"
     assert lorica("chat", "run", "--prompt", "cat", "--max-new-tokens", 2).code == 0
+
+
+@pytest.mark.parametrize("base", ["embedded", "bert"])
+def test_edits_of_hidden_states_learn(lorica, stock, base):
+    model, data = (
+        ("embedded", "pairs.jsonl") if base == "embedded" else (stock / base, "classes.csv")
+    )
+    given = ["--model", model, "--data", stock / data, "--method", "loreft", "--r", 4, *SMALL[2:]]
+    steps = [*STEPS[:-1], "3e-3"]
+    more = ["--max-new-tokens", 6] if base == "embedded" else []
+    done = lorica("train", *given, *steps, *more, "--output-dir", "run", "--quiet")
+    assert done.code == 0, done.err
+    assert losses("run")[-1] < 0.95 * losses("run")[0]
+    judged = lorica("eval", "run", "--data", stock / data, "--limit", 4, "--metrics", "loss")
+    assert judged.code == 0, judged.err
+    if base == "embedded":
+        told = lorica("chat", "run", "--prompt", "cat red 1", "--max-new-tokens", 3)
+        assert told.code == 0, told.err
+        assert lorica("merge", "run", "--output-dir", "whole").code != 0
+        words = [*given, "--train-on", "all", "--max-steps", 2, "--output-dir", "other"]
+        refused = lorica("train", *words)
+        assert refused.code != 0 and "the records have no prompt" in refused.err

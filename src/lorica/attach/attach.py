@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorica.attach.intervene import blocks_of, is_intervention
 from lorica.attach.layers import describe
 from lorica.attach.params import select
 from lorica.attach.probe import weight_read
@@ -264,6 +265,8 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     copied = _copied(model, getattr(method, "modules_to_save", ()))
     if is_prompt(method):
         return _prompt_places(model, method, copied)
+    if is_intervention(method):
+        return _block_places(model, method, copied)
     settings: Any = method  # those of a method that is placed by name
     named = settings.target_modules
     targets = resolve(
@@ -307,6 +310,18 @@ def _prompt_places(
     found.update({path: (module, None, Copy()) for path, module in copied.items()})
     where = " and ".join(type(stack).__name__ for stack in stacks.values())
     return found, method, f"{method.num_virtual_tokens} virtual tokens in front of {where}"
+
+
+def _block_places(
+    model: nn.Module, method: Any, copied: Mapping[str, nn.Module]
+) -> tuple[Places, Method, str]:
+    """Edits sit behind blocks, and on the stack around them."""
+    chosen = blocks_of(model, method)
+    found: Places = {path: (module, None, method) for path, module in chosen.items()}
+    found.update({path: (module, None, Copy()) for path, module in copied.items()})
+    first, last = method.prefix_positions, method.suffix_positions
+    where = f"the first {first} and the last {last} tokens of the prompt"
+    return found, method, f"behind {len(chosen) - 1} blocks, at {where}"
 
 
 def _copied(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -363,7 +378,7 @@ def _check_places(places: Places, method: Method) -> None:
             f"{method.kind} does not fit {len(problems)} of the layers",
             problems=problems[:20],
             mend=None
-            if is_prompt(method)
+            if is_prompt(method) or is_intervention(method)
             else "leave them out with exclude_modules, or give them another rank with rank_pattern",
         )
 

@@ -18,13 +18,16 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorica.attach.intervene import edited, is_intervention, locate
 from lorica.attach.layers import describe, to_stored
 from lorica.attach.prompt import acting, is_prompt, run
 from lorica.errors import ActivationError, LoricaError, LoricaWarning
@@ -70,14 +73,19 @@ class Status:
             adapter that sits on a model without effect is the mistake that nobody sees.
         owner: the thread that activated; another one would change its answers.
         tokens: rows times positions that the newest layer with a batch was given.
+        prompts: how long the prompts of the batch are, if a task told it; see `base.batch`.
+        where: by adapter, the tokens whose hidden states it edits in this forward pass.
     """
 
     decided: bool = False
     owner: int | None = None
     tokens: int = 0
+    prompts: Sequence[int] | None = None
+    where: dict[str, Tensor] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy is inactive, and nobody's
-        return {"decided": False, "owner": None, "tokens": 0}
+        plain = {"decided": False, "owner": None, "tokens": 0}
+        return {**plain, "prompts": None, "where": {}}
 
     def warn_undecided(self) -> None:
         """Warn, once, that nothing acts because nobody said that anything should."""
@@ -158,10 +166,16 @@ class Site:
             return _run_copy(self, plates.slots[names[0]], *args, **kwargs)
         # accelerate and others put a forward on the instance
         inner = self.__dict__.get("_lorica_inner") or super().forward  # pyright: ignore
-        if names and is_prompt(plates.slots[names[0]].method):
-            now = acting(plates, names)
-            return inner(*args, **kwargs) if now is None else run(self, inner, now, args, kwargs)
+        prompts = [name for name in names if is_prompt(plates.slots[name].method)]
+        edits = [name for name in names if is_intervention(plates.slots[name].method)]
+        if edits and plates.layer.kind == "model":
+            plates.status.where = locate(cast(nn.Module, self), plates, edits, args, kwargs)
+        if prompts and (now := acting(plates, prompts)) is not None:
+            return run(self, inner, now, args, kwargs)
         y = inner(*args, **kwargs)
+        if edits and plates.layer.kind != "model":
+            return edited(plates, edits, y, partial(_row_gate, plates))
+        names = [name for name in names if name not in edits and name not in prompts]
         return _add_adapters(self, plates, names, y, args, kwargs) if names else y
 
     @property

@@ -8,6 +8,7 @@ from lorica.methods.ia3 import IA3
 from lorica.methods.loha import LoHa
 from lorica.methods.lokr import LoKr
 from lorica.methods.lora import LoRA, LoRAFA
+from lorica.methods.loreft import LoReFT
 from lorica.methods.p_tuning import PTuning
 from lorica.methods.prefix_tuning import PrefixTuning
 from lorica.methods.prompt_tuning import PromptTuning
@@ -33,6 +34,7 @@ METHODS = {
         PromptTuning,
         PTuning,
         PrefixTuning,
+        LoReFT,
     )
 }
 """Kind -> the settings class, which is the method."""
@@ -96,6 +98,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LoRAFA",
+    "LoReFT",
     "PTuning",
     "PrefixTuning",
     "PromptTuning",

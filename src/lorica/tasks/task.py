@@ -45,12 +45,14 @@ class Batch:
         keep: one tensor per block: rows of the flattened hidden states that carry a label.
         rows: (start, end) of each block in the flat row; None where the batch is padded and has one
             block.
+        prompts: tokens before the first label of every record; None where a record is all prompt.
     """
 
     inputs: dict[str, Any]
     labels: tuple[Tensor, ...]
     keep: tuple[Tensor, ...] = ()
     rows: tuple[tuple[int, int], ...] | None = None
+    prompts: tuple[int, ...] | None = None
 
 
 class Task(Protocol):
