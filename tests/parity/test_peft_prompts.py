@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from architectures import ARCHITECTURES
@@ -204,6 +205,46 @@ def test_generation_is_theirs():
         with torch.no_grad(), activate(adapter.model, "a"):
             actual = adapter.model.generate(**inputs, **how)
         assert torch.equal(actual, theirs.generate(**inputs, **how)), case
+
+
+def encoder_decoder(kind: str, layers: int) -> Any:
+    """With heads of one size, which is what PEFT's prefixes fit on."""
+    common = {"vocab_size": 97, "d_model": 36, "pad_token_id": 0, "decoder_start_token_id": 0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "t5":
+            sizes = {"d_kv": 12, "d_ff": 53, "num_layers": layers, "num_heads": 3}
+            return hf.T5ForConditionalGeneration(hf.T5Config(**common, **sizes)).eval()
+        sizes = {f"{side}_layers": layers for side in ("encoder", "decoder")}
+        sizes |= {f"{side}_attention_heads": 3 for side in ("encoder", "decoder")}
+        sizes |= {f"{side}_ffn_dim": 53 for side in ("encoder", "decoder")}
+        config = hf.BartConfig(**common, **sizes, max_position_embeddings=64)
+        return hf.BartForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("settings", [PREFIX[2], PROJECTED[2]], ids=["plain", "projected"])
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_prefixes_of_decoders_behind_encoders_are_read(kind, layers, settings, tmp_path):
+    """PEFT mixes the layers up there: its files are read as it uses them, and ours are our own."""
+    base = encoder_decoder(kind, layers)
+    config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5, **settings)
+    theirs = peft.get_peft_model(base, config).eval()
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    inputs = ARCHITECTURES["t5"].sample(base, 2, 7)
+    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    with torch.no_grad():
+        expected = theirs(**inputs).logits
+    model = encoder_decoder(kind, layers)
+    adapter = load_adapter(model, tmp_path / "theirs", name="a")
+    with torch.no_grad(), activate(model, "a"):
+        same(model(**inputs).logits, expected)
+    save_adapter(adapter, tmp_path / "ours")
+    again = encoder_decoder(kind, layers)
+    load_adapter(again, tmp_path / "ours", name="a")
+    with torch.no_grad(), activate(again, "a"):
+        same(again(**inputs).logits, expected)
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["format"] == "lorica"
 
 
 def test_the_kinds_that_are_read_are_told():

@@ -305,7 +305,7 @@ def _prompt_places(
     if hasattr(method, "told"):
         base = base_of(model)
         method = method.told(base.tokenizer.encode if base and base.tokenizer else None)
-    stacks = stacks_of(model)
+    stacks = stacks_of(model, method)
     found: Places = {path: (stack, None, method) for path, stack in stacks.items()}
     found.update({path: (module, None, Copy()) for path, module in copied.items()})
     where = " and ".join(type(stack).__name__ for stack in stacks.values())

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from lorica.attach.layers import describe
 from lorica.attach.stack import takes
@@ -44,9 +44,11 @@ def is_prompt(method: Any) -> bool:
     return hasattr(method, "embeddings") or hasattr(method, "key_values")
 
 
-def stacks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The stacks that virtual tokens reach, by path: the first is given them, and of an
-    encoder-decoder model the decoder is the second, which looks at what the encoder made of them.
+def stacks_of(model: nn.Module, method: Any = None) -> dict[str, nn.Module]:
+    """The stacks that virtual tokens reach, by path: the first is given them.
+
+    In an encoder-decoder model prompts stand before the source, and the decoder is the second
+    stack, which looks at what the encoder made of them; prefixes reach the decoder alone.
 
     Raises:
         TargetError: the model is none of transformers, or takes no virtual tokens.
@@ -58,6 +60,7 @@ def stacks_of(model: nn.Module) -> dict[str, nn.Module]:
     found: list[Any] = [_text_stack(model.base_model)]
     if model.config.is_encoder_decoder:
         found = [model.get_encoder(), model.get_decoder()]
+        found = found[1:] if hasattr(method, "key_values") else found
     own = takes(found[0])
     problems = []
     if describe(found[0]).kind != "model" or "inputs_embeds" not in own:
@@ -231,6 +234,13 @@ def _check(
             "not filled from its beginning by this activation",
             mend="begin with an empty cache; decoding with an assistant is not possible here",
         )
+    told = "position_ids" in takes(module) or now.layer.geometry["bidirectional"]
+    if not now.even and not told and now.layer.geometry["positions"] is not None:
+        raise ActivationError(
+            f"{now.path}: rows with different numbers of virtual tokens need positions of their "
+            "own, and this stack counts them by itself",
+            mend="give all the same num_virtual_tokens, or activate them apart",
+        )
     if positions is not None and positions.dim() != 2:
         raise ActivationError(f"{now.path}: positions of several kinds cannot be moved")
     if "documents" in values:
@@ -400,12 +410,13 @@ def _run_prefix(module: Any, forward: Any, now: Acting, values: dict[str, Any]) 
     (batch, length), device = _shape(values)
     counts = now.counts(batch, device)
     given = values.get("past_key_values")
-    cache = DynamicCache(config=module.config) if given is None else given
+    cache = _empty_cache(module, values) if given is None else given
     dtype = module.get_input_embeddings().weight.dtype
     parts = [method.key_values(tensors, now.layer).to(dtype) for method, tensors in now.slots]
     pairs = now.stacked(parts, batch, 3)  # (B, layers, 2, K, P, D)
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     for number in range(pairs.shape[1]):
-        cache.update(pairs[:, number, 0], pairs[:, number, 1], number)
+        own.update(pairs[:, number, 0], pairs[:, number, 1], number)
     values["past_key_values"] = cache
     if now.layer.geometry["bidirectional"]:
         values["attention_mask"] = _whole_mask(values, now, counts, length, dtype)
@@ -421,6 +432,15 @@ def _run_prefix(module: Any, forward: Any, now: Acting, values: dict[str, Any]) 
     if given is None and values.get("use_cache") is False and not isinstance(output, tuple):
         output.past_key_values = None  # nobody asked for one
     return output
+
+
+def _empty_cache(module: Any, values: Mapping[str, Any]) -> Cache:
+    """As the stack would make it for itself."""
+    if values.get("encoder_hidden_states") is None:
+        return DynamicCache(config=module.config)
+    return EncoderDecoderCache(
+        DynamicCache(config=module.config), DynamicCache(config=module.config)
+    )
 
 
 def _whole_mask(

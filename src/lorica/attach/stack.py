@@ -21,12 +21,16 @@ def takes(module: nn.Module) -> list[str]:
 def geometry(module: Any) -> dict[str, Any]:
     """What methods and prompts must know of a stack; see `methods.method.Layer.geometry`."""
     config = module.config.get_text_config()
-    heads = _first(config, "num_attention_heads", "n_head", "num_heads", default=1)
+    decodes = "encoder_hidden_states" in takes(module) and config.is_encoder_decoder
+    own = ("decoder_attention_heads",) if decodes else ()
+    heads = _first(config, *own, "num_attention_heads", "n_head", "num_heads", default=1)
     width = _first(config, "hidden_size", "n_embd", "d_model", default=0)
+    own = ("decoder_layers", "num_decoder_layers") if decodes else ()
+    layers = (*own, "num_hidden_layers", "num_layers", "n_layer")
     found = {
-        "num_layers": _first(config, "num_hidden_layers", "num_layers", "n_layer", default=0),
+        "num_layers": _first(config, *layers, default=0),
         "num_heads": _key_value_heads(config, heads),
-        "head_dim": getattr(config, "head_dim", None) or width // heads,
+        "head_dim": _first(config, "head_dim", "d_kv", default=width // heads),
         "positions": _positions(module),
         "bidirectional": is_bidirectional(module),
     }
@@ -65,8 +69,6 @@ def _no_prefix(module: nn.Module, config: Any) -> tuple[str, ...]:
     found = []
     if "past_key_values" not in takes(module):
         found.append("prefix-tuning needs layers that take past keys and values; these take none")
-    if getattr(config, "is_encoder_decoder", False):
-        found.append("prefix-tuning does not reach encoder-decoder models; use prompt-tuning")
     kinds = set(getattr(config, "layer_types", None) or ())
     if other := sorted(kinds - {"full_attention", "sliding_attention"}):
         found.append(f"some layers keep no keys and values of their own ({', '.join(other)})")

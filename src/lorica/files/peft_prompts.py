@@ -7,6 +7,7 @@ modules trained whole as `base_model.PATH`: PEFT does not wrap the base for thes
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,13 @@ _TASK_OF_CLASS |= {"ForSequenceClassification": "SEQ_CLS"}
 
 
 def fits(adapter: Adapter) -> bool:
-    """Whether the adapter can be written in this layout."""
+    """Whether the adapter can be written in this layout.
+
+    On the decoder of an encoder-decoder model PEFT gives some layers the prefix of others, which
+    leaves no place for a prefix of their own.
+    """
+    if isinstance(adapter.method, PrefixTuning) and _has_encoder(adapter.model):
+        return False
     return type(adapter.method) in KINDS.values()
 
 
@@ -81,7 +88,7 @@ def base_name(config: Mapping[str, Any]) -> str | None:
 def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors."""
     method: Any = adapter.method
-    path, stack = next(iter(stacks_of(adapter.model).items()))
+    path, stack = next(iter(stacks_of(adapter.model, method).items()))
     with torch.no_grad():
         tensors = {KEY: _wide(method.fold(adapter.slots[path].tensors).cpu()).contiguous()}
     for place, slot in adapter.slots.items():
@@ -142,7 +149,7 @@ def _settings(adapter: Adapter) -> dict[str, Any]:
 
 def _task_type(adapter: Adapter) -> str | None:
     known = TASK_TYPES.get(adapter.base.get("task", ""))
-    if known is None and getattr(adapter.model.config, "is_encoder_decoder", False):
+    if known is None and _has_encoder(adapter.model):
         return "SEQ_2_SEQ_LM"
     own = type(adapter.model).__name__
     return known or next((t for end, t in _TASK_OF_CLASS.items() if own.endswith(end)), None)
@@ -162,13 +169,19 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
     config = parse_config({"peft_type": "LORA", **placing}, str(where))
     method = _method(raw, config, where)
     try:
-        stacks = stacks_of(model)
+        stacks = stacks_of(model, method)
     except TargetError as error:
         raise AdapterFileError(f"{folder}: {error.what}", problems=error.problems) from error
-    first = next(iter(stacks))
+    first, takes_turns = (
+        next(iter(stacks)),
+        isinstance(method, PrefixTuning) and _has_encoder(model),
+    )
+    if takes_turns:  # it can only be written again as it is
+        method = replace(method, prefix_projection=False, encoder_hidden_size=0)
     places: Places = {path: (stack, None, method) for path, stack in stacks.items()}
     entries = {key: tuple(entry.shape) for key, entry in file.entries.items()}
-    problems, rows = _shape_problems(entries.get(KEY), raw, method, stacks)
+    most = 2 if _has_encoder(model) else 1
+    problems, rows = _shape_problems(entries.get(KEY), raw, method, stacks, most)
     copies = _copies(model, config, entries, problems)
     places |= {path: (modules_of(model)[path], None, Copy()) for path in copies}
     used = {KEY, *(key for keys in copies.values() for key in keys.values())}
@@ -180,10 +193,27 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
             mend="load the base that the adapter was made for",
         )
     tensors: dict[str, Tensors] = {path: {} for path in stacks}
-    tensors[first] = {method.folded: _wide(file.read(KEY))[:rows].contiguous()}
+    made = _wide(file.read(KEY))[:rows]
+    if takes_turns:
+        made = _as_the_decoder_has_it(made, describe(stacks[first]).geometry["num_layers"])
+    tensors[first] = {method.folded: made.contiguous()}
     for path, keys in copies.items():
         tensors[path] = {name: _wide(file.read(key)) for name, key in keys.items()}
     return Found(method, places, tensors, config.base_name, config.task)
+
+
+def _has_encoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _as_the_decoder_has_it(prefix: Tensor, num_layers: int) -> Tensor:
+    """PEFT lays the keys and values of all layers twice in a row and deals them out in fours, of
+    which a layer uses the first two: layer n has those that stand in the file for 2 n, modulo the
+    number of layers.
+    """
+    layers = prefix.view(prefix.shape[0], num_layers, -1)
+    order = [2 * number % num_layers for number in range(num_layers)]
+    return layers[:, order].reshape(prefix.shape)
 
 
 def _method(raw: Mapping[str, Any], config: PeftConfig, where: Path) -> Any:
@@ -228,6 +258,7 @@ def _shape_problems(
     raw: Mapping[str, Any],
     method: Any,
     stacks: Mapping[str, nn.Module],
+    most: int,
 ) -> tuple[list[str], int]:
     """What is wrong with the virtual tokens of a file; and how many of its rows act.
 
@@ -241,8 +272,10 @@ def _shape_problems(
     if isinstance(method, PrefixTuning):
         columns = 2 * size["num_layers"] * size["num_heads"] * size["head_dim"]
     parts = raw.get("num_transformer_submodules") or 1
-    if parts not in (1, len(stacks)):
+    if parts not in (1, most):
         return [f"num_transformer_submodules is {str(parts)[:40]}, which PEFT cannot run"], count
+    if isinstance(method, PrefixTuning):
+        parts = 1
     wanted = (parts * count, columns)
     if there is None:
         return [f"{KEY}: missing from the file"], count
