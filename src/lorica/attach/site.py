@@ -166,16 +166,9 @@ class Site:
             return _run_copy(self, plates.slots[names[0]], *args, **kwargs)
         # accelerate and others put a forward on the instance
         inner = self.__dict__.get("_lorica_inner") or super().forward  # pyright: ignore
-        prompts = [name for name in names if is_prompt(plates.slots[name].method)]
-        edits = [name for name in names if is_intervention(plates.slots[name].method)]
-        if edits and plates.layer.kind == "model":
-            plates.status.where = locate(cast(nn.Module, self), plates, edits, args, kwargs)
-        if prompts and (now := acting(plates, prompts)) is not None:
-            return run(self, inner, now, args, kwargs)
+        if names and plates.layer.kind in ("model", "block"):
+            return _run_whole(self, inner, plates, names, args, kwargs)
         y = inner(*args, **kwargs)
-        if edits and plates.layer.kind != "model":
-            return edited(plates, edits, y, partial(_row_gate, plates))
-        names = [name for name in names if name not in edits and name not in prompts]
         return _add_adapters(self, plates, names, y, args, kwargs) if names else y
 
     @property
@@ -197,6 +190,23 @@ class Site:
     def __reduce_ex__(self, protocol: Any) -> tuple:  # a class made here has no name to import
         own = type(self)
         return _rebuild, (own._lorica_base, _read_parameters(own)), self.__dict__.copy()
+
+
+def _run_whole(
+    module: Any, inner: Any, plates: Plates, names: list[str], args: tuple, kwargs: dict
+) -> Any:
+    """The stack of layers, a block of it or a part of a block, with what acts on it as a whole."""
+    prompts = [name for name in names if is_prompt(plates.slots[name].method)]
+    edits = [name for name in names if is_intervention(plates.slots[name].method)]
+    if edits and plates.layer.kind == "model":
+        plates.status.where = locate(module, plates, edits, args, kwargs)
+    if prompts and (now := acting(plates, prompts)) is not None:
+        return run(module, inner, now, args, kwargs)
+    y = inner(*args, **kwargs)
+    if edits and plates.layer.kind == "block":
+        return edited(plates, edits, y, partial(_row_gate, plates))
+    rest = [name for name in names if name not in prompts and name not in edits]
+    return _add_adapters(module, plates, rest, y, args, kwargs) if rest else y
 
 
 def _add_adapters(

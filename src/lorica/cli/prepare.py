@@ -240,7 +240,9 @@ def _size(adapter: Adapter, of: int) -> str:
     share = adapter.num_parameters / of
     text = f"{count(adapter.num_parameters)} parameters train in {len(adapter.slots)} places"
     sizes = [
-        f"{key}={getattr(method, key):g}" for key in ("r", "lora_alpha") if hasattr(method, key)
+        f"{key}={getattr(method, key):g}"
+        for key in ("r", "lora_alpha", "num_virtual_tokens")
+        if hasattr(method, key)
     ]
     rank = f"; {', '.join(sizes)}" if sizes else ""
     return f"{method.kind}, {text} ({share:.2%} of the base){rank}"
