@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
@@ -181,6 +182,86 @@ def test_packed_documents_have_it_each(kind, name):
     attach(model, of(kind, 5), name="a")
     with activate(model, "a"):
         assert packing_fault(model) == plain is None
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_packed_behind_a_prefix_longer_than_the_window(count):
+    """A sliding window of 4: what is out of it is forgotten, packed or not."""
+    config = ARCHITECTURES["mistral"].build().config
+    config.sliding_window = 4
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = hf.MistralForCausalLM(config).eval()
+    attach(model, of("prefix", count), name="a")
+    inputs = inputs_of("llama", model, 2, 9)
+    how = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 5}
+    with activate(model, "a"):
+        assert packing_fault(model) is None
+        slow = model.generate(**inputs, **how, use_cache=False)
+        assert torch.equal(model.generate(**inputs, **how), slow)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_that_classifies_reads_each_text_at_its_own_end(kind):
+    config = hf.LlamaConfig(
+        vocab_size=97,
+        hidden_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=53,
+        num_labels=3,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = hf.LlamaForSequenceClassification(config).eval()
+    attach(model, of(kind, 4), name="a")
+    attach(model, of(kind, 2), name="b")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 97, (3, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    ids[0, 4:], mask[0, 4:] = 0, 0
+    rows = ["a", "b", None]
+    with torch.no_grad(), activate(model, rows):
+        together = model(input_ids=ids, attention_mask=mask).logits
+    for index, entry in enumerate(rows):
+        real = int(mask[index].sum())
+        with torch.no_grad(), activate(model, entry):
+            alone = model(input_ids=ids[index : index + 1, :real]).logits
+        close(together[index : index + 1], alone)
+
+
+def test_a_stack_without_a_head_is_served_too(tmp_path):
+    model = ARCHITECTURES["llama"].build().model
+    adapter = attach(model, of("prompt", 4), name="a")
+    ids = torch.arange(3, 13).view(2, 5)
+    with torch.no_grad(), activate(model, "a"):
+        expected = model(ids, output_hidden_states=True)
+    assert expected.last_hidden_state.shape == (2, 5, 36)
+    assert all(h.shape == (2, 5, 36) for h in expected.hidden_states)
+    lorica.save_adapter(adapter, tmp_path / "a")
+    again = ARCHITECTURES["llama"].build().model
+    lorica.load_adapter(again, tmp_path / "a", name="b")
+    with torch.no_grad(), activate(again, "b"):
+        assert torch.equal(again(ids).last_hidden_state, expected.last_hidden_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_dtypes_of_the_base(kind, dtype):
+    model = ARCHITECTURES["llama"].build().to(dtype)
+    adapter = attach(model, of(kind, 4), name="a")
+    inputs = inputs_of("llama", model)
+    bits = [p.clone() for p in model.parameters()]
+    with activate(model, "a"):
+        out = model(**inputs).logits
+        out.float().square().sum().backward()
+    assert out.dtype == dtype
+    for parameter in adapter.parameters():
+        assert parameter.dtype == torch.float32 and parameter.grad is not None
+        assert parameter.grad.isfinite().all() and parameter.grad.any()
+    for parameter, before in zip(model.parameters(), bits, strict=True):
+        assert parameter.grad is None and torch.equal(parameter, before)
 
 
 def test_gradients_of_packed_are_those_of_padded():

@@ -3,7 +3,8 @@
 The blocks are sites, and so is the stack of layers around them, which holds no tensors: where the
 prompts are can only be seen from what the stack is given (masks, the layout of documents, whether a
 cache is filled already) and from what the task told (`base.batch`). It is written down once for a
-forward pass, for its blocks and for a recomputation of them.
+forward pass, for its blocks and for a recomputation of them. A call without a cache, of which no
+task told anything, is taken as one prompt.
 
 Legend: B rows, L tokens of a row, T tokens of a flat row of documents, H width.
 """

@@ -421,10 +421,8 @@ def _run_prefix(module: Any, forward: Any, now: Acting, values: dict[str, Any]) 
     if now.layer.geometry["bidirectional"]:
         values["attention_mask"] = _whole_mask(values, now, counts, length, dtype)
         return forward(**values)
-    if "documents" in values:
-        if now.rows is not None:
-            raise ActivationError(f"{now.path}: documents in one row share their prefix")
-        values["documents"] = values["documents"].prefixed(now.longest)
+    if "documents" in values and now.rows is not None:
+        raise ActivationError(f"{now.path}: documents in one row share their prefix")
     values["attention_mask"] = _longer_mask(values, now, counts, length)
     if "position_ids" in takes(module):
         values["position_ids"] = _positions(values, now, counts, length, 0)

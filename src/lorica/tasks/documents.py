@@ -66,27 +66,17 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The layout of a flat row: its blocks, in order, without gaps.
-
-    Attributes:
-        prefix: keys and values in front of those of the row that every document sees.
-    """
+    """The layout of a flat row: its blocks, in order, without gaps."""
 
     blocks: tuple[Block, ...]
-    prefix: int = 0
 
     def to(self, device: torch.device) -> Documents:
         return Documents(
             tuple(
                 replace(b, gather=b.gather.to(device), scatter=b.scatter.to(device))
                 for b in self.blocks
-            ),
-            self.prefix,
+            )
         )
-
-    def prefixed(self, count: int) -> Documents:
-        """The same row behind so many keys and values."""
-        return replace(self, prefix=count)
 
     def lengthened(self, count: int) -> Lengthened:
         """The layout with `count` more rows in front of every document."""
@@ -208,7 +198,8 @@ def documents_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document.
 
-    Shapes are as transformers hands them: (1, H, T, D) -> (1, T, H, D).
+    Shapes are as transformers hands them: (1, H, T, D) -> (1, T, H, D). Where there are more keys
+    and values than queries, the first ones are a prefix that every document sees.
 
     Semantics: for each document d: out[d] = softmax(causal(query[d] key[d]^T * scaling)) value[d]
     """
@@ -221,10 +212,11 @@ def documents_attention(
     if unknown or not getattr(module, "is_causal", True):
         raise NotSupported(f"attention with {', '.join(unknown) or 'both directions'}")
     sizes = [block.size for block in documents.blocks]
-    before = key[0, :, : documents.prefix], value[0, :, : documents.prefix]
-    rows = query, key[:, :, documents.prefix :], value[:, :, documents.prefix :]
+    prefix = key.shape[2] - query.shape[2]
+    before = key[0, :, :prefix], value[0, :, :prefix]
+    rows = query, key[:, :, prefix:], value[:, :, prefix:]
     parts = zip(*(t[0].transpose(0, 1).split(sizes) for t in rows), strict=True)
-    how = _How(scaling, dropout, sliding_window, before if documents.prefix else None)
+    how = _How(scaling, dropout, sliding_window, before if prefix else None)
     out = [
         _block(q, k, v, block, how)
         for (q, k, v), block in zip(parts, documents.blocks, strict=True)
