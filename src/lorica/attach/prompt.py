@@ -108,6 +108,11 @@ class Acting:
         counts = {method.num_virtual_tokens for method, _ in self.slots}
         return len(counts) == 1 and (self.rows is None or -1 not in self.rows)
 
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What a cache is marked with, which is good for these virtual tokens only."""
+        return tuple(id(tensors) for _, tensors in self.slots), self.rows
+
     def each(self, batch: int) -> list[int]:
         """The index for every row of a batch, in which beams repeat a row in place."""
         if self.rows is None:
@@ -201,10 +206,15 @@ def run(
         _lengthen(values, now, shape, seen, device, positions="position_ids" in takes(module))
         return forward(**values)
     if hasattr(now.slots[0][0], "key_values"):
-        return _run_prefix(module, forward, now, values)
-    if "documents" in values:
-        return _run_packed(module, forward, now, values)
-    return _run_prompt(module, forward, now, values)
+        output = _run_prefix(module, forward, now, values)
+    elif "documents" in values:
+        output = _run_packed(module, forward, now, values)
+    else:
+        output = _run_prompt(module, forward, now, values)
+    filled = getattr(output, "past_key_values", None)
+    if filled is not None and not torch.compiler.is_compiling():
+        filled._lorica_filled_by = now.signature
+    return output
 
 
 def _shape(values: Mapping[str, Any]) -> tuple[tuple[int, int], torch.device]:
@@ -228,10 +238,12 @@ def _check(
             expected="a cache that grows, and an attention mask (rows, tokens)",
             mend="with generate: leave cache_implementation out",
         )
-    if mask is not None and mask.shape[1] != length:
+    other = getattr(values.get("past_key_values"), "_lorica_filled_by", None) != now.signature
+    known = not torch.compiler.is_compiling()
+    if (mask is not None and mask.shape[1] != length) or (seen and known and other):
         raise ActivationError(
-            f"{now.path}: the attention mask is {mask.shape[1]} long and the cache {seen}: it was "
-            "not filled from its beginning by this activation",
+            f"{now.path}: the cache of {seen} places was not filled from its beginning by this "
+            f"activation, or the attention mask does not fit it: {length} places are left for it",
             mend="begin with an empty cache; decoding with an assistant is not possible here",
         )
     told = "position_ids" in takes(module) or now.layer.geometry["bidirectional"]

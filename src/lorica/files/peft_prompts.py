@@ -184,6 +184,11 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
     problems, rows = _shape_problems(entries.get(KEY), raw, method, stacks, most)
     copies = _copies(model, config, entries, problems)
     places |= {path: (modules_of(model)[path], None, Copy()) for path in copies}
+    problems += [
+        f"{key}: {entry.dtype} is no type of trained numbers"
+        for key, entry in file.entries.items()
+        if not entry.dtype.is_floating_point
+    ]
     used = {KEY, *(key for keys in copies.values() for key in keys.values())}
     problems += [f"{key}: has no place in this model" for key in entries if key not in used]
     if problems:
