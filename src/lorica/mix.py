@@ -234,7 +234,10 @@ def _hindrance(target: _Target) -> str | None:
         return "the update of a grouped convolution is no grouped convolution itself"
     if adds and getattr(target.module, "max_norm", None) is not None:
         return "the embedding changes its own weight when it is read (max_norm)"
-    if layer.kind in ("other", "block") and [share for share, _ in copies] not in ([1.0], []):
+    if layer.kind in ("other", "block", "model") and [share for share, _ in copies] not in (
+        [1.0],
+        [],
+    ):
         kind = type(target.module).__name__
         return f"a mixture of {kind} modules is no {kind}; give one adapter the weight 1"
     return None

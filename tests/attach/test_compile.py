@@ -7,6 +7,8 @@ from torch import Tensor, nn
 import lorica
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
+from lorica.attach.attach import attach
+from lorica.methods import LoReFT, PrefixTuning, PromptTuning, PTuning
 from lorica.methods.lora import LoRA
 
 # Of dynamo about its own way to trace a custom autograd function.
@@ -166,3 +168,30 @@ def test_export():
     with activate(model, "a"), torch.no_grad():
         program = torch.export.export(model, (IDS,))
         torch.testing.assert_close(program.module()(IDS), model(IDS))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PromptTuning(num_virtual_tokens=3),
+        PTuning(num_virtual_tokens=3, encoder_reparameterization_type="LSTM"),
+        PrefixTuning(num_virtual_tokens=3),
+        LoReFT(r=2, prefix_positions=1, suffix_positions=2),
+    ],
+    ids=lambda method: method.kind,
+)
+def test_what_sits_on_the_stack_compiles_into_one_graph(method):
+    model = ARCHITECTURES["llama"].build()
+    adapter = attach(model, method, name="a")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1)
+    inputs = ARCHITECTURES["llama"].sample(model, 2, 7)
+    with activate(model, "a"):
+        expected = model(**inputs, use_cache=False).logits
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        actual = torch.compile(model, backend="eager")(**inputs, use_cache=False).logits
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(actual, expected)

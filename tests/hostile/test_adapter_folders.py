@@ -24,6 +24,7 @@ from lorica.attach.site import is_site
 from lorica.errors import AdapterFileError, ConfigError, LoricaError
 from lorica.files.adapter import CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter
 from lorica.files.safetensors_file import MAX_HEADER_BYTES, MAX_TENSORS, TensorFile
+from lorica.methods import LoReFT, PrefixTuning, PromptTuning
 from lorica.methods.lora import LoRA
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -483,3 +484,39 @@ def test_our_own_extra_file_is_read_with_the_same_care(folder):
     refused(folder, "no proper JSON")
     (folder / PROVENANCE).unlink()
     assert load_adapter(llama(), folder).num_parameters > 0
+
+
+def test_edits_without_the_place_that_finds_their_tokens_are_refused(tmp_path):
+    save_adapter(attach(llama(), LoReFT(r=2)), tmp_path / "x")
+    config = json.loads((tmp_path / "x" / CONFIG).read_text())
+    whole = dict(config["places"])
+    edit_config(tmp_path / "x", places={k: v for k, v in whole.items() if k != "model"})
+    assert "model: has no entry" in str(refused(tmp_path / "x"))
+    edit_config(tmp_path / "x", places=whole, settings={**config["settings"], "r": 3})
+    assert "this base needs" in str(refused(tmp_path / "x"))
+
+
+def test_a_number_of_virtual_tokens_takes_no_memory(tmp_path):
+    model = ARCHITECTURES["t5"].build()
+    save_adapter(attach(model, PrefixTuning(num_virtual_tokens=3)), tmp_path / "x")
+    config = json.loads((tmp_path / "x" / CONFIG).read_text())
+    settings = {**config["settings"], "num_virtual_tokens": 65536, "prefix_projection": True}
+    edit_config(tmp_path / "x", settings={**settings, "encoder_hidden_size": 65536})
+    tracked = torch.zeros(1)
+    with pytest.raises(AdapterFileError, match="missing from the file"):
+        load_adapter(ARCHITECTURES["t5"].build(), tmp_path / "x")
+    assert type(torch.empty(1)) is type(tracked)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "match"),
+    [
+        (torch.full((4, 36), torch.nan), "not finite|NaN|finite"),
+        (torch.zeros(4, 35), r"\(4, 35\), but this base needs \(4, 36\)"),
+        (torch.zeros(4, 36, dtype=torch.int64), "int64 is no type of trained numbers"),
+    ],
+)
+def test_virtual_tokens_that_are_none(tensor, match, tmp_path):
+    save_adapter(attach(llama(), PromptTuning(num_virtual_tokens=4)), tmp_path / "x")
+    save_file({"prompt_embeddings": tensor}, tmp_path / "x" / WEIGHTS)
+    refused(tmp_path / "x", match)

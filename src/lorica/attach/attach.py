@@ -11,9 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorica.attach.intervene import blocks_of, is_intervention
 from lorica.attach.layers import describe
 from lorica.attach.params import select
 from lorica.attach.probe import weight_read
+from lorica.attach.prompt import is_prompt, stacks_of
 from lorica.attach.site import Slot, Status, check_unchanged, enter, is_site, leave, plates_of
 from lorica.attach.survey import unwrap
 from lorica.attach.targets import resolve
@@ -112,6 +114,8 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
     places, method, reason = places_of(model, method)
 
     def start(path: str, own: Method, layer: Layer) -> Tensors:
+        if is_prompt(own) and path != next(iter(places)):
+            return {}  # the decoder, which looks at what the encoder makes of them
         return own.start(layer, _generator(seed, path))
 
     return _put(model, method, places, start, name, reason)
@@ -296,6 +300,10 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
         copies.update({path: (module, None, Copy()) for path, module in whole.items()})
         return copies, method, chosen.reason
     copied = _copied(model, getattr(method, "modules_to_save", ()))
+    if is_prompt(method):
+        return _prompt_places(model, method, copied)
+    if is_intervention(method):
+        return _block_places(model, method, copied)
     settings: Any = method  # those of a method that is placed by name
     named = settings.target_modules
     targets = resolve(
@@ -326,6 +334,32 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
                 mend="give names as they end in the list of adapted layers, for example 'q_proj'",
             )
     return found, settings, targets.reason
+
+
+def _prompt_places(
+    model: nn.Module, method: Any, copied: Mapping[str, nn.Module]
+) -> tuple[Places, Method, str]:
+    """Virtual tokens sit on the stack of layers; of an encoder-decoder model on both stacks."""
+    if hasattr(method, "told"):
+        base = base_of(model)
+        method = method.told(base.tokenizer.encode if base and base.tokenizer else None)
+    stacks = stacks_of(model, method)
+    found: Places = {path: (stack, None, method) for path, stack in stacks.items()}
+    found.update({path: (module, None, Copy()) for path, module in copied.items()})
+    where = " and ".join(type(stack).__name__ for stack in stacks.values())
+    return found, method, f"{method.num_virtual_tokens} virtual tokens in front of {where}"
+
+
+def _block_places(
+    model: nn.Module, method: Any, copied: Mapping[str, nn.Module]
+) -> tuple[Places, Method, str]:
+    """Edits sit behind blocks, and on the stack around them."""
+    chosen = blocks_of(model, method)
+    found: Places = {path: (module, None, method) for path, module in chosen.items()}
+    found.update({path: (module, None, Copy()) for path, module in copied.items()})
+    first, last = method.prefix_positions, method.suffix_positions
+    where = f"the first {first} and the last {last} tokens of the prompt"
+    return found, method, f"behind {len(chosen) - 1} blocks, at {where}"
 
 
 def _copied(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -381,7 +415,9 @@ def _check_places(places: Places, method: Method) -> None:
         raise TargetError(
             f"{method.kind} does not fit {len(problems)} of the layers",
             problems=problems[:20],
-            mend="leave them out with exclude_modules, or give them another rank with rank_pattern",
+            mend=None
+            if is_prompt(method) or is_intervention(method)
+            else "leave them out with exclude_modules, or give them another rank with rank_pattern",
         )
 
 
@@ -428,9 +464,8 @@ def _end_activation(model: nn.Module, name: str, status: Status) -> None:
 def _parameters(
     tensors: Tensors, module: nn.Module, frozen: frozenset[str]
 ) -> dict[str, nn.Parameter]:
-    device = next(
-        (p.device for p in module._parameters.values() if p is not None), torch.device("cpu")
-    )
+    own = (p for p in module._parameters.values() if p is not None)
+    device = next((p.device for p in (*own, *module.parameters())), torch.device("cpu"))
     if device.type == "meta":  # values that cannot be made again are kept
         device = torch.device("cpu")
     return {

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lorica.attach.stack import geometry
 from lorica.methods.method import Layer
 
 
@@ -43,12 +46,29 @@ def describe(module: nn.Module, parameter: str | None = None) -> Layer:
     if parameter is not None:  # a bare 2-D parameter, (out, in)
         width_out, width_in = _stored(module, parameter).shape
         return Layer("linear", width_in, width_out, weight, stored=access["stored"])
+    if isinstance(module, PreTrainedModel) and (made := describe_model(module)) is not None:
+        return made
     inside = [m for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
     if inside:
         first, last = describe(inside[0]), describe(inside[-1])
         sizes = first.in_features, last.out_features
         return Layer("block", *sizes, partial(torch.empty, 0), parameters=access["parameters"])
     return Layer("other", 0, 0, partial(torch.empty, 0), parameters=access["parameters"])
+
+
+def describe_model(module: PreTrainedModel) -> Layer | None:
+    """The stack of layers of a transformers model, by its embeddings; None where it embeds no
+    tokens.
+    """
+    try:
+        table = module.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    if not isinstance(table, nn.Embedding):
+        return None
+    layer = describe(table)
+    size = geometry(module)
+    return replace(layer, kind="model", geometry=size, parameters=partial(_copies, module))
 
 
 def is_transposed(module: nn.Module, parameter: str = "weight") -> bool:

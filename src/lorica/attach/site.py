@@ -18,14 +18,18 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorica.attach.intervene import edited, is_intervention, locate
 from lorica.attach.layers import describe, to_stored
+from lorica.attach.prompt import acting, is_prompt, run
 from lorica.errors import ActivationError, LoricaError, LoricaWarning
 from lorica.methods.method import Layer, Method, Tensors
 from lorica.ops.lora import Segment, lora_linear
@@ -69,14 +73,19 @@ class Status:
             adapter that sits on a model without effect is the mistake that nobody sees.
         owner: the thread that activated; another one would change its answers.
         tokens: rows times positions that the newest layer with a batch was given.
+        prompts: how long the prompts of the batch are, if a task told it; see `base.batch`.
+        where: by adapter, the tokens whose hidden states it edits in this forward pass.
     """
 
     decided: bool = False
     owner: int | None = None
     tokens: int = 0
+    prompts: Sequence[int] | None = None
+    where: dict[str, Tensor] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy is inactive, and nobody's
-        return {"decided": False, "owner": None, "tokens": 0}
+        plain = {"decided": False, "owner": None, "tokens": 0}
+        return {**plain, "prompts": None, "where": {}}
 
     def warn_undecided(self) -> None:
         """Warn, once, that nothing acts because nobody said that anything should."""
@@ -156,9 +165,17 @@ class Site:
         if names and _covers_all(plates) and plates.slots[names[0]].method.replaces:
             return _run_copy(self, plates.slots[names[0]], *args, **kwargs)
         # accelerate and others put a forward on the instance
-        inner = self.__dict__.get("_lorica_inner")
-        y = inner(*args, **kwargs) if inner else super().forward(*args, **kwargs)  # pyright: ignore
+        inner = self.__dict__.get("_lorica_inner") or super().forward  # pyright: ignore
+        if names and plates.layer.kind in ("model", "block"):
+            return _run_whole(self, inner, plates, names, args, kwargs)
+        y = inner(*args, **kwargs)
         return _add_adapters(self, plates, names, y, args, kwargs) if names else y
+
+    @property
+    def lorica_virtual_tokens(self) -> int:
+        """The most virtual tokens that an adapter puts in front of the input of this module."""
+        slots = self.__dict__["_lorica"].slots.values() if "_lorica" in self.__dict__ else ()
+        return max((getattr(slot.method, "num_virtual_tokens", 0) for slot in slots), default=0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """The plates follow the device, never the dtype."""
@@ -173,6 +190,23 @@ class Site:
     def __reduce_ex__(self, protocol: Any) -> tuple:  # a class made here has no name to import
         own = type(self)
         return _rebuild, (own._lorica_base, _read_parameters(own)), self.__dict__.copy()
+
+
+def _run_whole(
+    module: Any, inner: Any, plates: Plates, names: list[str], args: tuple, kwargs: dict
+) -> Any:
+    """The stack of layers, a block of it or a part of a block, with what acts on it as a whole."""
+    prompts = [name for name in names if is_prompt(plates.slots[name].method)]
+    edits = [name for name in names if is_intervention(plates.slots[name].method)]
+    if edits and plates.layer.kind == "model":
+        plates.status.where = locate(module, plates, edits, args, kwargs)
+    if prompts and (now := acting(plates, prompts)) is not None:
+        return run(module, inner, now, args, kwargs)
+    y = inner(*args, **kwargs)
+    if edits and plates.layer.kind == "block":
+        return edited(plates, edits, y, partial(_row_gate, plates))
+    rest = [name for name in names if name not in prompts and name not in edits]
+    return _add_adapters(module, plates, rest, y, args, kwargs) if rest else y
 
 
 def _add_adapters(

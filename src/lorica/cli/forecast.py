@@ -201,6 +201,10 @@ def _changes(found: Forecast) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if rank >= 2:
         other = {"method": replace(method, r=rank // 2)}  # type: ignore[type-var]
         yield f"r: {rank // 2}", "an adapter that can hold less", other
+    virtual = getattr(method, "num_virtual_tokens", 0)
+    if virtual >= 2:
+        other = {"method": replace(method, num_virtual_tokens=virtual // 2)}  # type: ignore[type-var]
+        yield f"num_virtual_tokens: {virtual // 2}", "an adapter that can hold less", other
     if getattr(method, "target_modules", None) not in (None, "attention"):
         other = {"method": replace(method, target_modules="attention")}  # type: ignore[type-var]
         yield "target_modules: attention", "the other layers do not learn", other

@@ -240,7 +240,9 @@ def _size(adapter: Adapter, of: int) -> str:
     share = adapter.num_parameters / of
     text = f"{count(adapter.num_parameters)} parameters train in {len(adapter.slots)} places"
     sizes = [
-        f"{key}={getattr(method, key):g}" for key in ("r", "lora_alpha") if hasattr(method, key)
+        f"{key}={getattr(method, key):g}"
+        for key in ("r", "lora_alpha", "num_virtual_tokens")
+        if hasattr(method, key)
     ]
     rank = f"; {', '.join(sizes)}" if sizes else ""
     return f"{method.kind}, {text} ({share:.2%} of the base){rank}"
@@ -282,10 +284,12 @@ def encode(
     task = make_task(settings, base)
     parts = [task.encode(part) for part in (material.train, material.valid or ())]
     tested = task.encode(material.scored or ())
-    limit = num_positions(model)
+    virtual = getattr(settings.method, "num_virtual_tokens", 0)
+    limit = num_positions(model, virtual=virtual)
     longest = max(max(len(e.input_ids), len(e.labels)) for p in [*parts, tested] for e in p)
     if settings.train.max_length is None and limit is not None and longest > limit:
-        why = f"the positions of the base; the longest record has {longest:,} tokens"
+        less = f" less {virtual} virtual tokens" if virtual else ""
+        why = f"the positions of the base{less}; the longest record has {longest:,} tokens"
         settings = settings.decided("max_length", limit, why)
         task = make_task(settings, base)
         parts = [task.encode(part) for part in (material.train, material.valid or ())]

@@ -1,10 +1,10 @@
 """An adapter as a folder: adapter_config.json, adapter_model.safetensors, README.md, lorica.json.
 
-The first two are in a layout of PEFT wherever PEFT has the method (`peft`, `peft_kinds`), else in
-our own (`native`). Writing gives the same bytes for the same adapter, whole or not at all. Reading
-is strict: every tensor must find its place and every place its tensors, names and shapes are
-checked before any data is read, and on any error the model is left as it was. No pickle is loaded,
-and nothing that the files name is imported or fetched.
+The first two are in a layout of PEFT wherever PEFT has the method (`peft`, `peft_kinds`,
+`peft_prompts`), else in our own (`native`). Writing gives the same bytes for the same adapter,
+whole or not at all. Reading is strict: every tensor must find its place and every place its
+tensors, names and shapes are checked before any data is read, and on any error the model is left as
+it was. No pickle is loaded, and nothing that the files name is imported or fetched.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import nn
 from lorica.attach.attach import Adapter, attach_tensors
 from lorica.base.load import base_of
 from lorica.errors import AdapterFileError, LoricaWarning
-from lorica.files import native, peft, peft_kinds
+from lorica.files import native, peft, peft_kinds, peft_prompts
 from lorica.files.folder import MAX_JSON_BYTES, new_folder, read_json
 from lorica.files.safetensors_file import TensorFile, write_tensors
 from lorica.records.atomic import write_file
 
-LAYOUTS = (peft, peft_kinds, native)
+LAYOUTS = (peft, peft_kinds, peft_prompts, native)
 """How the first two files may be laid out: the first that fits is written.
 
 A layout has `fits(adapter)`, `write(adapter)`, and for reading `claims(config)`,

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorica.attach.attach import Adapter, Places, tied_to
+from lorica.attach.attach import Adapter, Places, places_of, tied_to
+from lorica.attach.intervene import is_intervention
 from lorica.attach.layers import describe
+from lorica.attach.prompt import is_prompt
 from lorica.config.resolve import build_method
-from lorica.errors import AdapterFileError, ConfigError
+from lorica.errors import AdapterFileError, ConfigError, LoricaError
 from lorica.files.found import Found
 from lorica.files.peft_layout import modules_of
 from lorica.files.safetensors_file import TensorFile
@@ -99,6 +103,7 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
             problems += _tie_problems(path, places)
         except (AdapterFileError, ConfigError) as error:
             problems.append(f"{path}: {error.what}")
+    problems = problems or _misplaced(model, method, places)
     keys = {f"{path}.{name}": t for path, own in wanted.items() for name, t in own.items()}
     problems += [f"{key}: missing from the file" for key in keys if key not in there]
     problems += [f"{key}: has no place" for key in there if key not in keys and not problems]
@@ -125,6 +130,20 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
             raise AdapterFileError(f"{folder}: {path}: {'; '.join(found)}")
     task = raw.get("task")
     return Found(method, places, tensors, base_name(raw), task if isinstance(task, str) else None)
+
+
+def _misplaced(model: nn.Module, method: Method, places: Places) -> list[str]:
+    """What sits on the stack of layers or on blocks acts as one: no place of it may be missing."""
+    if not is_prompt(method) and not is_intervention(method):
+        return []
+    try:
+        wanted = places_of(model, method)[0].keys()
+    except LoricaError as error:
+        return [error.what, *error.problems]
+    return [
+        f"{path}: {'has no entry' if path in wanted else 'the settings name no such place'}"
+        for path in sorted(wanted ^ places.keys())
+    ]
 
 
 def _method(raw: Mapping[str, Any], folder: Path) -> Method:
@@ -185,7 +204,10 @@ def _place(
         raise AdapterFileError("; ".join(found))
     if getattr(own, "tied_to", None) is not None:
         return (module, parameter, own), {}
-    return (module, parameter, own), own.start(layer, torch.Generator())
+    # of virtual tokens there may be any number, and files come from strangers: sizes alone
+    whole = layer.kind == "model"
+    with FakeTensorMode(allow_non_fake_inputs=True) if whole else nullcontext():
+        return (module, parameter, own), own.start(layer, torch.Generator())
 
 
 def _own(path: str, parameter: str | None, entry: Mapping[str, Any], method: Method) -> Method:

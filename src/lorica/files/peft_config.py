@@ -21,6 +21,8 @@ PEFT_VERSION = "0.21.2"
 
 OTHER_KINDS = ("ADALORA", "VERA", "LOHA", "LOKR", "HIRA", "IA3", "ROAD")
 """What is read besides LORA: see `peft_kinds`."""
+PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+"""And: see `peft_prompts`."""
 
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
@@ -208,7 +210,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> PeftConfig:
 def _kind_problems(raw: Mapping[str, Any]) -> list[str]:
     """Unknown keys, and values of the wrong type."""
     if raw.get("peft_type") != "LORA":
-        kinds = ", ".join(("LORA", *OTHER_KINDS))
+        kinds = ", ".join(("LORA", *OTHER_KINDS, *PROMPT_KINDS))
         return [f"peft_type is {str(raw.get('peft_type'))[:40]!r}; of PEFT's {kinds} are read"]
     problems = []
     for key, value in raw.items():

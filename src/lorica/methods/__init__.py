@@ -10,6 +10,10 @@ from lorica.methods.lisa import LISA
 from lorica.methods.loha import LoHa
 from lorica.methods.lokr import LoKr
 from lorica.methods.lora import LoRA, LoRAFA
+from lorica.methods.loreft import LoReFT
+from lorica.methods.p_tuning import PTuning
+from lorica.methods.prefix_tuning import PrefixTuning
+from lorica.methods.prompt_tuning import PromptTuning
 from lorica.methods.road import RoAd
 from lorica.methods.selective import Selective
 from lorica.methods.sparse import Sparse
@@ -33,6 +37,10 @@ METHODS = {
         Selective,
         LISA,
         Sparse,
+        PromptTuning,
+        PTuning,
+        PrefixTuning,
+        LoReFT,
     )
 }
 """Kind -> the settings class, which is the method."""
@@ -72,6 +80,11 @@ PRESETS = {
     "norms": Preset(
         Selective, {"parameters": "norm"}, "normalisation layers alone (arXiv 2312.11420)"
     ),
+    "p-tuning-v2": Preset(
+        PrefixTuning,
+        {"prefix_projection": False},
+        "prefix tuning without a network (arXiv 2110.07602)",
+    ),
 }
 """A method's own name -> the settings of another one that it is."""
 
@@ -93,6 +106,10 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LoRAFA",
+    "LoReFT",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
     "RoAd",
     "Selective",
     "Sparse",

@@ -42,7 +42,7 @@ class DoRA(LoRA):
     )
 
     kind: ClassVar[str] = "dora"
-    title: ClassVar[str] = "LoRA, the length of each output's weights apart (arXiv 2402.09353)"
+    title: ClassVar[str] = "LoRA, the length of an output's weights apart (arXiv 2402.09353)"
     stacks: ClassVar[bool] = False
 
     def problems(self, layer: Layer) -> list[str]:

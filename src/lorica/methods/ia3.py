@@ -92,7 +92,7 @@ class IA3(Placed):
     on_input: bool | None = setting(None, "scale the input; null: as feedforward_modules says")
 
     kind: ClassVar[str] = "ia3"
-    title: ClassVar[str] = "learned scales of keys, values and feed-forward (arXiv 2205.05638)"
+    title: ClassVar[str] = "scales of keys, values and feed-forward (arXiv 2205.05638)"
     auto: ClassVar[str] = "key-value-feedforward"
 
     def at(self, path: str) -> Self:

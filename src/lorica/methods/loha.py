@@ -27,7 +27,7 @@ class LoHa(WeightUpdate):
     lora_alpha: float = setting(16, "the update is scaled by lora_alpha / r")
 
     kind: ClassVar[str] = "loha"
-    title: ClassVar[str] = "two low-rank matrices, multiplied entry by entry (arXiv 2108.06098)"
+    title: ClassVar[str] = "two low-rank matrices multiplied by entries (arXiv 2108.06098)"
 
     def start(self, layer: Layer, generator: torch.Generator) -> Tensors:
         *lead, rows, columns = matrix_shape(layer)

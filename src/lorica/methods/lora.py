@@ -58,7 +58,7 @@ class LoRA(Placed):
     )
 
     kind: ClassVar[str] = "lora"
-    title: ClassVar[str] = "a product of two thin factors beside each weight (arXiv 2106.09685)"
+    title: ClassVar[str] = "a product of two thin factors beside a weight (arXiv 2106.09685)"
     stacks: ClassVar[bool] = True
     frozen: ClassVar[frozenset[str]] = frozenset({"A0", "B0"})
 
@@ -83,7 +83,7 @@ class LoRA(Placed):
         )
 
     def problems(self, layer: Layer) -> list[str]:
-        if layer.kind in ("other", "block"):
+        if layer.kind in ("other", "block", "model"):
             return [f"{self.kind} needs a linear, embedding, convolution or experts layer"]
         smallest = min(layer.in_features * math.prod(layer.kernel_size), layer.out_features)
         found = []

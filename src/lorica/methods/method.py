@@ -16,7 +16,7 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 """The tensors of one adapter at one place, by the method's own names ("A", "B", ...)."""
 
-LayerKind = Literal["linear", "embedding", "conv1d", "conv2d", "experts", "block", "other"]
+LayerKind = Literal["linear", "embedding", "conv1d", "conv2d", "experts", "block", "model", "other"]
 
 
 def _no_bias() -> None:  # no lambda: a layer is pickled with its model
@@ -30,8 +30,9 @@ class Layer:
     Attributes:
         kind: what the layer computes. "experts" is a stack of linear layers in one 3-D parameter;
             "block" is a module around linear layers, such as a feed-forward, of whose input and
-            output alone the sizes are known; "other" is any module that owns parameters (a norm,
-            say) and can only be copied.
+            output alone the sizes are known; "model" is the stack of layers of a transformers
+            model with its embeddings, which are `weight`; "other" is any module that owns
+            parameters (a norm, say) and can only be copied.
         in_features, out_features: sizes; for an embedding the vocabulary and the width; for a
             convolution the channels.
         weight: makes a plain copy of the weight in float32: (out, in), embedding (vocabulary,
@@ -39,7 +40,9 @@ class Layer:
         bias: whether there is one.
         num_experts: the first dimension of an experts layer, else 0.
         kernel_size: of a convolution, else empty.
-        geometry: keyword arguments of a convolution (see `ops.lora.lora_conv`), else empty.
+        geometry: keyword arguments of a convolution (see `ops.lora.lora_conv`); of a model its
+            num_layers, num_heads and head_dim of keys and values, positions (None: no limit),
+            bidirectional, and no_prefix: why there can be no keys and values in front; else empty.
         output_scale: what the layer multiplies its output with (scaled embeddings), else 1.
         parameters: makes copies of all own parameters by name.
         stored: the weight in the layout of `weight` without a copy, and in its own dtype. It is

@@ -31,7 +31,7 @@ class Selective(Placed):
     last_layers: int | None = setting(None, "only so many of the last layers, and what follows")
 
     kind: ClassVar[str] = "selective"
-    title: ClassVar[str] = "some of the base's own parameters (full tuning: arXiv 1801.06146)"
+    title: ClassVar[str] = "some of the base's own parameters (all: arXiv 1801.06146)"
 
     @property
     def outside(self) -> bool:

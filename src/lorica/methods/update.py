@@ -33,7 +33,7 @@ class WeightUpdate(Placed):
         """The update as a matrix of `matrix_shape(layer)`."""
 
     def problems(self, layer: Layer) -> list[str]:
-        if layer.kind in ("other", "block"):
+        if layer.kind in ("other", "block", "model"):
             return [f"{self.kind} needs a linear, embedding, convolution or experts layer"]
         smallest, r = min(matrix_shape(layer)[-2:]), getattr(self, "r", 1)
         if r > smallest:

@@ -39,7 +39,7 @@ class VeRA(WeightUpdate):
     )
 
     kind: ClassVar[str] = "vera"
-    title: ClassVar[str] = "vectors around one frozen random pair of factors (arXiv 2310.11454)"
+    title: ClassVar[str] = "vectors around one frozen random product (arXiv 2310.11454)"
 
     @property
     def dropout(self) -> float:
@@ -52,7 +52,7 @@ class VeRA(WeightUpdate):
         return replace(self, widths=(max(s[-1] for s in shapes), max(s[-2] for s in shapes)))
 
     def problems(self, layer: Layer) -> list[str]:
-        if layer.kind in ("other", "block"):
+        if layer.kind in ("other", "block", "model"):
             return super().problems(layer)
         found = []
         if all(self.widths):

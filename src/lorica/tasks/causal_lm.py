@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorica.base.batch import telling
 from lorica.data.encode import IGNORED, CausalEncoder, Encoded, Example, TrainOn
 from lorica.data.template import ChatTemplate
 from lorica.errors import ConfigError
@@ -115,7 +116,8 @@ class CausalLM:
             "attention_mask": mask_of(ids),
         }
         inputs = {k: t.to(device) for k, t in inputs.items()}
-        return Batch(inputs, (targets[keep].to(device),), (keep.to(device),))
+        prompts = tuple(map(_prompt_length, examples))
+        return Batch(inputs, (targets[keep].to(device),), (keep.to(device),), prompts=prompts)
 
     # --- loss -------------------------------------------------------------------------------------
 
@@ -128,7 +130,8 @@ class CausalLM:
     def _kept_logits(self, model: Any, batch: Batch) -> list[Tensor]:
         """Logits of the rows that carry a label, for each block (labels, vocabulary)."""
         head = self._head(model)
-        with attention(model, NAME) if "documents" in batch.inputs else nullcontext():
+        packed = attention(model, NAME) if "documents" in batch.inputs else nullcontext()
+        with packed, telling(model, batch.prompts):
             if head is None:
                 logits = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
                 return [logits[rows] for rows in batch.keep]
@@ -295,6 +298,12 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(t for t in (tokenizer.eos_token_id, *more) if t is not None))
 
 
+def _prompt_length(example: Example) -> int:
+    """Tokens before the first that is trained; all where none is."""
+    trained = (i for i, label in enumerate(example.labels) if label != IGNORED)
+    return next(trained, len(example))
+
+
 def _shifted(labels: Sequence[int]) -> list[int]:
     """The label of the next token at every position; the last position has none."""
     return [*labels[1:], IGNORED]
@@ -317,4 +326,5 @@ def _packed(blocks: Sequence[Sequence[Example]], device: torch.device) -> Batch:
         "documents": documents.to(device),
     }
     labels = tuple(targets[k].to(device) for k in keep)
-    return Batch(inputs, labels, tuple(k.to(device) for k in keep), tuple(rows))
+    prompts = tuple(_prompt_length(example) for block in blocks for example in block)
+    return Batch(inputs, labels, tuple(k.to(device) for k in keep), tuple(rows), prompts)

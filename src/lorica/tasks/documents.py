@@ -49,12 +49,14 @@ class Block:
             filling row. (P,)
         scatter: for each row of the block its place; filling rows point at place 0.
         used: rows that belong to documents; the others fill the block up.
+        lengths: of its documents, in the order of its rows.
     """
 
     shapes: tuple[tuple[int, int], ...]
     gather: Tensor
     scatter: Tensor
     used: int
+    lengths: tuple[int, ...]
 
     @property
     def size(self) -> int:
@@ -75,6 +77,50 @@ class Documents:
                 for b in self.blocks
             )
         )
+
+    def lengthened(self, count: int) -> Lengthened:
+        """The layout with `count` more rows in front of every document."""
+        lengths = [[length + count for length in block.lengths] for block in self.blocks]
+        documents, rows, positions = lay_out(lengths)
+        total = sum(block.size for block in self.blocks)
+        source, kept = torch.zeros(len(positions), dtype=torch.long), []
+        before = 0
+        for block, (start, end) in zip(self.blocks, rows, strict=True):
+            place, row = start, before
+            for length in block.lengths:
+                source[place : place + count] = total + torch.arange(count)
+                place += count
+                source[place : place + length] = row + torch.arange(length)
+                kept.append(torch.arange(place, place + length))
+                place, row = place + length, row + length
+            source[place:end] = row  # a filling row: there is always one
+            kept.append(torch.full((block.size - block.used,), place))
+            before += block.size
+        device = self.blocks[0].gather.device
+        return Lengthened(
+            documents.to(device),
+            source.to(device),
+            torch.cat(kept).to(device),
+            positions.to(device),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Lengthened:
+    """A row with more rows in front of every document.
+
+    Attributes:
+        documents: the new layout, of T' rows.
+        source: for each new row the old one that it shows; from the number of old rows on, it is a
+            new one, counted from there. (T',)
+        kept: for each old row its new place. (T,)
+        positions: position_ids (T',), which start anew with every document.
+    """
+
+    documents: Documents
+    source: Tensor
+    kept: Tensor
+    positions: Tensor
 
 
 def lay_out(lengths: Sequence[Sequence[int]]) -> tuple[Documents, list[tuple[int, int]], Tensor]:
@@ -118,7 +164,7 @@ def _place(lengths: Sequence[int]) -> Block:
         shapes.append((len(chosen), longest))
         gathers.append(gather.flatten())
         place += gather.numel()
-    return Block(tuple(shapes), torch.cat(gathers), scatter, used)
+    return Block(tuple(shapes), torch.cat(gathers), scatter, used, tuple(lengths))
 
 
 def _rectangles(lengths: Sequence[int]) -> list[list[int]]:
@@ -152,7 +198,8 @@ def documents_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document.
 
-    Shapes are as transformers hands them: (1, H, T, D) -> (1, T, H, D).
+    Shapes are as transformers hands them: (1, H, T, D) -> (1, T, H, D). Where there are more keys
+    and values than queries, the first ones are a prefix that every document sees.
 
     Semantics: for each document d: out[d] = softmax(causal(query[d] key[d]^T * scaling)) value[d]
     """
@@ -165,9 +212,13 @@ def documents_attention(
     if unknown or not getattr(module, "is_causal", True):
         raise NotSupported(f"attention with {', '.join(unknown) or 'both directions'}")
     sizes = [block.size for block in documents.blocks]
-    parts = zip(*(t[0].transpose(0, 1).split(sizes) for t in (query, key, value)), strict=True)
+    prefix = key.shape[2] - query.shape[2]
+    before = key[0, :, :prefix], value[0, :, :prefix]
+    rows = query, key[:, :, prefix:], value[:, :, prefix:]
+    parts = zip(*(t[0].transpose(0, 1).split(sizes) for t in rows), strict=True)
+    how = _How(scaling, dropout, sliding_window, before if prefix else None)
     out = [
-        _block(q, k, v, block, scaling, dropout, sliding_window)
+        _block(q, k, v, block, how)
         for (q, k, v), block in zip(parts, documents.blocks, strict=True)
     ]
     return torch.cat(out).unsqueeze(0), None
@@ -177,42 +228,50 @@ class NotSupported(Exception):
     """Raised in a forward pass of the probe: the model needs what this attention does not do."""
 
 
-def _block(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block: Block,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-) -> Tensor:
+@dataclass(frozen=True)
+class _How:
+    """Arguments of attention; `before`: keys and values (H, P, D) that every document sees."""
+
+    scaling: float | None
+    dropout: float
+    window: int | None
+    before: tuple[Tensor, Tensor] | None
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, how: _How) -> Tensor:
     places = [_ToPlaces.apply(t, block) for t in (q, k, v)]
     sizes = [num * longest for num, longest in block.shapes]
     out = [
-        _rectangle(tuple(t.view(*shape, *t.shape[1:]) for t in parts), scaling, dropout, window)
+        _rectangle(tuple(t.view(*shape, *t.shape[1:]) for t in parts), how)
         for shape, *parts in zip(block.shapes, *(p.split(sizes) for p in places), strict=True)
     ]
     return _ToRows.apply(out[0] if len(out) == 1 else torch.cat(out), block)
 
 
-def _rectangle(
-    parts: tuple[Tensor, ...], scaling: float | None, dropout: float, window: int | None
-) -> Tensor:
+def _rectangle(parts: tuple[Tensor, ...], how: _How) -> Tensor:
     """Causal attention of N documents: three of (N, L, H, D) -> (N L, H, D)."""
     q, k, v = (t.transpose(1, 2) for t in parts)
-    longest, mask = q.shape[2], None
-    if window is not None and window < longest:
+    longest, mask, prefix = q.shape[2], None, 0
+    if how.before is not None:
+        prefix = how.before[0].shape[1]
+        k, v = (
+            torch.cat([front.expand(own.shape[0], -1, -1, -1), own], 2)
+            for front, own in zip(how.before, (k, v), strict=True)
+        )
+    if prefix or (how.window is not None and how.window < longest):
         steps = torch.arange(longest, device=q.device)
-        distance = steps[:, None] - steps[None, :]
-        mask = (distance >= 0) & (distance < window)
+        distance = steps[:, None] - torch.arange(-prefix, longest, device=q.device)[None, :]
+        mask = distance >= 0
+        if how.window is not None:
+            mask = mask & (distance < how.window)
     out = F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
         is_causal=mask is None and longest > 1,
-        scale=scaling,
-        dropout_p=dropout,
+        scale=how.scaling,
+        dropout_p=how.dropout,
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2).flatten(0, 1)

@@ -45,12 +45,14 @@ class Batch:
         keep: one tensor per block: rows of the flattened hidden states that carry a label.
         rows: (start, end) of each block in the flat row; None where the batch is padded and has one
             block.
+        prompts: tokens before the first label of every record; None where a record is all prompt.
     """
 
     inputs: dict[str, Any]
     labels: tuple[Tensor, ...]
     keep: tuple[Tensor, ...] = ()
     rows: tuple[tuple[int, int], ...] | None = None
+    prompts: tuple[int, ...] | None = None
 
 
 class Task(Protocol):
@@ -155,8 +157,9 @@ def filler(model: nn.Module, tokenizer: Any) -> int:
     return next((token for token in known if token is not None and token >= 0), 0)
 
 
-def num_positions(model: nn.Module) -> int | None:
-    """The longest input that a model has positions for; None where it has no such limit.
+def num_positions(model: nn.Module, *, virtual: int = 0) -> int | None:
+    """The longest input that a model has positions for, beside the virtual tokens of its adapters;
+    None where it has no such limit. `virtual`: at least so many, of an adapter still to come.
 
     RoBERTa and its like count positions from behind the filling token, whose embedding is one of
     the table.
@@ -173,7 +176,8 @@ def num_positions(model: nn.Module) -> int | None:
         and module.padding_idx is not None
         and module.num_embeddings == limit
     )
-    return limit - next(offsets, 0)
+    there = max(getattr(module, "lorica_virtual_tokens", 0) for module in model.modules())
+    return limit - next(offsets, 0) - max(there, virtual)
 
 
 def wide(logits: Tensor) -> Tensor:
