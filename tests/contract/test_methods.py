@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "orthogonal": {"r": 2, "init_lora_weights": "orthogonal"},
         "pissa": {"r": 3, "init_lora_weights": "pissa"},
         "olora": {"r": 3, "init_lora_weights": "olora"},
+        "loftq": {"r": 3, "init_lora_weights": "loftq", "loftq_iter": 2},
         "dropout": {"r": 3, "lora_dropout": 0.4},
     },
     "lora-fa": {"plain": {"r": 3}, "pissa": {"r": 3, "init_lora_weights": "pissa"}},

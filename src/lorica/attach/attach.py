@@ -100,8 +100,8 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
     _check_name(name, attached_to(model))
     if getattr(method, "needs_records", False):
         raise ConfigError(
-            f"selection={method.selection} needs records to choose by",  # type: ignore[attr-defined]
-            mend="use lorica.attach_relevant(model, method, task, examples), or selection: random",
+            f"these settings of {method.kind} need records: the task decides its places or start",
+            mend="use lorica.attach_by_records(model, method, task, examples)",
         )
     places, method, reason = places_of(model, method)
 

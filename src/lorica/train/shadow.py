@@ -95,7 +95,7 @@ class Shadow:
     def adapted(self, method: Method) -> Iterator[Adapter]:
         """The shadow with an adapter on it, for a while. Raises what `attach` raises."""
         if getattr(method, "needs_records", False):  # a choice by chance is as large
-            method = replace(method, selection="random")  # type: ignore[type-var]
+            method = method.by_chance()  # type: ignore[attr-defined]
         with self.mode:
             adapter = attach(self.model, method, name="planned")
         try:
