@@ -72,6 +72,9 @@ TRAINABLE = {
     "hira": ["--r", "4"],
     "bitfit": [],
     "pissa": [],
+    "loftq": ["--loftq-iter", "2"],
+    "eva": ["--eva-rho", "1.5", "--init-records", "16"],
+    "lora-ga": ["--lora-ga-gamma", "8"],
 }
 
 

@@ -27,7 +27,8 @@ from lorica.evaluate.metrics import find_metrics
 from lorica.records.phrases import CHOSEN_BY_SCORED, count, parameters
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task, num_positions
-from lorica.train.importance import attach_relevant
+from lorica.train.choice import Relevance
+from lorica.train.starts import attach_by_records
 
 ADAPTER = "default"
 
@@ -41,6 +42,7 @@ class Prepared:
         examples, held_out: the records of `material`, encoded.
         metrics: names of the scores.
         memory: what the run was estimated to need; empty where that was not possible.
+        relevance: why the adapter is as it is, where records decided about it.
     """
 
     settings: Resolved
@@ -52,6 +54,7 @@ class Prepared:
     held_out: list[Example]
     metrics: list[str]
     memory: dict[str, Any] = field(default_factory=dict)
+    relevance: Relevance | None = None
 
     @property
     def base(self) -> Base:
@@ -95,33 +98,34 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     for note in base.notes:
         voice.say(f"base: {note}")
     by_records = getattr(settings.method, "needs_records", False)
-    adapter = None if by_records else _attached(settings, model)
+    adapter, relevance = (None if by_records else _attached(settings, model)), None
     with voice.work("encoding the records"):
         if early is None:
             task, examples, held_out, settings = encode(settings, material, model)
         else:
             task, examples, held_out = early.task, early.examples, early.held_out
     if adapter is None:
-        with voice.work(f"looking for what matters, by {settings.method.selection}"):
-            adapter = _relevant(settings, model, task, examples)
+        with voice.work("looking at records for what matters to the adapter"):
+            adapter, relevance = _by_records(settings, model, task, examples)
     voice.say(f"targets: {adapter.reason}")
     voice.say(f"adapter: {_size(adapter, number)}")
     voice.say(f"encoded: {encoded_statement(task, examples)}")
     _tell(screen_tokens(_sight(settings, material, model, examples)), settings, voice)
     metrics = list(settings.run.metrics or material.metrics(kind))
     memory = early.as_dict() if early else {}
-    return Prepared(settings, material, model, adapter, task, examples, held_out, metrics, memory)
+    parts = settings, material, model, adapter, task, examples, held_out, metrics
+    return Prepared(*parts, memory, relevance)
 
 
 def _attached(settings: Resolved, model: nn.Module) -> Adapter:
     return attach(model, settings.method, name=ADAPTER, seed=settings.train.seed)
 
 
-def _relevant(
+def _by_records(
     settings: Resolved, model: nn.Module, task: Task, examples: Sequence[Example]
-) -> Adapter:
+) -> tuple[Adapter, Relevance]:
     seed = settings.train.seed
-    return attach_relevant(model, settings.method, task, examples, name=ADAPTER, seed=seed)[0]
+    return attach_by_records(model, settings.method, task, examples, name=ADAPTER, seed=seed)
 
 
 def anchored(settings: Resolved) -> Resolved:

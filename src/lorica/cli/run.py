@@ -117,6 +117,8 @@ class _Run:
         """Score the base, train, score the tuned model, compare, report."""
         if not resume:
             _begin(self.folder, self.prepared.settings)
+            if self.prepared.relevance is not None:
+                self.folder.write_relevance(self.prepared.relevance.as_dict())
         with self._resumable():  # a resumed run scores the base when it has trained
             before = [] if resume else self._base()
         report = self._train(resume)

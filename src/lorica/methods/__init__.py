@@ -48,6 +48,21 @@ PRESETS = {
         {"init_lora_weights": "olora"},
         "LoRA from the weight's QR decomposition (arXiv 2406.01775)",
     ),
+    "loftq": Preset(
+        LoRA,
+        {"init_lora_weights": "loftq"},
+        "LoRA from what rounding to NF4 loses (arXiv 2310.08659)",
+    ),
+    "eva": Preset(
+        LoRA,
+        {"init_lora_weights": "eva"},
+        "LoRA from the directions of the inputs (arXiv 2410.07170)",
+    ),
+    "lora-ga": Preset(
+        LoRA,
+        {"init_lora_weights": "lora_ga"},
+        "LoRA from the full gradient's directions (arXiv 2407.05000)",
+    ),
     "houlsby": Preset(
         Bottleneck, {"layout": "houlsby"}, "bottlenecks behind both parts (arXiv 1902.00751)"
     ),

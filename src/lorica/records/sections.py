@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lorica.records import relevance
 from lorica.records.card import lorica_snippet, peft_snippet, shell_line
 from lorica.records.difference import Piece, marked, nearest_reference
 from lorica.records.folder import ADAPTER, ADAPTERS
@@ -67,6 +68,7 @@ def content(run: Run) -> dict:
         "legend": [one.adapter for one in curves] if len(curves) > 1 else [],
         "course": [*_courses(curves), *_resumptions(run)],
         "evaluations": _evaluations(run.rows),
+        "relevance": relevance.section(run.relevance),
         "samples": [_sample(sample) for sample in shown[:SAMPLES_SHOWN]],
         "more_samples": [_sample(sample) for sample in shown[SAMPLES_SHOWN:]],
         "samples_left": len(run.samples) - len(shown),
