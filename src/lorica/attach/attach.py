@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorica.attach.fresh import fresh_parameters
 from lorica.attach.layers import describe
 from lorica.attach.params import select
 from lorica.attach.probe import weight_read
@@ -37,6 +38,7 @@ class Adapter:
         slots: what it holds, by place: a module's path, or that of a parameter.
         reason: why it sits where it sits.
         base: what is known of the base it was made on (name, digest, task), for its files.
+        began_from: the adapter whose tensors were its start, for its files; empty without one.
         model: the model that it was put on, whose module names its files need.
     """
 
@@ -46,6 +48,7 @@ class Adapter:
     model: nn.Module = field(repr=False)
     reason: str = ""
     base: dict[str, str] = field(default_factory=dict)
+    began_from: dict[str, str] = field(default_factory=dict)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and tensor of everything that trains, in the order of the model."""
@@ -81,9 +84,9 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
     """Put a fresh adapter on `model` and freeze the base.
 
     The model answers as before until the adapter is activated, and at its start it is the identity
-    even then. Module paths, `state_dict()`, `parameters()` and `isinstance` are as they were: the
-    tensors that train are reached through the returned handle, and saving the model saves the bare
-    base.
+    even then, but for layers that begin anew (`Selective.reinit_top_layers`). Module paths,
+    `state_dict()`, `parameters()` and `isinstance` are as they were: the tensors that train are
+    reached through the returned handle, and saving the model saves the bare base.
 
     Args:
         model: any module.
@@ -103,10 +106,18 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
             f"these settings of {method.kind} need records: the task decides its places or start",
             mend="use lorica.attach_by_records(model, method, task, examples)",
         )
+    if isinstance(method, Selective) and method.candidates:
+        raise ConfigError(
+            f"reinit_top_layers is {list(method.candidates)}: a trial must choose one of them",
+            mend="give one number, or choose by lorica.train.trial.choose_top_layers(...)",
+        )
     places, method, reason = places_of(model, method)
 
     def start(path: str, own: Method, layer: Layer) -> Tensors:
-        return own.start(layer, _generator(seed, path))
+        generator = _generator(seed, path)
+        if isinstance(own, Copy) and own.fresh:
+            return fresh_parameters(model, path, places[path][0], generator)
+        return own.start(layer, generator)
 
     return _put(model, method, places, start, name, reason)
 
@@ -254,7 +265,10 @@ def places_of(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
 def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     if isinstance(method, Selective):
         chosen = select(model, method)
-        copies: Places = {p: (m, None, Copy(only)) for p, (m, only) in chosen.modules.items()}
+        copies: Places = {
+            path: (module, None, Copy(only, path in chosen.fresh))
+            for path, (module, only) in chosen.modules.items()
+        }
         whole = _copied(model, method.modules_to_save)
         copies.update({path: (module, None, Copy()) for path, module in whole.items()})
         return copies, method, chosen.reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ def manifest(prepared: Prepared, path: Path) -> dict[str, Any]:
     }
     if "test" in others and chosen_by_scored(prepared.settings, material):
         others["test"]["chose_the_adapter"] = True
-    labels = prepared.base.labels
+    labels, trial = prepared.base.labels, prepared.trial
     return {
+        **({"trial": {**asdict(trial), "best": trial.best}} if trial else {}),
         "data": {"train": trained, **others},
         **({"plan": {"memory": prepared.memory}} if prepared.memory else {}),
         "run": {

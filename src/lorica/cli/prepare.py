@@ -24,11 +24,13 @@ from lorica.data.screen_tokens import Sight, screen_tokens
 from lorica.data.template import ChatTemplate
 from lorica.errors import CheckRefused, ConfigError, LoricaError
 from lorica.evaluate.metrics import find_metrics
+from lorica.files.transfer import begin_from
 from lorica.records.phrases import CHOSEN_BY_SCORED, count, parameters
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task, num_positions
 from lorica.train.choice import Relevance
 from lorica.train.starts import attach_by_records
+from lorica.train.trial import Trial, choose_top_layers
 
 ADAPTER = "default"
 
@@ -43,6 +45,7 @@ class Prepared:
         metrics: names of the scores.
         memory: what the run was estimated to need; empty where that was not possible.
         relevance: why the adapter is as it is, where records decided about it.
+        trial: what a search on the evaluation records found, where there was one.
     """
 
     settings: Resolved
@@ -55,6 +58,7 @@ class Prepared:
     metrics: list[str]
     memory: dict[str, Any] = field(default_factory=dict)
     relevance: Relevance | None = None
+    trial: Trial | None = None
 
     @property
     def base(self) -> Base:
@@ -97,16 +101,22 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     )
     for note in base.notes:
         voice.say(f"base: {note}")
-    by_records = getattr(settings.method, "needs_records", False)
-    adapter, relevance = (None if by_records else _attached(settings, model)), None
+    later = _chooses(settings)
+    adapter, relevance, trial = (None if later else _attached(settings, model)), None, None
     with voice.work("encoding the records"):
         if early is None:
             task, examples, held_out, settings = encode(settings, material, model)
         else:
             task, examples, held_out = early.task, early.examples, early.held_out
+    if getattr(settings.method, "candidates", ()):
+        settings, trial = _tried(settings, model, task, examples, held_out, voice)
+        adapter = _attached(settings, model)
     if adapter is None:
         with voice.work("looking at records for what matters to the adapter"):
             adapter, relevance = _by_records(settings, model, task, examples)
+    if settings.run.init_adapter is not None:
+        for line in begin_from(adapter, settings.run.init_adapter):
+            voice.say(f"start: {line}")
     voice.say(f"targets: {adapter.reason}")
     voice.say(f"adapter: {_size(adapter, number)}")
     voice.say(f"encoded: {encoded_statement(task, examples)}")
@@ -114,11 +124,48 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     metrics = list(settings.run.metrics or material.metrics(kind))
     memory = early.as_dict() if early else {}
     parts = settings, material, model, adapter, task, examples, held_out, metrics
-    return Prepared(*parts, memory, relevance)
+    return Prepared(*parts, memory, relevance, trial)
 
 
 def _attached(settings: Resolved, model: nn.Module) -> Adapter:
     return attach(model, settings.method, name=ADAPTER, seed=settings.train.seed)
+
+
+def _chooses(settings: Resolved) -> bool:
+    """Whether the records are needed before there can be an adapter.
+
+    Raises:
+        ConfigError: its start would be decided twice.
+    """
+    method: Any = settings.method
+    by_records = bool(getattr(method, "needs_records", False))
+    candidates = bool(getattr(method, "candidates", ()))
+    anew = bool(getattr(method, "reinit_top_layers", 0))
+    if settings.run.init_adapter is not None and (by_records or anew):
+        which = "reinit_top_layers" if anew else "a start that records decide"
+        raise ConfigError(
+            f"{settings.origins['init_adapter']}: init_adapter would undo {which}",
+            mend="keep one of them",
+        )
+    return by_records or candidates
+
+
+def _tried(
+    settings: Resolved,
+    model: nn.Module,
+    task: Task,
+    examples: Encoded,
+    held_out: list[Example],
+    voice: Voice,
+) -> tuple[Resolved, Trial]:
+    """The settings with the number of fresh layers that a trial of each gives."""
+    numbers = ", ".join(map(str, settings.method.candidates))
+    with voice.work(f"a trial of reinit_top_layers: {numbers}"):
+        how = task, examples, held_out, settings.train
+        method, trial = choose_top_layers(model, settings.method, *how)
+    settings = settings.decided("reinit_top_layers", method.reinit_top_layers, str(trial))
+    voice.say(f"trial: reinit_top_layers: {trial.best}, {trial}")
+    return settings, trial
 
 
 def _by_records(
@@ -133,7 +180,7 @@ def anchored(settings: Resolved) -> Resolved:
     must be good from every directory.
     """
     found = {}
-    for key in ("model", "data", "eval_data", "test_data", "chat_template"):
+    for key in ("model", "data", "eval_data", "test_data", "chat_template", "init_adapter"):
         value = getattr(settings.run, key)
         stem = re.sub(r"#\d+$", "", value or "")  # records.jsonl#500: a sample of so many
         if stem not in ("", "embedded") and (path := Path(stem).expanduser()).exists():

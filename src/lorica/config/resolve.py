@@ -260,6 +260,9 @@ def _unfold(word: str, preset: Preset, found: Found, problems: list[str]) -> Any
         if given != value and key != "loraplus_lr_ratio":  # which is how much, not whether
             problems.append(f"{where}: {key}={given} contradicts method={word}: {key}={value}")
         found.setdefault(key, (value, f"{origin}, method: {word}"))
+    for key, value in preset.proposes.items():
+        if key != "epochs" or "max_steps" not in found:  # the first to be reached would end the run
+            found.setdefault(key, (value, f"{origin}, method: {word}"))
     kind: Any = preset.method
     found["method"] = kind.kind, f"{origin}, method: {word}"
     return kind

@@ -97,6 +97,7 @@ def _facts(adapter: Adapter, provenance: Mapping[str, Any] | None) -> dict[str, 
         "versions": versions,
         "base": dict(adapter.base),
         "reason": adapter.reason,
+        **({"began_from": dict(adapter.began_from)} if adapter.began_from else {}),
     }
 
 

@@ -91,7 +91,7 @@ def _plain_start(adapter: Adapter) -> Adapter:
     method = adapter.method
     if not isinstance(method, LoRA) or not method.needs_records:
         return adapter
-    return replace(adapter, method=method.by_chance())
+    return replace(adapter, method=method.stand_in())
 
 
 def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Path) -> Found:

@@ -20,9 +20,11 @@ class Copy:
 
     Attributes:
         only: names of the parameters that are copied; None for all of them.
+        fresh: whether the copy begins anew, as `attach.fresh` has it, rather than from the base.
     """
 
     only: tuple[str, ...] | None = None
+    fresh: bool = False
 
     kind: ClassVar[str] = "copy"
     replaces: ClassVar[bool] = True

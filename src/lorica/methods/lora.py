@@ -102,8 +102,10 @@ class LoRA(Placed):
         """How many of them."""
         return self.init_records
 
-    def by_chance(self) -> Self:
+    def stand_in(self) -> Self:
         """Settings of the same size whose start needs no records."""
+        if not self.needs_records:
+            return self
         plain = "olora" if self.init_lora_weights == "lora_ga" else "kaiming"
         free = {name: f.default for name, f in self.__dataclass_fields__.items() if name in _START}
         return replace(self, **free, init_lora_weights=plain)
@@ -142,7 +144,7 @@ class LoRA(Placed):
 
     def start(self, layer: Layer, generator: torch.Generator) -> Tensors:
         if self.needs_records:  # by chance; `train.starts` gives chosen ones
-            return self.by_chance().start(layer, generator)
+            return self.stand_in().start(layer, generator)
         init = str(self.init_lora_weights)
         if init in DECOMPOSING:
             how = {"iterations": self.loftq_iter} if init == "loftq" else {}

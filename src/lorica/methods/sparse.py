@@ -58,9 +58,9 @@ class Sparse(WeightUpdate):
         """How many of them."""
         return self.relevance_records
 
-    def by_chance(self) -> Self:
+    def stand_in(self) -> Self:
         """Settings of the same size that need no records."""
-        return replace(self, selection="random")
+        return replace(self, selection="random") if self.needs_records else self
 
     def sized(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """The settings at a place whose tensors have these shapes."""
