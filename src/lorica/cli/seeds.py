@@ -13,8 +13,9 @@ from typing import Any
 
 from lorica.cli.run import execute
 from lorica.cli.voice import Voice
-from lorica.config import Resolved
+from lorica.config import Layer, Resolved, load_yaml, resolve
 from lorica.errors import ConfigError
+from lorica.methods import WORDS
 from lorica.records import seeds as of_seeds
 from lorica.records.atomic import write_file
 from lorica.records.folder import json_text
@@ -45,8 +46,9 @@ def execute_seeds(
     for seed, path in runs.items():
         voice.say(f"seed {seed}: {path}")
         begun = go_on and (path / "run.json").is_file()
+        own = _of_seed(settings, seed, path)
         execute(
-            _of_seed(settings, seed, path),
+            _over_saved(path, own) if begun else own,
             resume=path if begun else None,
             discard=discard,
             json=json,
@@ -89,6 +91,15 @@ def _of_seed(settings: Resolved, seed: int, path: Path) -> Resolved:
         train=settings.train.model_copy(update={"seed": seed}),
         origins={**settings.origins, "seeds": "default", "seed": origin, "output_dir": origin},
     )
+
+
+def _over_saved(path: Path, settings: Resolved) -> Resolved:
+    """The settings of a run that was begun, with what data and base decided, and what is given now
+    over them.
+    """
+    given = {k: v for k, v in settings.values.items() if settings.origins[k] != "default"}
+    now = Layer("settings", given, {key: settings.origins[key] for key in given})
+    return resolve(load_yaml(path / "config.yaml"), now, methods=WORDS)
 
 
 def _tell(
