@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,7 +84,7 @@ def choose_top_layers(
         )
     losses = {}
     for number in method.candidates:
-        candidate = replace(method, reinit_top_layers=number)
+        candidate: Any = replace(method, reinit_top_layers=number)
         adapter = attach(model, candidate, name=f"trial-{number}", seed=settings.seed)
         try:
             (course,), _ = courses_of(model, task, {adapter: examples}, held_out, settings)
