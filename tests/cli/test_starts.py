@@ -151,3 +151,24 @@ def test_an_adapter_begins_from_another(lorica, stock, quick, finished_run):
     refused = lorica(*words, *flags[:2], "--output-dir", "other", *flags[4:])
     assert refused.code == 2
     assert "its r is 2, here it is 3" in refused.err and "adapter_config.json" in refused.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--method", "eva"],
+        ["--method", "lora-ga"],
+        ["--method", "sparse"],
+        ["--method", "few-sample", "--seeds", "0,1"],
+    ],
+    ids=lambda words: words[1],
+)
+def test_a_plan_needs_no_records_to_choose_by(lorica, stock, words):
+    done = lorica(
+        "plan", "--model", stock / "bert", "--data", stock / "classes.csv", "--max-steps", "3",
+        *words,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    if words[1] == "few-sample":
+        assert "one for each of 2 seeds" in done.out
+        assert "a trial of reinit_top_layers trains 3 times" in done.out

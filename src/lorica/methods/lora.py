@@ -150,7 +150,7 @@ class LoRA(Placed):
             how = {"iterations": self.loftq_iter} if init == "loftq" else {}
             A, B = DECOMPOSING[init](as_matrix(layer.weight(), layer), self.r, self.scale, **how)
             shape_A, shape_B = _shapes(layer, self.r)
-            A, B = A.reshape(shape_A), B.reshape(shape_B)
+            A, B = A.reshape(shape_A).contiguous(), B.reshape(shape_B).contiguous()
             return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
         shape_A, shape_B = _shapes(layer, self.r)
         A, B = _INITS[init](shape_A, shape_B, layer, generator)
