@@ -95,6 +95,15 @@ def test_several_seeds(lorica, classes):
         assert "All seeds" in Path(f"out/seed-{seed}/report.html").read_text(encoding="utf-8")
     typical = Path(f"out/seed-{found['typical']}/report.html")
     assert Path("out/report.html").read_bytes() == typical.read_bytes()
+    mean = lorica(
+        "average", *(f"out/seed-{n}" for n in range(3)), "--output-dir", "mean", "--json",
+        "--weights", "0.5,0.25,0.25",
+    )  # fmt: skip
+    assert mean.code == 0 and mean.rows[0]["weights"] == [0.5, 0.25, 0.25], mean.err
+    judged = lorica("eval", "mean", "--data", classes[4], "--limit", "4")
+    assert judged.code == 0, judged.err
+    wrong = lorica("average", "out/seed-0", "out/seed-1", "--output-dir", "x", "--weights", "1,a")
+    assert wrong.code == 2 and "no number" in wrong.err
     weights = {
         Path(f"out/seed-{seed}/adapter/adapter_model.safetensors").read_bytes() for seed in range(3)
     }

@@ -169,10 +169,10 @@ def load_adapter(
         ConfigError: the name is taken or unusable.
     """
     folder = Path(folder)
-    _check_folder(folder)
+    check_folder(folder)
     raw = read_json(folder / CONFIG)
     layout = next((layout for layout in LAYOUTS if layout.claims(raw)), peft)
-    facts = _read_facts(folder)
+    facts = read_facts(folder)
     _check_base(model, layout.base_name(raw), facts, folder, allow_other_base)
     with TensorFile(folder / WEIGHTS) as file:
         found = layout.read(model, raw, file, folder)
@@ -189,8 +189,8 @@ def load_adapter(
     return adapter
 
 
-def _check_folder(folder: Path) -> None:
-    """Say what a folder is that is no adapter folder."""
+def check_folder(folder: Path) -> None:
+    """Raises AdapterFileError that says what a folder is that is no adapter folder."""
     if not folder.is_dir():
         raise AdapterFileError(f"there is no folder {folder}", mend="check the path")
     pickles = [name for name in _PICKLES if (folder / name).exists()]
@@ -213,7 +213,7 @@ def _check_folder(folder: Path) -> None:
     raise AdapterFileError(f"{folder} is no adapter: it lacks {' and '.join(lacking)}", mend=mend)
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> dict[str, Any]:
     """Our own lorica.json; other writers have none."""
     path = folder / PROVENANCE
     return read_json(path) if path.is_symlink() or path.exists() else {}
