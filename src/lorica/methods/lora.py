@@ -98,6 +98,11 @@ class LoRA(Placed):
         return self.init_lora_weights in BY_RECORDS
 
     @property
+    def needs_gradients(self) -> bool:
+        """Whether the start sums up a gradient of every weight."""
+        return self.init_lora_weights == "lora_ga"
+
+    @property
     def num_records(self) -> int:
         """How many of them."""
         return self.init_records

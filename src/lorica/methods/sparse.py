@@ -54,6 +54,11 @@ class Sparse(WeightUpdate):
         return self.selection in ("fisher", "gradient", "gradient-weight", "gradient-input")
 
     @property
+    def needs_gradients(self) -> bool:
+        """Whether the choice sums up a gradient of every weight."""
+        return self.needs_records
+
+    @property
     def num_records(self) -> int:
         """How many of them."""
         return self.relevance_records

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lorica.attach.activate import activate
@@ -15,40 +15,48 @@ from lorica.methods.update import as_matrix
 from lorica.train.choice import Question
 
 
-def each_gradient(question: Question, take: Callable[[dict[str, Tensor]], None]) -> None:
-    """Call `take` once per record with path -> gradient of its summed loss, as the matrix of
-    `update.matrix_shape` in float32. Places that a record did not reach are missing.
+def each_gradient(question: Question, take: Callable[[str, Tensor], None]) -> None:
+    """Call `take` with a path and the gradient there of the summed loss of a record, as the matrix
+    of `update.matrix_shape` in float32, for all places and records.
 
-    The base's weights want gradients for the time of it, and are left as they were; the base
-    answers as in evaluation.
+    A gradient is handed over and freed within the backward pass, so that those of all layers never
+    lie in memory together. Places that a record does not reach are not called. The base's weights
+    want gradients for the time of it, and are left as they were; the base answers as in evaluation.
     """
-    model, task, places = question.model, question.task, question.places
-    weights: dict[str, nn.Parameter] = {}
-    for path, (module, parameter, _) in places.items():
+    model, task = question.model, question.task
+    paths: dict[int, list[str]] = {}  # a tied weight has several
+    weights: dict[int, nn.Parameter] = {}
+    for path, (module, parameter, _) in question.places.items():
         weight: Any = module._parameters[parameter or "weight"]
-        weights[path] = weight
+        paths.setdefault(id(weight), []).append(path)
+        weights[id(weight)] = weight
+
+    def hand_over(weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        for path in paths[id(weight)]:
+            take(path, _matrix(gradient, question, path))
+
     wanted = {id(p): p.requires_grad for p in model.parameters()}
+    before = {key: weight.grad for key, weight in weights.items()}
     training = model.training
-    try:
-        model.eval().requires_grad_(False)
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        for example in question.examples:
-            question.between()
-            with task.running(model), activate(model, None):
-                loss = task.losses(model, task.collate([[example]], model))[0]
-                gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            take(
-                {
-                    path: _matrix(gradient, question, path)
-                    for path, gradient in zip(weights, gradients, strict=True)
-                    if gradient is not None
-                }
-            )
-    finally:
-        for parameter in model.parameters():
-            parameter.requires_grad_(wanted[id(parameter)])
-        model.train(training)
+    with ExitStack() as hooks:
+        try:
+            model.eval().requires_grad_(False)
+            for weight in weights.values():
+                weight.grad = None
+                weight.requires_grad_(True)
+                hooks.callback(weight.register_post_accumulate_grad_hook(hand_over).remove)
+            for example in question.examples:
+                question.between()
+                with task.running(model), activate(model, None):
+                    task.losses(model, task.collate([[example]], model))[0].backward()
+        finally:
+            for parameter in model.parameters():
+                parameter.requires_grad_(wanted[id(parameter)])
+            for key, weight in weights.items():
+                weight.grad = before[key]
+            model.train(training)
 
 
 def _matrix(gradient: Tensor, question: Question, path: str) -> Tensor:

@@ -19,7 +19,7 @@ budget.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -88,10 +88,9 @@ def _entries(question: Question) -> dict[str, Tensor]:
         return {path: matrix.float().abs().cpu() for path, matrix in matrices.items()}
     sums: dict[str, Tensor] = {}
 
-    def add(gradients: dict[str, Tensor]) -> None:
-        for path, gradient in gradients.items():
-            more = gradient.square() if selection == "fisher" else gradient
-            sums[path] = sums[path] + more if path in sums else more
+    def add(path: str, gradient: Tensor) -> None:
+        more = gradient.square() if selection == "fisher" else gradient
+        sums[path] = sums[path].add_(more) if path in sums else more.clone()
 
     each_gradient(question, add)
     if selection == "gradient-weight":
@@ -109,11 +108,10 @@ def _gradient_input(
     places = {path: torch.zeros(()) for path in groupings}
     matrices = {p: as_matrix(at.stored(), at) for p, at in question.layers.items()}
 
-    def add(gradients: dict[str, Tensor]) -> None:
-        for path, gradient in gradients.items():
-            brought = gradient * matrices[path].float()
-            groups[path] += groupings[path].sum(brought).abs().cpu()
-            places[path] += brought.sum().abs().cpu()
+    def add(path: str, gradient: Tensor) -> None:
+        brought = gradient * matrices[path].float()
+        groups[path] += groupings[path].sum(brought).abs().cpu()
+        places[path] += brought.sum().abs().cpu()
 
     each_gradient(question, add)
     refuse_broken(groups)
@@ -130,18 +128,15 @@ def _choose(
         sum(scores[p] for p in paths) / sum(groupings[p].size for p in paths) for paths in members
     ]
     costs = [
-        torch.full((groupings[paths[0]].count,), sum(groupings[p].size for p in paths))
-        for paths in members
+        (groupings[paths[0]].count, sum(groupings[p].size for p in paths)) for paths in members
     ]
-    cost = torch.cat(costs)
-    order = torch.cat(means).argsort(descending=True, stable=True)  # type: ignore[arg-type]
-    taken = order[cost[order].cumsum(0) <= budget]
+    taken = _best(torch.cat(means), costs, budget)  # type: ignore[arg-type]
     if not len(taken):
         raise ConfigError(
             f"density={method.density} allows {budget:,} entries: not one {method.granularity}",
             mend="raise density, or choose finer",
         )
-    mask = torch.zeros(len(cost), dtype=torch.bool)
+    mask = torch.zeros(sum(count for count, _ in costs), dtype=torch.bool)
     mask[taken] = True
     found, start = {}, 0
     for paths in members:
@@ -150,6 +145,20 @@ def _choose(
             found[path] = groupings[path].entries(mask[start : start + count])
         start += count
     return {path: found[path] for path in scores}
+
+
+def _best(values: Tensor, costs: Sequence[tuple[int, int]], budget: int) -> Tensor:
+    """Numbers of the groups that are taken: the best first, as long as they fit into the budget.
+
+    Args:
+        costs: for each stretch of groups their number, and the entries of each.
+    """
+    sizes = {size for _, size in costs}
+    if len(sizes) == 1:  # as with single entries, where an order of all would take much memory
+        return values.topk(min(len(values), budget // sizes.pop()), sorted=False).indices
+    cost = torch.cat([torch.full((count,), size) for count, size in costs])
+    order = values.argsort(descending=True, stable=True)
+    return order[cost[order].cumsum(0) <= budget]
 
 
 def _members(scores: dict[str, Tensor], granularity: str) -> Iterator[list[str]]:

@@ -30,9 +30,8 @@ def choose(question: Question) -> Answer:
     """
     sums: dict[str, Tensor] = {}
 
-    def add(gradients: dict[str, Tensor]) -> None:
-        for path, gradient in gradients.items():
-            sums[path] = sums[path] + gradient if path in sums else gradient
+    def add(path: str, gradient: Tensor) -> None:
+        sums[path] = sums[path].add_(gradient) if path in sums else gradient.clone()
 
     each_gradient(question, add)
     refuse_broken(sums)
