@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lorica.attach.attach import Adapter, attach
+from lorica.attach.attach import Adapter
 from lorica.base.load import Base, base_of, load_model
 from lorica.cli.forecast import Forecast, forecast, refuse_if_far_over, shadow_of, verdict_on
 from lorica.cli.material import Material, gather
+from lorica.cli.start import begin, begin_by_records, waits_for_records
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.dataset import Dataset
@@ -29,10 +29,7 @@ from lorica.records.phrases import CHOSEN_BY_SCORED, count, parameters
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task, num_positions
 from lorica.train.choice import Relevance
-from lorica.train.starts import attach_by_records
-from lorica.train.trial import Trial, choose_top_layers
-
-ADAPTER = "default"
+from lorica.train.trial import Trial
 
 
 @dataclass
@@ -101,19 +98,16 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     )
     for note in base.notes:
         voice.say(f"base: {note}")
-    later = _chooses(settings)
-    adapter, relevance, trial = (None if later else _attached(settings, model)), None, None
+    begun = None if waits_for_records(settings) else begin(settings, model)
     with voice.work("encoding the records"):
         if early is None:
             task, examples, held_out, settings = encode(settings, material, model)
         else:
             task, examples, held_out = early.task, early.examples, early.held_out
-    if getattr(settings.method, "candidates", ()):
-        settings, trial = _tried(settings, model, task, examples, held_out, voice)
-        adapter = _attached(settings, model)
-    if adapter is None:
-        with voice.work("looking at records for what matters to the adapter"):
-            adapter, relevance = _by_records(settings, model, task, examples)
+    if begun is None:
+        begun = begin_by_records(settings, model, task, examples, held_out, voice)
+        settings = begun.settings
+    adapter = begun.adapter
     if settings.run.init_adapter is not None:
         for line in begin_from(adapter, settings.run.init_adapter):
             voice.say(f"start: {line}")
@@ -124,55 +118,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     metrics = list(settings.run.metrics or material.metrics(kind))
     memory = early.as_dict() if early else {}
     parts = settings, material, model, adapter, task, examples, held_out, metrics
-    return Prepared(*parts, memory, relevance, trial)
-
-
-def _attached(settings: Resolved, model: nn.Module) -> Adapter:
-    return attach(model, settings.method, name=ADAPTER, seed=settings.train.seed)
-
-
-def _chooses(settings: Resolved) -> bool:
-    """Whether the records are needed before there can be an adapter.
-
-    Raises:
-        ConfigError: its start would be decided twice.
-    """
-    method: Any = settings.method
-    by_records = bool(getattr(method, "needs_records", False))
-    candidates = bool(getattr(method, "candidates", ()))
-    anew = bool(getattr(method, "reinit_top_layers", 0))
-    if settings.run.init_adapter is not None and (by_records or anew):
-        which = "reinit_top_layers" if anew else "a start that records decide"
-        raise ConfigError(
-            f"{settings.origins['init_adapter']}: init_adapter would undo {which}",
-            mend="keep one of them",
-        )
-    return by_records or candidates
-
-
-def _tried(
-    settings: Resolved,
-    model: nn.Module,
-    task: Task,
-    examples: Encoded,
-    held_out: list[Example],
-    voice: Voice,
-) -> tuple[Resolved, Trial]:
-    """The settings with the number of fresh layers that a trial of each gives."""
-    numbers = ", ".join(map(str, settings.method.candidates))
-    with voice.work(f"a trial of reinit_top_layers: {numbers}"):
-        how = task, examples, held_out, settings.train
-        method, trial = choose_top_layers(model, settings.method, *how)
-    settings = settings.decided("reinit_top_layers", method.reinit_top_layers, str(trial))
-    voice.say(f"trial: reinit_top_layers: {trial.best}, {trial}")
-    return settings, trial
-
-
-def _by_records(
-    settings: Resolved, model: nn.Module, task: Task, examples: Sequence[Example]
-) -> tuple[Adapter, Relevance]:
-    seed = settings.train.seed
-    return attach_by_records(model, settings.method, task, examples, name=ADAPTER, seed=seed)
+    return Prepared(*parts, memory, begun.relevance, begun.trial)
 
 
 def anchored(settings: Resolved) -> Resolved:

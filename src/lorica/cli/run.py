@@ -21,7 +21,8 @@ import torch
 from lorica import __version__
 from lorica.cli.judge import predictions, samples, tell_of_chance
 from lorica.cli.manifest import manifest, marked, trial_of
-from lorica.cli.prepare import ADAPTER, Prepared, anchored, own_template, prepare
+from lorica.cli.prepare import Prepared, anchored, own_template, prepare
+from lorica.cli.start import ADAPTER
 from lorica.cli.voice import Voice
 from lorica.config import Resolved, load_yaml, resolve
 from lorica.errors import ConfigError, Interrupted, LoricaError

@@ -158,7 +158,8 @@ def _answer(
         A = of[path].directions[:rank].cpu().contiguous()
         tensors[path] = {**own[path].start(question.layers[path], generator), "A": A}
     dropped = [path for path, rank in ranks.items() if not rank]
-    notes = [f"{len(dropped)} layers get no rank ({', '.join(dropped[:3])})"] if dropped else []
+    shown = ", ".join(dropped[:3])
+    notes = [f"no rank for {len(dropped)} of {len(ranks)} layers ({shown})"] if dropped else []
     if not settled:
         notes.append(f"some directions still moved after {MAX_BATCHES} batches")
     relevance = Relevance(
