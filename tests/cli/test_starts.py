@@ -92,6 +92,7 @@ def test_several_seeds(lorica, classes):
     for seed in (0, 1, 2):
         own = manifest(f"out/seed-{seed}")
         assert own["seed"] == seed and own["seeds"] == found
+        assert own["data"] == manifest("out/seed-0")["data"], "other records are held out"
         assert "All seeds" in Path(f"out/seed-{seed}/report.html").read_text(encoding="utf-8")
     typical = Path(f"out/seed-{found['typical']}/report.html")
     assert Path("out/report.html").read_bytes() == typical.read_bytes()
@@ -114,7 +115,7 @@ def test_several_seeds(lorica, classes):
     assert on.code == 0, on.err
     assert "seed 1" in on.out
     config = Path("out/seed-1/config.yaml").read_text(encoding="utf-8")
-    assert "seeds: null" in config and "seed: 1" in config
+    assert "seeds: null" in config and "\nseed: 1" in config and "data_seed: 0" in config
     alone = lorica("train", "--resume", "out/seed-1")
     assert alone.code == 0 and "is finished" in alone.out
 

@@ -75,7 +75,7 @@ def _forecast(settings: Resolved, voice: Any) -> Forecast:
     for note in settings.notes:
         voice.say(note)
     with voice.work("reading the data"):
-        material = gather(settings.run, seed=settings.train.seed)
+        material = gather(settings.run, seed=settings.data_seed)
     kind = material.task(settings.run.task, settings.run.model)
     check_effects(settings, material, kind)
     with voice.work("running the base without its weights"):

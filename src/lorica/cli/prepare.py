@@ -77,7 +77,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     for note in settings.notes:
         voice.say(note)
     with voice.work("reading the data"):
-        material = gather(settings.run, seed=settings.train.seed)
+        material = gather(settings.run, seed=settings.data_seed)
     for line in material.statements:
         voice.say(line)
     if chosen_by_scored(settings, material):

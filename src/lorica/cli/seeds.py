@@ -83,13 +83,17 @@ def _check(folder: Path, runs: dict[int, Path], *, allowed: bool) -> None:
 
 
 def _of_seed(settings: Resolved, seed: int, path: Path) -> Resolved:
-    """The settings of the run of one seed."""
-    origin = settings.origins["seeds"]
+    """The settings of the run of one seed; what is held out is the same for all of them."""
+    origin, seeds = settings.origins["seeds"], settings.run.seeds or (seed,)
+    chosen: dict[str, Any] = {"seeds": None, "output_dir": str(path)}
+    origins = {"seeds": "default", "seed": origin, "output_dir": origin}
+    if settings.run.data_seed is None:
+        chosen["data_seed"], origins["data_seed"] = seeds[0], origin
     return replace(
         settings,
-        run=settings.run.model_copy(update={"seeds": None, "output_dir": str(path)}),
+        run=settings.run.model_copy(update=chosen),
         train=settings.train.model_copy(update={"seed": seed}),
-        origins={**settings.origins, "seeds": "default", "seed": origin, "output_dir": origin},
+        origins={**settings.origins, **origins},
     )
 
 

@@ -63,6 +63,11 @@ class Resolved:
         found |= {key: getattr(self.train, key) for key in TrainSettings.model_fields}
         return found | _method_values(self.method)
 
+    @property
+    def data_seed(self) -> int:
+        """The seed by which records are held out and drawn."""
+        return self.train.seed if self.run.data_seed is None else self.run.data_seed
+
     def decided(self, key: str, value: object, reason: str) -> Resolved:
         """The same with one value settled by a rule, such as max_length from the data.
 

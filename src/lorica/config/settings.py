@@ -293,6 +293,13 @@ class RunConfig(Settings):
         description="a trained adapter to begin from, such as that of another task: a folder with "
         "an adapter of the same kind and shapes",
     )
+    data_seed: int | None = Field(
+        default=None,
+        ge=0,
+        le=2**32 - 1,
+        description="seed of which records are held out and scored; null: seed, or the first of "
+        "seeds",
+    )
     seeds: Annotated[tuple[int, ...], Strict(False), Expects("a list of whole numbers")] | None = (
         Field(
             default=None,
