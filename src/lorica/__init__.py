@@ -39,7 +39,7 @@ _PUBLIC = {
     "Dataset": "lorica.data.dataset",
     # doing
     "train": "lorica.train.loop",
-    "attach_relevant": "lorica.train.importance",
+    "attach_by_records": "lorica.train.starts",
     "merge": "lorica.mix",
     "MergeReport": "lorica.mix",
     # judging
@@ -71,8 +71,8 @@ if TYPE_CHECKING:  # the same for editors and type checkers; a test holds both e
     from lorica.mix import MergeReport as MergeReport
     from lorica.mix import merge as merge
     from lorica.records.report import write_report as write_report
-    from lorica.train.importance import attach_relevant as attach_relevant
     from lorica.train.loop import train as train
+    from lorica.train.starts import attach_by_records as attach_by_records
 
 __all__ = [*_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 

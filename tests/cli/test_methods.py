@@ -60,6 +60,21 @@ def test_what_contradicts_a_preset_is_refused():
     assert found.train.loraplus_lr_ratio == 8
 
 
+def test_what_a_preset_proposes_gives_way():
+    def found(**given):
+        return resolve(("run.yaml", {**NEEDED, "method": "few-sample", **given}), methods=WORDS)
+
+    plain = found()
+    for key, value in PRESETS["few-sample"].proposes.items():
+        assert plain.values[key] == value and "method: few-sample" in plain.origins[key]
+    own = found(learning_rate=1e-4, reinit_top_layers=3, max_steps=50)
+    assert own.train.learning_rate == 1e-4 and own.method.reinit_top_layers == 3
+    assert own.train.max_steps == 50 and own.train.epochs is None
+    assert own.train.weight_decay == 0.01
+    with pytest.raises(ConfigError, match="parameters=bias contradicts method=few-sample"):
+        found(parameters="bias")
+
+
 def test_options_of_other_methods_are_refused():
     assert resolve(("a", {**NEEDED, "method": "dora", "r": 2}), methods=WORDS).method == DoRA(r=2)
     assert resolve(("a", {**NEEDED, "r": 2}), methods=WORDS).method == LoRA(r=2)
@@ -74,6 +89,9 @@ TRAINABLE = {
     "road": ["--group-size", "4", "--target-modules", "attention"],
     "bitfit": [],
     "pissa": [],
+    "loftq": ["--loftq-iter", "2"],
+    "eva": ["--eva-rho", "1.5", "--init-records", "16"],
+    "lora-ga": ["--lora-ga-gamma", "8"],
 }
 
 

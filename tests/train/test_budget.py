@@ -12,11 +12,12 @@ from lorica.base.load import base_of, load_model
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.data.facts import facts
-from lorica.methods import LISA, AdaLoRA, LoRA
+from lorica.methods import LISA, AdaLoRA, LoRA, Sparse
 from lorica.tasks import CausalLM, TextClassification
 from lorica.train.budget import Scoring, Work, chosen_batches, estimate, machine_bytes
 from lorica.train.engine import Engine, Trainee, at_rest, between_of
 from lorica.train.shadow import Request, make_shadow, try_out
+from lorica.train.starts import attach_by_records
 
 METHOD = LoRA(r=8, target_modules="all-linear")
 MIB = 2**20
@@ -58,6 +59,11 @@ def allocated(model, task, examples, *, method=METHOD, **settings) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         engine.step([trainee], [[largest]])
     engine.close()
+    return most_bytes(seen)
+
+
+def most_bytes(seen) -> int:
+    """The most that was allocated at once while the profiler looked."""
     live = most = 0
     for event in seen.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -157,6 +163,30 @@ def test_scoring_can_be_the_peak(shadow, task, examples):
     found = planned(shadow, task, examples, scoring=scoring, batch_size=1)
     assert found.phase == "scoring"
     assert found.total == found.phases["scoring"] > found.phases["training"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(r=8, target_modules="all-linear", init_lora_weights="lora_ga", init_records=6),
+        Sparse(target_modules="all-linear", relevance_records=6),
+        LoRA(r=8, target_modules="all-linear", init_lora_weights="eva", init_records=6),
+    ],
+    ids=["lora_ga", "sparse", "eva"],
+)
+def test_a_choice_by_gradients_has_a_peak_of_its_own(shadow, task, examples, method):
+    scoring = Scoring(examples[:2], batch_size=2, new_tokens=2)
+    found = planned(shadow, task, examples, method=method, scoring=scoring)
+    model = load_model("embedded", dtype="float32")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        attach_by_records(model, method, task, examples)
+    real = most_bytes(seen)
+    if not method.needs_gradients:
+        assert "choosing" not in found.phases
+        assert real < found.phases["training"]
+        return
+    plan = found.phases["choosing"] - found.weights
+    assert 0.5 * plan < real < 1.05 * plan
 
 
 def test_the_largest_batch_decides(shadow, task, examples):

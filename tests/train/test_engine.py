@@ -106,6 +106,16 @@ def test_accumulating_equals_one_large_batch():
     assert results[0][0].grad_norm == pytest.approx(results[1][0].grad_norm, rel=1e-9)
 
 
+def test_every_step_counts_as_a_write():
+    """DoRA keeps norms as long as no tensor's count of writes changes."""
+    model = build()
+    adapter = attach(model, LoRA(r=2, target_modules="all-linear"), name="x")
+    counts = {name: p._version for name, p in adapter.named_parameters()}
+    engine, trainee = Engine(model, task()), Trainee(adapter, TrainSettings(max_steps=1), 1)
+    engine.step([trainee], [[examples(7, 3)]])
+    assert all(p._version > counts[name] for name, p in adapter.named_parameters())
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma", "gpt_neox", "qwen3", "phi"])
 def test_packed_equals_the_documents_alone(name):
     """Loss and gradients of a packed batch are those of its documents, one at a time."""

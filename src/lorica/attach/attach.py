@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorica.attach.fresh import fresh_parameters
 from lorica.attach.intervene import blocks_of, is_intervention
 from lorica.attach.layers import describe
 from lorica.attach.params import select
@@ -40,6 +41,7 @@ class Adapter:
         slots: what it holds, by place: a module's path, or that of a parameter.
         reason: why it sits where it sits.
         base: what is known of the base it was made on (name, digest, task), for its files.
+        began_from: the adapter whose tensors were its start, for its files; empty without one.
         model: the model that it was put on, whose module names its files need.
     """
 
@@ -49,6 +51,7 @@ class Adapter:
     model: nn.Module = field(repr=False)
     reason: str = ""
     base: dict[str, str] = field(default_factory=dict)
+    began_from: dict[str, str] = field(default_factory=dict)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and tensor of everything that trains, in the order of the model."""
@@ -89,9 +92,9 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
     """Put a fresh adapter on `model` and freeze the base.
 
     The model answers as before until the adapter is activated, and at its start it is the identity
-    even then. Module paths, `state_dict()`, `parameters()` and `isinstance` are as they were: the
-    tensors that train are reached through the returned handle, and saving the model saves the bare
-    base.
+    even then, but for layers that begin anew (`Selective.reinit_top_layers`). Module paths,
+    `state_dict()`, `parameters()` and `isinstance` are as they were: the tensors that train are
+    reached through the returned handle, and saving the model saves the bare base.
 
     Args:
         model: any module.
@@ -108,15 +111,23 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
     _check_name(name, attached_to(model))
     if getattr(method, "needs_records", False):
         raise ConfigError(
-            f"selection={method.selection} needs records to choose by",  # type: ignore[attr-defined]
-            mend="use lorica.attach_relevant(model, method, task, examples), or selection: random",
+            f"these settings of {method.kind} need records: the task decides its places or start",
+            mend="use lorica.attach_by_records(model, method, task, examples)",
+        )
+    if isinstance(method, Selective) and method.candidates:
+        raise ConfigError(
+            f"reinit_top_layers is {list(method.candidates)}: a trial must choose one of them",
+            mend="give one number, or choose by lorica.train.trial.choose_top_layers(...)",
         )
     places, method, reason = places_of(model, method)
 
     def start(path: str, own: Method, layer: Layer) -> Tensors:
         if is_prompt(own) and path != next(iter(places)):
             return {}  # the decoder, which looks at what the encoder makes of them
-        return own.start(layer, _generator(seed, path))
+        generator = _generator(seed, path)
+        if isinstance(own, Copy) and own.fresh:
+            return fresh_parameters(model, path, places[path][0], generator)
+        return own.start(layer, generator)
 
     return _put(model, method, places, start, name, reason)
 
@@ -293,7 +304,7 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     if isinstance(method, Selective):
         chosen = select(model, method)
         copies: Places = {
-            path: (module, None, Copy(only, chosen.tied.get(path)))
+            path: (module, None, Copy(only, chosen.tied.get(path), path in chosen.fresh))
             for path, (module, only) in chosen.modules.items()
         }
         whole = _copied(model, method.modules_to_save)

@@ -22,11 +22,13 @@ class Selection:
     Attributes:
         modules: path -> the module and the names of its parameters, in the order of the model.
         tied: path -> the one before it that has the very same parameter.
+        fresh: those of its paths that begin anew.
         reason: what was chosen, in words.
     """
 
     modules: dict[str, tuple[nn.Module, tuple[str, ...]]] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
+    fresh: set[str] = field(default_factory=set)
     reason: str = ""
 
 
@@ -45,6 +47,8 @@ def select(model: nn.Module, method: Selective) -> Selection:
         paths &= _held(found, method.target_modules, "target_modules", problems)
     paths -= _held(found, method.exclude_modules, "exclude_modules", problems)
     paths &= _in_layers(found, method, problems)
+    if method.parameters == "head":
+        paths &= head_of(model, found)
     selection, seen, left = Selection(), set[int](), list[str]()
     owners = _owners(found)
     for path, module in found.modules.items():
@@ -65,6 +69,8 @@ def select(model: nn.Module, method: Selective) -> Selection:
         selection.modules[path] = module, names
     if not selection.modules and not problems:
         problems.append(f"no module has parameters of the kind {method.parameters!r}")
+        problems += [f"{path} is tied to another module, or read by other code" for path in left]
+    selection.fresh = _fresh(found, method, selection, problems)
     if problems:
         raise TargetError("the parameters cannot be selected", problems=problems)
     selection.reason = _reason(method, selection, left)
@@ -74,7 +80,36 @@ def select(model: nn.Module, method: Selective) -> Selection:
 def _fits(module: nn.Module, name: str, method: Selective) -> bool:
     if method.parameters == "bias":
         return name.endswith("bias")
-    return method.parameters == "all" or "norm" in type(module).__name__.lower()
+    return method.parameters in ("all", "head") or "norm" in type(module).__name__.lower()
+
+
+def head_of(model: nn.Module, found: Survey) -> set[str]:
+    """The modules that are no part of the body: behind the base model of transformers, else by
+    what the layers are called.
+    """
+    body = getattr(model, "base_model", model)
+    inside = {id(module) for module in body.modules()} if isinstance(body, nn.Module) else set()
+    if body is not model and inside:
+        return {path for path, module in found.modules.items() if id(module) not in inside}
+    return {place.path for place in found.places.values() if place.role == "head"}
+
+
+def _fresh(found: Survey, method: Selective, selection: Selection, problems: list[str]) -> set[str]:
+    """The last layers of every stack, and the pooler, as many as are to begin anew."""
+    k = method.reinit_top_layers
+    if not isinstance(k, int) or not k:
+        return set()
+    inside = {p: n for p in found.modules if (n := layer_number(p)) is not None}
+    ends = _ends(inside)
+    _last(found, inside, k, problems, "reinit_top_layers")
+    top = {path for path, number in inside.items() if number > ends[stack_of(path)] - k}
+    top |= {path for path in found.modules if "pooler" in path.split(".")}
+    owners = {p for p in top if any(q is not None for q in found.modules[p]._parameters.values())}
+    missing = sorted(owners - set(selection.modules))
+    problems += [
+        f"reinit_top_layers: {path} does not train, so it cannot begin anew" for path in missing[:5]
+    ]
+    return owners & set(selection.modules)
 
 
 def _is_read(found: Survey, path: str) -> bool:
@@ -139,7 +174,7 @@ def _chosen_layers(
     found: Survey, inside: dict[str, int], method: Selective, problems: list[str]
 ) -> set[str]:
     if method.last_layers is not None:
-        return _last(found, inside, method.last_layers, problems)
+        return _last(found, inside, method.last_layers, problems, "last_layers")
     if method.layers_to_transform is None:
         return set(found.modules)
     wanted, wrong = spans(method.layers_to_transform)
@@ -149,16 +184,24 @@ def _chosen_layers(
     return {path for path, number in inside.items() if number in wanted}
 
 
-def _last(found: Survey, inside: dict[str, int], k: int, problems: list[str]) -> set[str]:
-    """The last k layers of every stack, and what comes after all: norm, pooler, head."""
+def _ends(inside: dict[str, int]) -> dict[str, int]:
+    """Stack -> the number of its last layer."""
     ends: dict[str, int] = {}
     for path, number in inside.items():
         stack = stack_of(path)
         ends[stack] = max(number, ends.get(stack, 0))
+    return ends
+
+
+def _last(
+    found: Survey, inside: dict[str, int], k: int, problems: list[str], setting: str
+) -> set[str]:
+    """The last k layers of every stack, and what comes after all: norm, pooler, head."""
+    ends = _ends(inside)
     too_few = [stack for stack, end in ends.items() if end + 1 < k]
-    problems += [f"last_layers={k}, but {stack} has {ends[stack] + 1}" for stack in too_few]
+    problems += [f"{setting}={k}, but {stack} has {ends[stack] + 1}" for stack in too_few]
     if not ends:
-        problems.append("last_layers: the model has no numbered layers")
+        problems.append(f"{setting}: the model has no numbered layers")
         return set()
     order = list(found.modules)
     after = set(order[max(order.index(path) for path in inside) + 1 :])
@@ -170,6 +213,10 @@ def _reason(method: Selective, selection: Selection, left: list[str]) -> str:
     text = f"{method.parameters}: {count} parameters of {len(selection.modules)} modules"
     if method.last_layers:
         text += f", the last {method.last_layers} layers and what follows"
+    if selection.fresh:
+        text += (
+            f", the last {method.reinit_top_layers} layers ({len(selection.fresh)} modules) anew"
+        )
     if left:
         shown = ", ".join(left[:3])
         text += f"; {len(left)} stay frozen, being tied or read by other code ({shown})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lorica.cli.prepare import Prepared, chosen_by_scored
 from lorica.data.encode import IGNORED
 from lorica.data.secrets import hidden
+from lorica.records.read import read_manifest
 from lorica.tasks.task import Task
 
 
@@ -46,8 +48,9 @@ def manifest(prepared: Prepared, path: Path) -> dict[str, Any]:
     }
     if "test" in others and chosen_by_scored(prepared.settings, material):
         others["test"]["chose_the_adapter"] = True
-    labels = prepared.base.labels
+    labels, trial = prepared.base.labels, trial_of(prepared, path)
     return {
+        **({"trial": trial} if trial else {}),
         "data": {"train": trained, **others},
         **({"plan": {"memory": prepared.memory}} if prepared.memory else {}),
         "run": {
@@ -58,6 +61,14 @@ def manifest(prepared: Prepared, path: Path) -> dict[str, Any]:
         },
         **({"labels": list(labels), "num_labels": len(labels)} if labels else {}),
     }
+
+
+def trial_of(prepared: Prepared, path: Path) -> dict[str, Any] | None:
+    """What a search before the run found: now, or before the run was stopped."""
+    if prepared.trial is not None:
+        return {**asdict(prepared.trial), "best": prepared.trial.best}
+    there = path / "run.json"
+    return read_manifest(there).get("trial") if there.is_file() else None
 
 
 def marked(task: Task, example: Any) -> list[list]:

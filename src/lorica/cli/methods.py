@@ -60,12 +60,14 @@ def _facts(word: str) -> dict[str, Any]:
         {"name": s.key, "default": _plain(s.default), "expected": s.expected, "help": s.help}
         for s in method_settings(method.kind, method)
     ]
-    stands_for = dict(known.values) if isinstance(known, Preset) else {}
+    preset = isinstance(known, Preset)
+    stands_for, proposes = (known.values, known.proposes) if preset else ({}, {})
     return {
         "method": word,
         "title": known.title,
         "kind": method.kind,
-        "stands_for": stands_for,
+        "stands_for": dict(stands_for),
+        "proposes": {key: _plain(value) for key, value in proposes.items()},
         "settings": settings,
     }
 
@@ -93,6 +95,9 @@ def _page(one: dict[str, Any]) -> list[str]:
     if one["stands_for"]:
         values = ", ".join(f"{key}: {yaml_text(v)}" for key, v in one["stands_for"].items())
         lines.append(f"the same as method: {one['kind']} with {values}")
+    if one["proposes"]:
+        values = ", ".join(f"{key}: {yaml_text(v)}" for key, v in one["proposes"].items())
+        lines += textwrap.wrap(f"proposes {values}; what is given instead wins", 80)
     own = [setting for setting in one["settings"] if setting["name"] not in _SHARED]
     for setting in [*own, *(s for s in one["settings"] if s["name"] in _SHARED)]:
         lines += ["", f"{setting['name']}: {yaml_text(setting['default'])}"]

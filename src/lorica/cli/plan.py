@@ -75,7 +75,7 @@ def _forecast(settings: Resolved, voice: Any) -> Forecast:
     for note in settings.notes:
         voice.say(note)
     with voice.work("reading the data"):
-        material = gather(settings.run, seed=settings.train.seed)
+        material = gather(settings.run, seed=settings.data_seed)
     kind = material.task(settings.run.task, settings.run.model)
     check_effects(settings, material, kind)
     with voice.work("running the base without its weights"):
@@ -106,7 +106,8 @@ def _pace(found: Forecast, *, probe: bool) -> Pace:
         trust_remote_code=request.trust_remote_code,
         eos_token=request.eos_token,
     )
-    adapter = attach(model, found.method, name="timed", seed=settings.seed)
+    method = found.method.stand_in() if hasattr(found.method, "stand_in") else found.method  # type: ignore[attr-defined]
+    adapter = attach(model, method, name="timed", seed=settings.seed)
     task = found.shadow.task(found.task)
     usual, _ = chosen_batches(found.work.examples, task, found.shadow, settings)
     return probed(model, adapter, found.task, [usual], settings)
@@ -130,6 +131,20 @@ def _steps(found: Forecast) -> dict[str, Any]:
         "steps": steps,
         "tokens": round(tokens),
     }
+
+
+def _notes(found: Forecast) -> list[str]:
+    """What was assumed, and what the numbers leave out."""
+    notes, seeds = list(found.shadow.notes), found.settings.run.seeds
+    if seeds:
+        notes.append(
+            f"these are the numbers of one run; there is one for each of {len(seeds)} seeds"
+        )
+    if candidates := getattr(found.settings.method, "candidates", ()):
+        notes.append(
+            f"before it, a trial of reinit_top_layers trains {len(candidates)} times as long"
+        )
+    return notes
 
 
 def _disk(found: Forecast) -> dict[str, int]:
@@ -168,7 +183,7 @@ def _as_dict(found: Forecast, cheaper: list[Alternative], pace: Pace) -> dict[st
             }
             for a in cheaper
         ],
-        "notes": found.shadow.notes,
+        "notes": _notes(found),
     }
 
 
@@ -237,7 +252,7 @@ def _lines(found: Forecast, cheaper: list[Alternative], pace: Pace) -> list[str]
                 need = size(a.memory.phases["training"])
                 table.append([a.change, need, size(saved), a.price])
         lines += ["", *aligned(table, left=(table[0][0], "price"))] if len(table) > 1 else []
-    return [*lines, "", *_setting_lines(found), *(f"note: {n}" for n in found.shadow.notes)]
+    return [*lines, "", *_setting_lines(found), *(f"note: {n}" for n in _notes(found))]
 
 
 def _setting_lines(found: Forecast) -> list[str]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lorica.attach.attach import Adapter, attach
+from lorica.attach.attach import Adapter
 from lorica.base.load import Base, base_of, load_model
 from lorica.cli.forecast import Forecast, forecast, refuse_if_far_over, shadow_of, verdict_on
 from lorica.cli.material import Material, gather
+from lorica.cli.start import begin, begin_by_records, waits_for_records
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.dataset import Dataset
@@ -24,12 +24,12 @@ from lorica.data.screen_tokens import Sight, screen_tokens
 from lorica.data.template import ChatTemplate
 from lorica.errors import CheckRefused, ConfigError, LoricaError
 from lorica.evaluate.metrics import find_metrics
+from lorica.files.transfer import begin_from
 from lorica.records.phrases import CHOSEN_BY_SCORED, count, parameters
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task, num_positions
-from lorica.train.importance import attach_relevant
-
-ADAPTER = "default"
+from lorica.train.choice import Relevance
+from lorica.train.trial import Trial
 
 
 @dataclass
@@ -41,6 +41,8 @@ class Prepared:
         examples, held_out: the records of `material`, encoded.
         metrics: names of the scores.
         memory: what the run was estimated to need; empty where that was not possible.
+        relevance: why the adapter is as it is, where records decided about it.
+        trial: what a search on the evaluation records found, where there was one.
     """
 
     settings: Resolved
@@ -52,6 +54,8 @@ class Prepared:
     held_out: list[Example]
     metrics: list[str]
     memory: dict[str, Any] = field(default_factory=dict)
+    relevance: Relevance | None = None
+    trial: Trial | None = None
 
     @property
     def base(self) -> Base:
@@ -73,7 +77,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     for note in settings.notes:
         voice.say(note)
     with voice.work("reading the data"):
-        material = gather(settings.run, seed=settings.train.seed)
+        material = gather(settings.run, seed=settings.data_seed)
     for line in material.statements:
         voice.say(line)
     if chosen_by_scored(settings, material):
@@ -94,34 +98,27 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     )
     for note in base.notes:
         voice.say(f"base: {note}")
-    by_records = getattr(settings.method, "needs_records", False)
-    adapter = None if by_records else _attached(settings, model)
+    begun = None if waits_for_records(settings) else begin(settings, model)
     with voice.work("encoding the records"):
         if early is None:
             task, examples, held_out, settings = encode(settings, material, model)
         else:
             task, examples, held_out = early.task, early.examples, early.held_out
-    if adapter is None:
-        with voice.work(f"looking for what matters, by {settings.method.selection}"):
-            adapter = _relevant(settings, model, task, examples)
+    if begun is None:
+        begun = begin_by_records(settings, model, task, examples, held_out, voice)
+        settings = begun.settings
+    adapter = begun.adapter
+    if settings.run.init_adapter is not None:
+        for line in begin_from(adapter, settings.run.init_adapter):
+            voice.say(f"start: {line}")
     voice.say(f"targets: {adapter.reason}")
     voice.say(f"adapter: {_size(adapter, number)}")
     voice.say(f"encoded: {encoded_statement(task, examples)}")
     _tell(screen_tokens(_sight(settings, material, model, examples)), settings, voice)
     metrics = list(settings.run.metrics or material.metrics(kind))
     memory = early.as_dict() if early else {}
-    return Prepared(settings, material, model, adapter, task, examples, held_out, metrics, memory)
-
-
-def _attached(settings: Resolved, model: nn.Module) -> Adapter:
-    return attach(model, settings.method, name=ADAPTER, seed=settings.train.seed)
-
-
-def _relevant(
-    settings: Resolved, model: nn.Module, task: Task, examples: Sequence[Example]
-) -> Adapter:
-    seed = settings.train.seed
-    return attach_relevant(model, settings.method, task, examples, name=ADAPTER, seed=seed)[0]
+    parts = settings, material, model, adapter, task, examples, held_out, metrics
+    return Prepared(*parts, memory, begun.relevance, begun.trial)
 
 
 def anchored(settings: Resolved) -> Resolved:
@@ -129,7 +126,7 @@ def anchored(settings: Resolved) -> Resolved:
     must be good from every directory.
     """
     found = {}
-    for key in ("model", "data", "eval_data", "test_data", "chat_template"):
+    for key in ("model", "data", "eval_data", "test_data", "chat_template", "init_adapter"):
         value = getattr(settings.run, key)
         stem = re.sub(r"#\d+$", "", value or "")  # records.jsonl#500: a sample of so many
         if stem not in ("", "embedded") and (path := Path(stem).expanduser()).exists():

@@ -20,9 +20,10 @@ import torch
 
 from lorica import __version__
 from lorica.cli.judge import predictions, samples, tell_of_chance
-from lorica.cli.manifest import manifest, marked
+from lorica.cli.manifest import manifest, marked, trial_of
 from lorica.cli.opening import adapter_facts
-from lorica.cli.prepare import ADAPTER, Prepared, anchored, own_template, prepare
+from lorica.cli.prepare import Prepared, anchored, own_template, prepare
+from lorica.cli.start import ADAPTER
 from lorica.cli.voice import Voice
 from lorica.config import Resolved, load_yaml, resolve
 from lorica.errors import ConfigError, Interrupted, LoricaError
@@ -117,7 +118,7 @@ class _Run:
     def go(self, *, resume: bool) -> Outcome:
         """Score the base, train, score the tuned model, compare, report."""
         if not resume:
-            _begin(self.folder, self.prepared.settings)
+            _begin(self.folder, self.prepared)
         with self._resumable():  # a resumed run scores the base when it has trained
             before = [] if resume else self._base()
         report = self._train(resume)
@@ -255,11 +256,17 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _begin(folder: RunFolder, settings: Resolved) -> None:
-    """The least that makes the folder a run, so that it can be gone on with from here."""
-    write_file(folder.config, settings.to_yaml())
+def _begin(folder: RunFolder, prepared: Prepared) -> None:
+    """The least that makes the folder a run, so that it can be gone on with from here; and what is
+    not found out again then.
+    """
+    write_file(folder.config, prepared.settings.to_yaml())
     head = {"lorica": __version__, "status": "running", "started": now()}
-    write_file(folder.manifest, json_text({**head, "run": {"path": str(folder.path)}}))
+    trial = trial_of(prepared, folder.path)
+    found = {"trial": trial} if trial else {}
+    write_file(folder.manifest, json_text({**head, "run": {"path": str(folder.path)}, **found}))
+    if prepared.relevance is not None:
+        folder.write_relevance(prepared.relevance.as_dict())
 
 
 def _dress(path: Path) -> None:

@@ -58,6 +58,7 @@ def command(
     own = [p.opts[0] for p in context.command.params]
     line = read_flags(context.args, known, [*own, "--help"])
     layers = [load_yaml(file) for file in line.files]
+    go_on = resume is not None
     if resume is not None and _unbegun(resume, line.flags):
         resume = None  # with --output-dir, the same line begins a run and goes on with it
     if resume is not None:
@@ -71,6 +72,11 @@ def command(
     from lorica.cli.showing import closing_lines
 
     how = {"json": json, "quiet": quiet, "ignore_memory": ignore_memory}
+    if settings.run.seeds:
+        from lorica.cli.seeds import execute_seeds
+
+        execute_seeds(settings, go_on=go_on, discard=replace, **how)
+        return
     outcome = execute(settings, resume=resume, discard=replace, **how)
     if not (json or quiet):
         print("\n".join(closing_lines(outcome.folder, outcome.samples)))

@@ -25,7 +25,19 @@ def contradictions(run: RunConfig, train: TrainSettings) -> list[str]:
         *_course(train),
         *_base(run),
         *_paths(run),
+        *_seeds(run, train),
     ]
+
+
+def _seeds(run: RunConfig, train: TrainSettings) -> Iterator[str]:
+    if run.seeds is None:
+        return
+    if len(set(run.seeds)) < len(run.seeds) or len(run.seeds) < 2:
+        yield f"seeds={list(run.seeds)} must be at least two different numbers"
+    if any(seed < 0 or seed >= 2**32 for seed in run.seeds):
+        yield f"seeds={list(run.seeds)} must lie between 0 and 4,294,967,295"
+    if train.seed:
+        yield f"seed={train.seed} has no effect beside seeds; keep one of them"
 
 
 def _evaluation(run: RunConfig, train: TrainSettings) -> Iterator[str]:

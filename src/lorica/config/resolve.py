@@ -63,6 +63,11 @@ class Resolved:
         found |= {key: getattr(self.train, key) for key in TrainSettings.model_fields}
         return found | _method_values(self.method)
 
+    @property
+    def data_seed(self) -> int:
+        """The seed by which records are held out and drawn."""
+        return self.train.seed if self.run.data_seed is None else self.run.data_seed
+
     def decided(self, key: str, value: object, reason: str) -> Resolved:
         """The same with one value settled by a rule, such as max_length from the data.
 
@@ -260,6 +265,9 @@ def _unfold(word: str, preset: Preset, found: Found, problems: list[str]) -> Any
         if given != value and key != "loraplus_lr_ratio":  # which is how much, not whether
             problems.append(f"{where}: {key}={given} contradicts method={word}: {key}={value}")
         found.setdefault(key, (value, f"{origin}, method: {word}"))
+    for key, value in preset.proposes.items():
+        if key != "epochs" or "max_steps" not in found:  # the first to be reached would end the run
+            found.setdefault(key, (value, f"{origin}, method: {word}"))
     kind: Any = preset.method
     found["method"] = kind.kind, f"{origin}, method: {word}"
     return kind

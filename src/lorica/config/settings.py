@@ -288,6 +288,25 @@ class RunConfig(Settings):
         default=None, description="folder of the run; null: a new folder under runs/"
     )
     method: Word = Field(default="lora", description="how the base is adapted")
+    init_adapter: PathText | None = Field(
+        default=None,
+        description="a trained adapter to begin from, such as that of another task: a folder with "
+        "an adapter of the same kind and shapes",
+    )
+    data_seed: int | None = Field(
+        default=None,
+        ge=0,
+        le=2**32 - 1,
+        description="seed of which records are held out and scored; null: seed, or the first of "
+        "seeds",
+    )
+    seeds: Annotated[tuple[int, ...], Strict(False), Expects("a list of whole numbers")] | None = (
+        Field(
+            default=None,
+            description="a whole run for each of these seeds, in folders seed-N of output_dir; the "
+            "reports say median and worst",
+        )
+    )
     columns: dict[str, str] | None = Field(
         default=None,
         description="columns of the data by their part: {prompt: question, completion: answer}",
@@ -380,11 +399,13 @@ class Preset:
         method: the settings class.
         values: what the name stands for: settings of the method or of training.
         title: the method in a line, with its paper.
+        proposes: further settings; what is given instead wins.
     """
 
     method: type
     values: Mapping[str, Any]
     title: str
+    proposes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

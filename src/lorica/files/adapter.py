@@ -97,6 +97,7 @@ def _facts(adapter: Adapter, provenance: Mapping[str, Any] | None) -> dict[str, 
         "versions": versions,
         "base": dict(adapter.base),
         "reason": adapter.reason,
+        **({"began_from": dict(adapter.began_from)} if adapter.began_from else {}),
     }
 
 
@@ -168,10 +169,10 @@ def load_adapter(
         ConfigError: the name is taken or unusable.
     """
     folder = Path(folder)
-    _check_folder(folder)
+    check_folder(folder)
     raw = read_json(folder / CONFIG)
     layout = next((layout for layout in LAYOUTS if layout.claims(raw)), peft)
-    facts = _read_facts(folder)
+    facts = read_facts(folder)
     _check_base(model, layout.base_name(raw), facts, folder, allow_other_base)
     empty = layout is peft_kinds and peft_kinds.may_be_empty(raw)
     with TensorFile(folder / WEIGHTS, allow_empty=empty) as file:
@@ -189,8 +190,8 @@ def load_adapter(
     return adapter
 
 
-def _check_folder(folder: Path) -> None:
-    """Say what a folder is that is no adapter folder."""
+def check_folder(folder: Path) -> None:
+    """Raises AdapterFileError that says what a folder is that is no adapter folder."""
     if not folder.is_dir():
         raise AdapterFileError(f"there is no folder {folder}", mend="check the path")
     pickles = [name for name in _PICKLES if (folder / name).exists()]
@@ -213,7 +214,7 @@ def _check_folder(folder: Path) -> None:
     raise AdapterFileError(f"{folder} is no adapter: it lacks {' and '.join(lacking)}", mend=mend)
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> dict[str, Any]:
     """Our own lorica.json; other writers have none."""
     path = folder / PROVENANCE
     return read_json(path) if path.is_symlink() or path.exists() else {}

@@ -21,7 +21,7 @@ from lorica.files.peft_plan import Plan, plan
 from lorica.files.peft_written import to_peft, written_config
 from lorica.files.safetensors_file import TensorFile
 from lorica.methods.dora import DoRA
-from lorica.methods.lora import DECOMPOSING, LoRA
+from lorica.methods.lora import LoRA
 from lorica.methods.method import Tensors
 
 _SHOWN = 5
@@ -51,7 +51,7 @@ def base_name(config: Mapping[str, Any]) -> str | None:
 
 def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors. Raises AdapterFileError where a place has no name."""
-    adapter = _expanded(adapter)
+    adapter = _plain_start(_expanded(adapter))
     written = to_peft(adapter)
     if written.unreadable:
         warnings.warn(
@@ -69,7 +69,7 @@ def _expanded(adapter: Adapter) -> Adapter:
     PEFT's base would have lost those parts; ours has not, and this form means the same on it.
     """
     method = adapter.method
-    if not isinstance(method, LoRA) or method.init_lora_weights not in DECOMPOSING:
+    if not isinstance(method, LoRA) or not method.subtracts:
         return adapter
     slots = {}
     for path, slot in adapter.slots.items():
@@ -82,6 +82,16 @@ def _expanded(adapter: Adapter) -> Adapter:
         else:
             slots[path] = slot
     return replace(adapter, method=method.expanded(), slots=slots)
+
+
+def _plain_start(adapter: Adapter) -> Adapter:
+    """An adapter whose start records decided, as one of the plain start: the file holds what came
+    of it, at the ranks that came of it.
+    """
+    method = adapter.method
+    if not isinstance(method, LoRA) or not method.needs_records:
+        return adapter
+    return replace(adapter, method=method.stand_in())
 
 
 def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Path) -> Found:

@@ -62,6 +62,21 @@ PRESETS = {
         {"init_lora_weights": "olora"},
         "LoRA from the weight's QR decomposition (arXiv 2406.01775)",
     ),
+    "loftq": Preset(
+        LoRA,
+        {"init_lora_weights": "loftq"},
+        "LoRA from what rounding to NF4 loses (arXiv 2310.08659)",
+    ),
+    "eva": Preset(
+        LoRA,
+        {"init_lora_weights": "eva"},
+        "LoRA from the directions of the inputs (arXiv 2410.07170)",
+    ),
+    "lora-ga": Preset(
+        LoRA,
+        {"init_lora_weights": "lora_ga"},
+        "LoRA from the full gradient's directions (arXiv 2407.05000)",
+    ),
     "houlsby": Preset(
         Bottleneck, {"layout": "houlsby"}, "bottlenecks behind both parts (arXiv 1902.00751)"
     ),
@@ -77,6 +92,22 @@ PRESETS = {
         Selective, {"parameters": "all"}, "every parameter, kept as a difference (arXiv 1801.06146)"
     ),
     "bitfit": Preset(Selective, {"parameters": "bias"}, "the biases alone (arXiv 2106.10199)"),
+    "head": Preset(
+        Selective, {"parameters": "head"}, "the classifier or output layer (arXiv 1610.01644)"
+    ),
+    "few-sample": Preset(
+        Selective,
+        {"parameters": "all"},
+        "full tuning for few records, top layers anew (arXiv 2006.05987)",
+        proposes={
+            "reinit_top_layers": (0, 1, 2),
+            "learning_rate": 2e-5,
+            "epochs": 20.0,
+            "warmup_ratio": 0.1,
+            "weight_decay": 0.01,
+            "batch_size": 16,
+        },
+    ),
     "norms": Preset(
         Selective, {"parameters": "norm"}, "normalisation layers alone (arXiv 2312.11420)"
     ),

@@ -21,10 +21,12 @@ class Copy:
     Attributes:
         only: names of the parameters that are copied; None for all of them.
         tied_to: the place whose copy this is too, where both layers share all of these.
+        fresh: whether the copy begins anew, as `attach.fresh` has it, rather than from the base.
     """
 
     only: tuple[str, ...] | None = None
     tied_to: str | None = None
+    fresh: bool = False
 
     kind: ClassVar[str] = "copy"
     replaces: ClassVar[bool] = True

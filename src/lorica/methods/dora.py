@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorica.methods.lora import DECOMPOSING, LoRA
+from lorica.methods.lora import LoRA
 from lorica.methods.method import Layer, Tensors, setting
 from lorica.methods.update import as_matrix, from_matrix
 
@@ -47,7 +47,7 @@ class DoRA(LoRA):
 
     def problems(self, layer: Layer) -> list[str]:
         found = super().problems(layer)
-        if self.init_lora_weights in (*DECOMPOSING, "random"):
+        if self.subtracts or self.init_lora_weights == "random":
             found.append(f"init_lora_weights={self.init_lora_weights} does not go with dora")
         if layer.geometry.get("groups", 1) > 1:
             found.append("the update of a grouped convolution has no length per output")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lorica.errors import nearest
+from lorica.methods.loftq import loftq
 from lorica.methods.method import Layer, Tensors, numeric_problems, setting
 from lorica.methods.patterns import pattern_value
 from lorica.methods.placed import Placed, rank_problems, scale_problems, whole
@@ -44,12 +45,33 @@ class LoRA(Placed):
     alpha_pattern: Mapping[str, float] = setting({}, "another lora_alpha for some layers")
     use_rslora: bool = setting(False, "scale by lora_alpha / sqrt(r) instead of lora_alpha / r")
     init_lora_weights: (
-        bool | Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "random"]
+        bool
+        | Literal[
+            "kaiming",
+            "gaussian",
+            "orthogonal",
+            "pissa",
+            "olora",
+            "loftq",
+            "eva",
+            "lora_ga",
+            "random",
+        ]
     ) = setting(
         "kaiming",
-        "start of A, with B zero: kaiming, gaussian; of both: orthogonal, pissa, olora; random "
-        "changes the base's answers, for debugging",
+        "start of A, with B zero: kaiming, gaussian; of both: orthogonal; from the weight: pissa, "
+        "olora, loftq; from records: eva, lora_ga; random changes the base's answers, for "
+        "debugging",
     )
+    init_records: int = setting(64, "records that decide the start, with eva and lora_ga")
+    eva_rho: float = setting(
+        2.0, "eva: a layer gets at most so many times r; 1: every layer keeps its own r"
+    )
+    eva_tau: float = setting(
+        0.99, "eva: a direction is found when it moves less than this cosine from batch to batch"
+    )
+    lora_ga_gamma: float = setting(16.0, "lora_ga: the start is scaled by 1 / sqrt(gamma)")
+    loftq_iter: int = setting(1, "loftq: rounds of quantizing and decomposing")
 
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = setting(
         (),
@@ -70,6 +92,34 @@ class LoRA(Placed):
     def scale(self) -> float:
         """What multiplies the product of the factors."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether both factors are filled at the start, and their first product is subtracted."""
+        return self.init_lora_weights in (*DECOMPOSING, "lora_ga")
+
+    @property
+    def needs_records(self) -> bool:
+        """Whether the start depends on the task's records; `train.starts` then makes it."""
+        return self.init_lora_weights in BY_RECORDS
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the start sums up a gradient of every weight."""
+        return self.init_lora_weights == "lora_ga"
+
+    @property
+    def num_records(self) -> int:
+        """How many of them."""
+        return self.init_records
+
+    def stand_in(self) -> Self:
+        """Settings of the same size whose start needs no records."""
+        if not self.needs_records:
+            return self
+        plain = "olora" if self.init_lora_weights == "lora_ga" else "kaiming"
+        free = {name: f.default for name, f in self.__dataclass_fields__.items() if name in _START}
+        return replace(self, **free, init_lora_weights=plain)
 
     def at(self, path: str) -> Self:
         rank = pattern_value(self.rank_pattern, path)
@@ -92,16 +142,26 @@ class LoRA(Placed):
         groups = layer.geometry.get("groups", 1)
         if self.r % groups:
             found.append(f"r={self.r} is not a multiple of the convolution's {groups} groups")
-        if self.init_lora_weights in DECOMPOSING and groups > 1:
+        if self.init_lora_weights in (*DECOMPOSING, *BY_RECORDS) and groups > 1:
             found.append(f"the weight of a grouped convolution has no {self.init_lora_weights}")
+        if self.init_lora_weights == "eva" and layer.kind != "linear":
+            found.append("init_lora_weights=eva needs a linear layer, whose inputs it looks at")
+        if self.init_lora_weights == "lora_ga" and self.r <= smallest < 2 * self.r:
+            found.append(
+                f"init_lora_weights=lora_ga takes {2 * self.r} directions of the gradient for "
+                f"r={self.r}, and this layer has {smallest}"
+            )
         return found
 
     def start(self, layer: Layer, generator: torch.Generator) -> Tensors:
+        if self.needs_records:  # by chance; `train.starts` gives chosen ones
+            return self.stand_in().start(layer, generator)
         init = str(self.init_lora_weights)
         if init in DECOMPOSING:
-            A, B = DECOMPOSING[init](as_matrix(layer.weight(), layer), self.r, self.scale)
+            how = {"iterations": self.loftq_iter} if init == "loftq" else {}
+            A, B = DECOMPOSING[init](as_matrix(layer.weight(), layer), self.r, self.scale, **how)
             shape_A, shape_B = _shapes(layer, self.r)
-            A, B = A.reshape(shape_A), B.reshape(shape_B)
+            A, B = A.reshape(shape_A).contiguous(), B.reshape(shape_B).contiguous()
             return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
         shape_A, shape_B = _shapes(layer, self.r)
         A, B = _INITS[init](shape_A, shape_B, layer, generator)
@@ -176,7 +236,8 @@ class LoRA(Placed):
             found += rank_problems(f"rank_pattern[{key!r}]", rank)
         for key, alpha in self.alpha_pattern.items():
             found += scale_problems(f"alpha_pattern[{key!r}]", alpha)
-        inits = [*_INITS, *DECOMPOSING]
+        found += self._start_problems()
+        inits = [*_INITS, *DECOMPOSING, *BY_RECORDS]
         if self.init_lora_weights not in inits:
             near = nearest(str(self.init_lora_weights), inits)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(inits)}"
@@ -186,8 +247,40 @@ class LoRA(Placed):
         found += _token_problems(self.trainable_token_indices)
         return found
 
+    def _start_problems(self) -> list[str]:
+        """What is wrong with the settings of single starts, or without effect."""
+        ranges = {
+            "init_records": (1, 10**6),
+            "eva_rho": (1.0, 1000.0),
+            "eva_tau": (0.0, 1.0),
+            "lora_ga_gamma": (1e-6, 1e6),
+            "loftq_iter": (1, 100),
+        }
+        found = numeric_problems(self, ranges)
+        for name in ("init_records", "loftq_iter"):
+            if isinstance(getattr(self, name), float):
+                found.append(f"{name} is {getattr(self, name)!r}; it must be a whole number")
+        for name, owners in _START.items():
+            default = self.__dataclass_fields__[name].default
+            if getattr(self, name) != default and self.init_lora_weights not in owners:
+                found.append(
+                    f"{name}={getattr(self, name)} has no effect with "
+                    f"init_lora_weights={self.init_lora_weights}; it belongs to "
+                    f"{' and '.join(owners)}"
+                )
+        return found
 
-_RANKS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")
+
+_START = {
+    "init_records": ("eva", "lora_ga"),
+    "eva_rho": ("eva",),
+    "eva_tau": ("eva",),
+    "lora_ga_gamma": ("lora_ga",),
+    "loftq_iter": ("loftq",),
+}
+"""Settings of the start -> the starts that they belong to."""
+
+_RANKS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", *_START)
 
 
 @dataclass(frozen=True)
@@ -313,8 +406,12 @@ def _olora(matrix: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     return R[..., :r, :], Q[..., :r]
 
 
-DECOMPOSING: dict[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = {
+DECOMPOSING: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "pissa": _pissa,
     "olora": _olora,
+    "loftq": loftq,
 }
 """Inits from parts of the weight: matrix (O, I), r, scale -> A, B."""
+
+BY_RECORDS = ("eva", "lora_ga")
+"""Inits that the task's records decide: `train.starts` makes them, since a method sees no data."""

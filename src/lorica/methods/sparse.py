@@ -20,8 +20,8 @@ from torch import Tensor
 from lorica.methods.method import Layer, Tensors, numeric_problems, setting
 from lorica.methods.update import WeightUpdate, matrix_shape
 
-SELECTIONS = ("fisher", "gradient", "gradient-weight", "magnitude", "random")
-GRANULARITIES = ("weight", "row", "module")
+SELECTIONS = ("fisher", "gradient", "gradient-weight", "gradient-input", "magnitude", "random")
+GRANULARITIES = ("weight", "row", "head", "module", "layer")
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,17 @@ class Sparse(WeightUpdate):
     """Settings and arithmetic of a sparse update."""
 
     density: float = setting(0.005, "share of the entries of the chosen layers that train")
-    selection: Literal["fisher", "gradient", "gradient-weight", "magnitude", "random"] = setting(
+    selection: Literal[
+        "fisher", "gradient", "gradient-weight", "gradient-input", "magnitude", "random"
+    ] = setting(
         "fisher",
-        "what decides: squared gradients (fisher), gradients, gradients times weights, the weights "
-        "themselves, or chance",
+        "what decides: squared gradients (fisher), gradients, gradients times weights, gradients "
+        "times inputs, the weights themselves, or chance",
     )
-    granularity: Literal["weight", "row", "module"] = setting(
-        "weight", "single entries, whole rows (neurons), or whole layers are chosen"
+    granularity: Literal["weight", "row", "head", "module", "layer"] = setting(
+        "weight",
+        "what is chosen: single entries, rows (neurons), heads of attention, whole modules, or "
+        "all of a layer of the model",
     )
     relevance_records: int = setting(128, "records whose gradients decide")
     count: int | None = setting(None, "entries at each place; null: as density says")
@@ -47,7 +51,21 @@ class Sparse(WeightUpdate):
     @property
     def needs_records(self) -> bool:
         """Whether the choice depends on the task's records."""
-        return self.selection in ("fisher", "gradient", "gradient-weight")
+        return self.selection in ("fisher", "gradient", "gradient-weight", "gradient-input")
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the choice sums up a gradient of every weight."""
+        return self.needs_records
+
+    @property
+    def num_records(self) -> int:
+        """How many of them."""
+        return self.relevance_records
+
+    def stand_in(self) -> Self:
+        """Settings of the same size that need no records."""
+        return replace(self, selection="random") if self.needs_records else self
 
     def sized(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """The settings at a place whose tensors have these shapes."""

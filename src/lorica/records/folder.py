@@ -4,6 +4,7 @@ config.yaml     resolved settings, each with a comment saying where the value ca
 run.json        versions, digests, seed, status, scores of base and tuned, resources
 metrics.jsonl   a row per logged step          events.jsonl   warnings, checkpoints, best marks
 samples.jsonl   input, before, after, references
+relevance.json  how much each layer matters, where records decided about the adapter
 adapter/        the adapter (adapters/NAME/ where a run trains several)
 checkpoints/    report.html     .lock
 """
@@ -29,7 +30,11 @@ from lorica.records.atomic import sync_folder, write_file
 CONFIG, MANIFEST, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVENTS, SAMPLES, REPORT, LOCK = "events.jsonl", "samples.jsonl", "report.html", ".lock"
 ADAPTER, ADAPTERS, CHECKPOINTS = "adapter", "adapters", "checkpoints"
-LAYOUT = (MANIFEST, CONFIG, METRICS, EVENTS, SAMPLES, REPORT, ADAPTER, ADAPTERS, CHECKPOINTS)
+RELEVANCE = "relevance.json"
+LAYOUT = (
+    *(MANIFEST, CONFIG, METRICS, EVENTS, SAMPLES, RELEVANCE, REPORT),
+    *(ADAPTER, ADAPTERS, CHECKPOINTS),
+)
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TEMPORARY = (".tmp-", ".old-")
@@ -168,6 +173,10 @@ class RunFolder:
         adapters, "adapter".
         """
         return write_file(self.samples, b"".join(json_line(sample) for sample in samples))
+
+    def write_relevance(self, relevance: dict) -> Path:
+        """Write relevance.json; see `records.relevance`."""
+        return write_file(self.path / RELEVANCE, json_text(relevance))
 
     def close(self) -> None:
         """Give the lock back. The file stays: removing it would let two processes lock two files of

@@ -24,45 +24,45 @@ from lorica.records.smooth import smoothed, thinned
 POINTS = 400  # of a curve; more cannot be seen
 NUM_COLOURS = 8
 
-_INK, _MUTED, _GRID, _PAPER, _BASE = "#010101", "#020202", "#030303", "#040404", "#050505"
+INK, _MUTED, GRID, _PAPER, _BASE = "#010101", "#020202", "#030303", "#040404", "#050505"
 _GOOD = "#060606"
-_SERIES = [f"#1010{index:02x}" for index in range(NUM_COLOURS)]
+SERIES = [f"#1010{index:02x}" for index in range(NUM_COLOURS)]
 _VARIABLES = {
-    _INK: "ink",
+    INK: "ink",
     _MUTED: "muted",
-    _GRID: "grid",
+    GRID: "grid",
     _PAPER: "paper",
     _BASE: "base",
     _GOOD: "good",
-} | {colour: f"series-{index}" for index, colour in enumerate(_SERIES)}
-_STYLE: dict[Any, Any] = {
+} | {colour: f"series-{index}" for index, colour in enumerate(SERIES)}
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lorica",
     "text.parse_math": False,  # a name may hold a dollar sign
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.axisbelow": True,
-    "axes.edgecolor": _GRID,
+    "axes.edgecolor": GRID,
     "axes.facecolor": "none",
     "axes.grid": True,
     "axes.labelcolor": _MUTED,
     "axes.linewidth": 0.8,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlecolor": _INK,
+    "axes.titlecolor": INK,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.titlepad": 10,
     "axes.unicode_minus": True,
     "figure.facecolor": "none",
-    "grid.color": _GRID,
+    "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _GRID,
+    "legend.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": GRID,
     "xtick.labelcolor": _MUTED,
-    "ytick.color": _GRID,
+    "ytick.color": GRID,
     "ytick.labelcolor": _MUTED,
 }
 
@@ -108,16 +108,16 @@ def loss_figure(curves: Sequence[Curves], unit: str = "nats per token") -> str |
     """
     if not any(c.get("loss")[0] or c.get("eval_loss")[0] for c in curves):
         return None
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(9.2, 3.3), layout="constrained")
         axes = figure.add_subplot()
         for index, one in enumerate(curves):
-            _draw_loss(axes, one, _SERIES[index % NUM_COLOURS], alone=len(curves) == 1)
+            _draw_loss(axes, one, SERIES[index % NUM_COLOURS], alone=len(curves) == 1)
         _scale_loss(axes, curves, unit)
         axes.set_xlabel("step")
         if len(curves) == 1:
             axes.legend(loc="upper right", ncols=3, fontsize=9, handlelength=1.6)
-        return _svg(figure, "loss", "Loss and eval loss over the steps")
+        return svg(figure, "loss", "Loss and eval loss over the steps")
 
 
 def rate_figure(curves: Sequence[Curves]) -> str | None:
@@ -125,19 +125,19 @@ def rate_figure(curves: Sequence[Curves]) -> str | None:
     names = [name for name in ("learning_rate", "grad_norm") if any(c.get(name)[0] for c in curves)]
     if not names:
         return None
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(9.2, 2.1), layout="constrained")
         for place, name in enumerate(names):
             axes = figure.add_subplot(1, 2, place + 1)
             for index, one in enumerate(curves):
                 steps, values = thinned(*one.get(name), POINTS)
-                axes.plot(steps, values, color=_SERIES[index % NUM_COLOURS], linewidth=1.2)
+                axes.plot(steps, values, color=SERIES[index % NUM_COLOURS], linewidth=1.2)
             axes.set_title("learning rate" if name == "learning_rate" else "gradient norm")
             axes.set_ylim(bottom=0)
             _few_ticks(axes)
             if name == "learning_rate":
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value)))
-        return _svg(figure, "rate", "Learning rate and gradient norm over the steps")
+        return svg(figure, "rate", "Learning rate and gradient norm over the steps")
 
 
 def score_figure(scores: Mapping[str, Mapping], prefix: str) -> str | None:
@@ -148,12 +148,12 @@ def score_figure(scores: Mapping[str, Mapping], prefix: str) -> str | None:
     }
     if not shown:
         return None
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(9.2, 0.35 + 0.62 * len(shown)), layout="constrained")
         for place, (name, score) in enumerate(shown.items()):
             axes = figure.add_subplot(len(shown), 1, place + 1)
             _draw_score(axes, name, score)
-        return _svg(figure, prefix, "Scores of base and tuned")
+        return svg(figure, prefix, "Scores of base and tuned")
 
 
 def length_figure(histogram: Mapping, prefix: str) -> str | None:
@@ -167,17 +167,17 @@ def length_figure(histogram: Mapping, prefix: str) -> str | None:
         or any(number(v) is None for v in [*edges, *counts])
     ):
         return None
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(9.2, 1.7), layout="constrained")
         axes = figure.add_subplot()
         widths = [right - left for left, right in pairwise(edges)]
-        axes.bar(edges[:-1], counts, width=widths, align="edge", color=_SERIES[0], edgecolor=_PAPER)
+        axes.bar(edges[:-1], counts, width=widths, align="edge", color=SERIES[0], edgecolor=_PAPER)
         axes.set_xlabel("tokens in a record")
         axes.grid(visible=False, axis="x")
         _few_ticks(axes)
         axes.set_xlim(edges[0], edges[-1])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        return _svg(figure, prefix, "Histogram of record lengths")
+        return svg(figure, prefix, "Histogram of record lengths")
 
 
 def _draw_loss(axes: Axes, curves: Curves, colour: str, *, alone: bool) -> None:
@@ -191,7 +191,7 @@ def _draw_loss(axes: Axes, curves: Curves, colour: str, *, alone: bool) -> None:
     eval_steps, eval_losses = curves.get("eval_loss")
     if not eval_steps:
         return
-    eval_colour = _SERIES[1] if alone else colour
+    eval_colour = SERIES[1] if alone else colour
     axes.plot(
         eval_steps,
         eval_losses,
@@ -238,11 +238,11 @@ def _draw_score(axes: Axes, name: str, score: Mapping) -> None:
     reach = max(abs(base or 0.0), abs(tuned), abs((base or 0.0) + (high or 0.0))) or 1.0
     if base is not None:
         axes.barh(1, base, height=0.72, color=_BASE)
-    axes.barh(0, tuned, height=0.72, color=_SERIES[0])
+    axes.barh(0, tuned, height=0.72, color=SERIES[0])
     ends = [base or 0.0, tuned]
     if base is not None and low is not None and high is not None:
         axes.plot(
-            [base + low, base + high], [0, 0], color=_INK, linewidth=1.4, marker="|", markersize=6
+            [base + low, base + high], [0, 0], color=INK, linewidth=1.4, marker="|", markersize=6
         )
         ends[1] = max(tuned, base + high)
     for place, end, text in (
@@ -250,13 +250,13 @@ def _draw_score(axes: Axes, name: str, score: Mapping) -> None:
         (0, ends[1], f"tuned {cells['tuned']}"),
     ):
         if place == 0 or base is not None:
-            colour = _INK if place == 0 else _MUTED
+            colour = INK if place == 0 else _MUTED
             axes.text(
                 max(end, 0) + 0.012 * reach, place, text, va="center", fontsize=8.5, color=colour
             )
     axes.set_xlim(min(0.0, base or 0.0, tuned), 1.16 * reach)
     axes.set_ylim(-0.55, 1.55)
-    axes.set_yticks([0.5], [_ascii(metric_name(name))], fontsize=9.5, color=_INK)
+    axes.set_yticks([0.5], [_ascii(metric_name(name))], fontsize=9.5, color=INK)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.grid(visible=False)
@@ -281,7 +281,7 @@ def _step_ticks(axes: Axes, most: int) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _svg(figure: Figure, prefix: str, title: str) -> str:
+def svg(figure: Figure, prefix: str, title: str) -> str:
     """The figure as an <svg> element that needs nothing from outside."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(

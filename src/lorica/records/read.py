@@ -4,7 +4,7 @@ have torn.
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ class Run:
     Attributes:
         status: "running", "finished", "interrupted", "failed", or "stopped" where the manifest says
             running but no process holds the folder: it was killed.
+        relevance: what records decided about the adapter; empty where they decided nothing.
         rows, events, samples: as written, in order. notes: what was passed over while reading, as
             sentences.
     """
@@ -52,6 +53,7 @@ class Run:
     events: tuple[dict, ...]
     samples: tuple[dict, ...]
     notes: tuple[str, ...]
+    relevance: dict = field(default_factory=dict)
 
 
 def read_run(path: str | Path) -> Run:
@@ -72,6 +74,8 @@ def read_run(path: str | Path) -> Run:
     notes: list[str] = []
     manifest = _collect(read_manifest, path / layout.MANIFEST, problems, {})
     settings = _collect(read_settings, path / layout.CONFIG, problems, ())
+    there = (path / layout.RELEVANCE).exists()
+    relevance = _collect(read_manifest, path / layout.RELEVANCE, problems, {}) if there else {}
     files = {}
     for name in (layout.METRICS, layout.EVENTS, layout.SAMPLES):
         lines = _collect(read_lines, path / name, problems, Lines((), None, ()))
@@ -96,6 +100,7 @@ def read_run(path: str | Path) -> Run:
         events=files[layout.EVENTS],
         samples=files[layout.SAMPLES],
         notes=tuple(notes),
+        relevance=relevance,
     )
 
 
@@ -134,7 +139,7 @@ def read_lines(path: Path) -> Lines:
 
 
 def read_manifest(path: Path) -> dict:
-    """Read run.json.
+    """Read run.json, or another object of JSON.
 
     Raises:
         ValueError: it is not JSON, or not an object.

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lorica.records import relevance, seeds
 from lorica.records.card import lorica_snippet, peft_snippet, shell_line
 from lorica.records.difference import Piece, marked, nearest_reference
 from lorica.records.folder import ADAPTER, ADAPTERS
@@ -62,11 +63,13 @@ def content(run: Run) -> dict:
         "alarms": [*_alarms(run), *run.notes],
         "scores": [_score_table(index, *part) for index, part in enumerate(scores)],
         "chosen_by_scored": CHOSEN_BY_SCORED if chosen_by_scored(run.manifest) else "",
+        "seeds": seeds.rows(_mapping(run.manifest.get("seeds"))),
         "loss_figure": loss_figure(curves, _loss_unit(run)),
         "rate_figure": rate_figure(curves),
         "legend": [one.adapter for one in curves] if len(curves) > 1 else [],
         "course": [*_courses(curves), *_resumptions(run)],
         "evaluations": _evaluations(run.rows),
+        "relevance": relevance.section(run.relevance),
         "samples": [_sample(sample) for sample in shown[:SAMPLES_SHOWN]],
         "more_samples": [_sample(sample) for sample in shown[SAMPLES_SHOWN:]],
         "samples_left": len(run.samples) - len(shown),

@@ -9,6 +9,7 @@ measured: Python, torch and the records take as much as the process holds when t
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 
 from lorica.attach.activate import Activation
 from lorica.attach.attach import Adapter
-from lorica.attach.site import Route
+from lorica.attach.site import Route, plates_of
 from lorica.base.load import weight_files
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.data.pack import batches
 from lorica.errors import ConfigError
 from lorica.methods.method import Method
+from lorica.methods.update import matrix_shape
 from lorica.tasks.task import Batch, answering, by_length
 from lorica.train.course import GROUP
 from lorica.train.engine import Engine, at_rest, between_of, resting
@@ -78,7 +80,8 @@ class Memory:
         logits: everything that has one number per word of the vocabulary.
         workspace: other tensors of the moment of the peak.
         fragmentation: freed memory that the allocator keeps.
-        phase: when the peak is: "loading", "scoring", "evaluation" or "training".
+        phase: when the peak is: "loading", "scoring", "evaluation", "choosing" (of what records
+            decide about the adapter) or "training".
         phases: the peak of each.
         batch_tokens: of the largest batch, padding left out.
     """
@@ -162,6 +165,10 @@ def estimate(
             phases["scoring"] = held + weights + trained + runner.scoring(work.scoring)
             judged = runner.evaluation(work.held_out, settings)
             phases["evaluation"] = steady + 2 * trained + judged
+            if choosing := _choosing(shadow, method, adapter):
+                longest = max(work.examples, key=len)
+                single = runner.training([longest], settings).resident
+                phases["choosing"] = held + weights + choosing + single
     return Memory(
         process=held,
         weights=weights,
@@ -171,6 +178,21 @@ def estimate(
         phases=phases,
         batch_tokens=training.tokens,
     )
+
+
+def _choosing(shadow: Shadow, method: Method, adapter: Adapter) -> int:
+    """Bytes for a choice by gradients: in float32 the sum and a copy of it for every weight, and
+    one gradient of the largest in float32 and in the dtype of the base.
+    """
+    if not getattr(method, "needs_gradients", False):
+        return 0
+    sizes = [
+        math.prod(matrix_shape(plates.layer))
+        for module in shadow.model.modules()
+        for plates in plates_of(module)
+        if adapter.name in plates.slots and not plates.slots[adapter.name].method.replaces
+    ]
+    return 8 * sum(sizes) + 8 * max(sizes)
 
 
 @dataclass(frozen=True)

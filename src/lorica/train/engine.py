@@ -320,6 +320,8 @@ def _update(trainee: Trainee, total: _Totals, norm: float) -> StepResult:
     for group in trainee.optimizer.param_groups:
         group["lr"] = rate * group["factor"]
     trainee.optimizer.step()
+    # A fused optimizer does not count its writes, and what is kept of a tensor goes by that count.
+    torch.autograd.graph.increment_version(list(trainee.adapter.parameters()))
     trainee.step += 1
     trainee.between.after(trainee.step)
     trainee.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,83 @@
+"""How the adapter of a run begins: by itself, or by what the records decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lorica.attach.attach import Adapter, attach
+from lorica.cli.voice import Voice
+from lorica.config import Resolved
+from lorica.data.encode import Example
+from lorica.errors import ConfigError
+from lorica.tasks.task import Task
+from lorica.train.choice import Relevance
+from lorica.train.starts import attach_by_records
+from lorica.train.trial import Trial, choose_top_layers
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An adapter on its base.
+
+    Attributes:
+        settings: of the run, with what a trial decided.
+        relevance: why the adapter is as it is, where records decided about it.
+        trial: what a search on the evaluation records found, where there was one.
+    """
+
+    settings: Resolved
+    adapter: Adapter
+    relevance: Relevance | None = None
+    trial: Trial | None = None
+
+
+def waits_for_records(settings: Resolved) -> bool:
+    """Whether the records are needed before there can be an adapter.
+
+    Raises:
+        ConfigError: its start would be decided twice.
+    """
+    method: Any = settings.method
+    by_records = bool(getattr(method, "needs_records", False))
+    anew = bool(getattr(method, "reinit_top_layers", 0))
+    if settings.run.init_adapter is not None and (by_records or anew):
+        which = "reinit_top_layers" if anew else "a start that records decide"
+        raise ConfigError(
+            f"{settings.origins['init_adapter']}: init_adapter would undo {which}",
+            mend="keep one of them",
+        )
+    return by_records or bool(getattr(method, "candidates", ()))
+
+
+def begin(settings: Resolved, model: nn.Module) -> Begun:
+    """An adapter that needs no records."""
+    return Begun(settings, attach(model, settings.method, name=ADAPTER, seed=settings.train.seed))
+
+
+def begin_by_records(
+    settings: Resolved,
+    model: nn.Module,
+    task: Task,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    voice: Voice,
+) -> Begun:
+    """An adapter of which records decide something."""
+    method = settings.method
+    if not getattr(method, "candidates", ()):
+        with voice.work("looking at records for what matters to the adapter"):
+            how: dict[str, Any] = {"name": ADAPTER, "seed": settings.train.seed}
+            adapter, relevance = attach_by_records(model, method, task, examples, **how)
+        return Begun(settings, adapter, relevance)
+    numbers = ", ".join(map(str, method.candidates))
+    with voice.work(f"a trial of reinit_top_layers: {numbers}"):
+        chosen, trial = choose_top_layers(model, method, task, examples, held_out, settings.train)
+    settings = settings.decided("reinit_top_layers", chosen.reinit_top_layers, str(trial))
+    voice.say(f"trial: reinit_top_layers: {trial.best}, {trial}")
+    return Begun(settings, begin(settings, model).adapter, trial=trial)

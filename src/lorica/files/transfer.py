@@ -1,0 +1,112 @@
+"""Transfer: the tensors of a trained adapter as the start of another one.
+
+Such as an adapter of a large task for a small one that is like it: Vu et al. 2022, "SPoT: Better
+Frozen Model Adaptation through Soft Prompt Transfer" (arXiv 2110.07904).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorica.attach.attach import Adapter, adapters, detach
+from lorica.errors import AdapterFileError
+from lorica.files.adapter import WEIGHTS, load_adapter
+from lorica.methods.copy import Copy
+
+_SHOWN = 10
+_SAME_TENSORS = {"lora", "lora-fa"}
+"""Kinds that differ in what trains only; their files are the same."""
+
+
+def begin_from(adapter: Adapter, folder: str | Path) -> list[str]:
+    """Put the tensors of the adapter in `folder` into `adapter`, which was attached before.
+
+    Both must be of one kind, with the same places and ranks. A module that is trained whole beside
+    them (a new head) keeps its own start where the folder has none, and that is said. What was
+    begun from goes into the adapter's files.
+
+    Returns:
+        what the user should be told.
+
+    Raises:
+        AdapterFileError: the folder holds no adapter for this base, or one of another kind or of
+            other shapes; all differences at once. The adapter is as it was.
+    """
+    folder, model = Path(folder), adapter.model
+    name = _free_name(adapter)
+    source = load_adapter(model, folder, name=name)
+    try:
+        kept = _check(adapter, source, folder)
+        with torch.no_grad():
+            for path, slot in adapter.slots.items():
+                for key, tensor in slot.tensors.items():
+                    if path not in kept:
+                        tensor.copy_(source.slots[path].tensors[key])
+    finally:
+        detach(model, source)
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    adapter.began_from = {"path": str(folder.absolute()), "digest": digest}
+    adapter.reason = f"{adapter.reason}; begun from {folder}"
+    notes = [f"the tensors of {folder}"]
+    if kept:
+        listed = ", ".join(sorted(kept)[:_SHOWN])
+        notes.append(f"{listed} keep a start of their own: {folder} has nothing there")
+    return notes
+
+
+def _free_name(adapter: Adapter) -> str:
+    taken = adapters(adapter.model)
+    return next(name for i in range(len(taken) + 1) if (name := f"begin-{i}") not in taken)
+
+
+def _check(adapter: Adapter, source: Adapter, folder: Path) -> set[str]:
+    """Places that keep their own start; refuses what differs."""
+    ours, theirs = adapter.method.kind, source.method.kind
+    problems = []
+    if ours != theirs and {ours, theirs} != _SAME_TENSORS:
+        problems.append(f"it is {theirs}, and this run trains {ours}")
+    heads = {
+        path
+        for path, slot in adapter.slots.items()
+        if isinstance(slot.method, Copy) and ours != "selective" and path not in source.slots
+    }
+    for path, slot in adapter.slots.items():
+        if path not in heads and not problems[_SHOWN:]:
+            problems += _differing(path, source.slots.get(path), slot)
+    extra = sorted(source.slots.keys() - adapter.slots.keys())
+    problems += [f"{path}: this run adapts nothing there" for path in extra]
+    if problems:
+        raise AdapterFileError(
+            f"init_adapter: {folder} is no start for this adapter",
+            problems=problems[:_SHOWN],
+            mend="give the method, r, lora_alpha and target_modules that the folder's "
+            "adapter_config.json has, or leave init_adapter out",
+        )
+    return heads
+
+
+def _shapes(slot: Any) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in slot.tensors.items()}
+
+
+def _scale(slot: Any) -> float:
+    """What multiplies the update of a method with factors; 1 where there is no such number."""
+    return round(float(getattr(slot.method, "scale", 1.0)), 9)
+
+
+def _differing(path: str, other: Any, slot: Any) -> list[str]:
+    """What keeps the tensors of another adapter from being those of a place, at most one thing."""
+    if other is None:
+        return [f"{path}: it has nothing there"]
+    ranks = [getattr(one.method, "r", None) for one in (other, slot)]
+    if None not in ranks and ranks[0] != ranks[1]:
+        return [f"{path}: its r is {ranks[0]}, here it is {ranks[1]}"]
+    if _shapes(other) != _shapes(slot):
+        return [f"{path}: it holds {_shapes(other)}, here it is {_shapes(slot)}"]
+    if _scale(other) != _scale(slot):
+        return [f"{path}: its scale is {_scale(other):g}, here it is {_scale(slot):g}"]
+    return []

@@ -1,0 +1,184 @@
+"""Where an adapter begins, from the command line: records, another adapter, anew; several seeds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+def manifest(folder) -> dict:
+    return json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def classes(stock, quick):
+    """The line of a run of a second on classes."""
+    flags = dict(zip(quick[::2], quick[1::2], strict=True))
+    for flag in ("--r", "--max-new-tokens"):
+        del flags[flag]
+    own = [part for pair in flags.items() for part in pair]
+    return ["train", "--model", stock / "bert", "--data", stock / "classes.csv", *own]
+
+
+def test_relevance_lies_in_the_run_folder_and_in_the_report(lorica, stock, quick):
+    words = ["train", "--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
+    words += ["--method", "eva", "--init-records", "16", "--output-dir", "run"]
+    done = lorica(*words)
+    assert done.code == 0, done.err
+    assert "ranks by variance explained" in done.out
+    found = json.loads(Path("run/relevance.json").read_text())
+    assert found["num_records"] == 16 and found["unit"] == "ranks"
+    assert {p["layer"] for p in found["places"]} == {0, 1}
+    assert sum(p["chosen"] for p in found["places"]) == 2 * len(found["places"])
+    assert "Where it matters" in Path("run/report.html").read_text(encoding="utf-8")
+    again = lorica(*words, "--replace", "--method", "lora")
+    assert again.code == 2 and "given twice" in again.err
+
+
+def test_the_same_records_and_seed_resume_to_the_same_start(lorica, stock, quick):
+    words = ["train", "--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
+    words += ["--method", "lora-ga", "--output-dir", "run", "--quiet"]
+    assert lorica(*words).code == 0
+    first = load_file("run/adapter/adapter_model.safetensors")
+    found = manifest("run")
+    found["status"] = "interrupted"
+    Path("run/run.json").write_text(json.dumps(found))
+    again = lorica("train", "--resume", "run", "--quiet")
+    assert again.code == 0, again.err
+    second = load_file("run/adapter/adapter_model.safetensors")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_few_records_with_a_trial(lorica, classes):
+    words = [*classes, "--method", "few-sample", "--reinit-top-layers", "0,1"]
+    done = lorica(*words, "--output-dir", "run")
+    assert done.code == 0, done.err
+    found = manifest("run")
+    losses = found["trial"]["losses"]
+    assert set(losses) == {"0", "1"}
+    best = min(losses, key=lambda number: (losses[number], number))
+    assert found["trial"]["best"] == int(best) == found["method"]["reinit_top_layers"]
+    config = Path("run/config.yaml").read_text(encoding="utf-8")
+    assert f"reinit_top_layers: {best} " in config and "# rule: the lowest eval loss of" in config
+    assert "weight_decay: 0.01" in config and "# --method, method: few-sample" in config
+    assert "epochs: 20" not in config, "max_steps was given"
+    assert f"trial: reinit_top_layers: {best}, the lowest eval loss" in done.out
+    assert lorica("train", "--resume", "run").code == 0
+    none = lorica(*words, "--output-dir", "none", "--eval-size", "0")
+    assert none.code == 2
+
+
+def test_a_trial_needs_records_to_judge_by(lorica, stock):
+    done = lorica(
+        "train", "--model", stock / "bert", "--data", stock / "classes.csv", "--max-steps", "2",
+        "--method", "full", "--reinit-top-layers", "0,1", "--eval-size", "0", "--output-dir", "run",
+    )  # fmt: skip
+    assert done.code == 2 and "there are no records to evaluate on" in done.err
+    assert not Path("run").exists()
+
+
+def test_several_seeds(lorica, classes):
+    words = [*classes, "--method", "head", "--seeds", "0,1,2", "--output-dir", "out", "--quiet"]
+    done = lorica(*words)
+    assert done.code == 0, done.err
+    assert "median" in done.out and "worst" in done.out
+    found = json.loads(Path("out/seeds.json").read_text())
+    for metric, one in found["scores"].items():
+        values = sorted(one["tuned"].values())
+        assert len(values) == 3 and one["median"] == values[1]
+        assert one["worst"] == (values[0] if one["higher_is_better"] else values[2]), metric
+    for seed in (0, 1, 2):
+        own = manifest(f"out/seed-{seed}")
+        assert own["seed"] == seed and own["seeds"] == found
+        assert own["data"] == manifest("out/seed-0")["data"], "other records are held out"
+        assert "All seeds" in Path(f"out/seed-{seed}/report.html").read_text(encoding="utf-8")
+    typical = Path(f"out/seed-{found['typical']}/report.html")
+    assert Path("out/report.html").read_bytes() == typical.read_bytes()
+    mean = lorica(
+        "average", *(f"out/seed-{n}" for n in range(3)), "--output-dir", "mean", "--json",
+        "--weights", "0.5,0.25,0.25",
+    )  # fmt: skip
+    assert mean.code == 0 and mean.rows[0]["weights"] == [0.5, 0.25, 0.25], mean.err
+    judged = lorica("eval", "mean", "--data", classes[4], "--limit", "4")
+    assert judged.code == 0, judged.err
+    wrong = lorica("average", "out/seed-0", "out/seed-1", "--output-dir", "x", "--weights", "1,a")
+    assert wrong.code == 2 and "no number" in wrong.err
+    weights = {
+        Path(f"out/seed-{seed}/adapter/adapter_model.safetensors").read_bytes() for seed in range(3)
+    }
+    assert len(weights) == 3
+    again = lorica(*words)
+    assert again.code == 2 and "add --resume out" in again.err
+    on = lorica(*words, "--resume", "out")
+    assert on.code == 0, on.err
+    assert "seed 1" in on.out
+    config = Path("out/seed-1/config.yaml").read_text(encoding="utf-8")
+    assert "seeds: null" in config and "\nseed: 1" in config and "data_seed: 0" in config
+    alone = lorica("train", "--resume", "out/seed-1")
+    assert alone.code == 0 and "is finished" in alone.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seeds", "3"], "at least two different numbers"),
+        (["--seeds", "3,3"], "at least two different numbers"),
+        (["--seeds", "0,1", "--seed", "2"], "seed=2 has no effect beside seeds"),
+        (["--seeds", "a,b"], "seeds"),
+        (["--init-adapter", "nowhere"], "there is no folder nowhere"),
+        (["--method", "full", "--reinit-top-layers", "x"], "reinit_top_layers"),
+        (["--method", "full", "--reinit-top-layers", "1", "--init-adapter", "x"], "would undo"),
+        (["--eva-rho", "3"], "eva_rho=3.0 has no effect with init_lora_weights=kaiming"),
+    ],
+)
+def test_what_cannot_begin_is_refused(lorica, classes, words, said):
+    done = lorica(*classes, *words, "--output-dir", "run")
+    assert done.code == 2 and said in done.err, done.err
+    assert not Path("run").exists()
+
+
+def test_an_adapter_begins_from_another(lorica, stock, quick, finished_run):
+    words = ["train", "--model", stock / "llama", "--data", stock / "other.jsonl", *quick]
+    flags = ["--init-adapter", finished_run / "adapter", "--output-dir", "run", "--eval-size", "2"]
+    at = words.index("--eval-size")
+    del words[at : at + 2]
+    words[words.index("--learning-rate") + 1] = "1e-9"
+    words[words.index("--max-steps") + 1] = "2"
+    done = lorica(*words, *flags)
+    assert done.code == 0, done.err
+    assert "start: the tensors of" in done.out
+    before = load_file(finished_run / "adapter" / "adapter_model.safetensors")
+    after = load_file("run/adapter/adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in before)
+    facts = json.loads(Path("run/adapter/lorica.json").read_text())
+    assert facts["began_from"]["path"] == str(finished_run / "adapter")
+    assert len(facts["began_from"]["digest"]) == 64
+    at = words.index("--r")
+    words[at + 1] = "3"
+    refused = lorica(*words, *flags[:2], "--output-dir", "other", *flags[4:])
+    assert refused.code == 2
+    assert "its r is 2, here it is 3" in refused.err and "adapter_config.json" in refused.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--method", "eva"],
+        ["--method", "lora-ga"],
+        ["--method", "sparse"],
+        ["--method", "few-sample", "--seeds", "0,1"],
+    ],
+    ids=lambda words: words[1],
+)
+def test_a_plan_needs_no_records_to_choose_by(lorica, stock, words):
+    done = lorica(
+        "plan", "--model", stock / "bert", "--data", stock / "classes.csv", "--max-steps", "3",
+        *words,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    if words[1] == "few-sample":
+        assert "one for each of 2 seeds" in done.out
+        assert "a trial of reinit_top_layers trains 3 times" in done.out
