@@ -37,6 +37,24 @@ def test_relevance_lies_in_the_run_folder_and_in_the_report(lorica, stock, quick
     assert again.code == 2 and "given twice" in again.err
 
 
+def test_scores_of_neurons_are_kept(lorica, stock, quick):
+    flags = dict(zip(quick[::2], quick[1::2], strict=True))
+    del flags["--r"]
+    words = [part for pair in flags.items() for part in pair]
+    done = lorica(
+        "train", "--model", stock / "llama", "--data", stock / "pairs.jsonl", *words, "--method",
+        "sparse", "--selection", "gradient-input", "--granularity", "row", "--density", "0.05",
+        "--relevance-records", "6", "--output-dir", "run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads(Path("run/relevance.json").read_text())
+    scores = load_file("run/relevance.safetensors")
+    assert {p["path"] for p in found["places"]} == scores.keys()
+    assert scores["model.layers.0.mlp.up_proj"].shape == (53,)
+    again = lorica("train", "--resume", "run")
+    assert again.code == 0 and "is finished" in again.out
+
+
 def test_the_same_records_and_seed_resume_to_the_same_start(lorica, stock, quick):
     words = ["train", "--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
     words += ["--method", "lora-ga", "--output-dir", "run", "--quiet"]

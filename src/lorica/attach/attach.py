@@ -304,7 +304,7 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     if isinstance(method, Selective):
         chosen = select(model, method)
         copies: Places = {
-            path: (module, None, Copy(only, chosen.tied.get(path), path in chosen.fresh))
+            path: (module, None, Copy(only, chosen.tied.get(path), fresh=path in chosen.fresh))
             for path, (module, only) in chosen.modules.items()
         }
         whole = _copied(model, method.modules_to_save)

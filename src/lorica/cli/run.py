@@ -29,10 +29,11 @@ from lorica.config import Resolved, load_yaml, resolve
 from lorica.errors import ConfigError, Interrupted, LoricaError
 from lorica.evaluate.compare import Comparison, compare
 from lorica.evaluate.metrics import check_inputs, find_metrics
+from lorica.files.safetensors_file import write_tensors
 from lorica.methods import METHODS
 from lorica.records.atomic import write_file
 from lorica.records.card import write_card
-from lorica.records.folder import RunFolder, json_text, now
+from lorica.records.folder import RELEVANCE_SCORES, RunFolder, json_text, now
 from lorica.records.read import read_manifest
 from lorica.records.report import write_report
 from lorica.records.write import Recorder
@@ -267,6 +268,8 @@ def _begin(folder: RunFolder, prepared: Prepared) -> None:
     write_file(folder.manifest, json_text({**head, "run": {"path": str(folder.path)}, **found}))
     if prepared.relevance is not None:
         folder.write_relevance(prepared.relevance.as_dict())
+        if prepared.relevance.groups:
+            write_tensors(folder.path / RELEVANCE_SCORES, prepared.relevance.groups)
 
 
 def _dress(path: Path) -> None:

@@ -4,7 +4,8 @@ config.yaml     resolved settings, each with a comment saying where the value ca
 run.json        versions, digests, seed, status, scores of base and tuned, resources
 metrics.jsonl   a row per logged step          events.jsonl   warnings, checkpoints, best marks
 samples.jsonl   input, before, after, references
-relevance.json  how much each layer matters, where records decided about the adapter
+relevance.json  how much each layer matters, where records decided about the adapter; and
+                relevance.safetensors, the scores of single neurons or heads
 adapter/        the adapter (adapters/NAME/ where a run trains several)
 checkpoints/    report.html     .lock
 """
@@ -30,9 +31,9 @@ from lorica.records.atomic import sync_folder, write_file
 CONFIG, MANIFEST, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVENTS, SAMPLES, REPORT, LOCK = "events.jsonl", "samples.jsonl", "report.html", ".lock"
 ADAPTER, ADAPTERS, CHECKPOINTS = "adapter", "adapters", "checkpoints"
-RELEVANCE = "relevance.json"
+RELEVANCE, RELEVANCE_SCORES = "relevance.json", "relevance.safetensors"
 LAYOUT = (
-    *(MANIFEST, CONFIG, METRICS, EVENTS, SAMPLES, RELEVANCE, REPORT),
+    *(MANIFEST, CONFIG, METRICS, EVENTS, SAMPLES, RELEVANCE, RELEVANCE_SCORES, REPORT),
     *(ADAPTER, ADAPTERS, CHECKPOINTS),
 )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorica.attach.attach import Places
 from lorica.attach.survey import layer_number, suffix_of
@@ -58,6 +58,7 @@ class Relevance:
         heads: path of a layer of attention -> the values of its heads, where they were measured.
         num_records: how many records decided.
         notes: what else should be told.
+        groups: path of a place -> scores of its neurons or heads (n,), where these were chosen.
     """
 
     measure: str
@@ -68,6 +69,7 @@ class Relevance:
     heads: dict[str, tuple[float, ...]] = field(default_factory=dict)
     num_records: int = 0
     notes: tuple[str, ...] = ()
+    groups: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         total = sum(self.chosen.values()) or 1

@@ -58,8 +58,11 @@ def choose(question: Question) -> Answer:
         chosen={path: len(indices) for path, indices in chosen.items()},
         sizes={path: grouping.numel for path, grouping in groupings.items()},
         heads={
-            path: tuple(scores[path].tolist()) for path in scores if method.granularity == "head"
+            path: tuple(score.tolist())
+            for path, score in scores.items()
+            if method.granularity == "head"
         },
+        groups=scores if method.granularity in ("row", "head") else {},
     )
     return Answer(method, own, tensors, relevance)
 
