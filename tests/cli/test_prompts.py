@@ -60,6 +60,8 @@ def test_the_plan_counts_the_longer_rows(lorica, stock, word):
         done = lorica("plan", *words, "--batch-size", 16, "--dtype", "float32")
         assert done.code == 0, done.err
         parts.append(done.rows[0]["memory"]["parts"])
+        changes = [c["change"] for c in done.rows[0]["cheaper"]]
+        assert f"num_virtual_tokens: {count // 2}" in changes
     assert (
         parts[1]["activations"]
         > (2.0 if word == "prompt-tuning" else 1.1) * parts[0]["activations"]

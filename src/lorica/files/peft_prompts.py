@@ -69,7 +69,7 @@ def fits(adapter: Adapter) -> bool:
     On the decoder of an encoder-decoder model PEFT gives some layers the prefix of others, which
     leaves no place for a prefix of their own.
     """
-    if isinstance(adapter.method, PrefixTuning) and _has_encoder(adapter.model):
+    if _takes_turns(adapter.model, adapter.method):
         return False
     return type(adapter.method) in KINDS.values()
 
@@ -167,17 +167,14 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
     where = folder / "adapter_config.json"
     placing = {key: raw[key] for key in _PLACING if key in raw}
     config = parse_config({"peft_type": "LORA", **placing}, str(where))
-    method = _method(raw, config, where)
+    method: Any = _method(raw, config, where)
     try:
         stacks = stacks_of(model, method)
     except TargetError as error:
         raise AdapterFileError(f"{folder}: {error.what}", problems=error.problems) from error
-    first, takes_turns = (
-        next(iter(stacks)),
-        isinstance(method, PrefixTuning) and _has_encoder(model),
-    )
+    first, takes_turns = next(iter(stacks)), _takes_turns(model, method)
     if takes_turns:  # it can only be written again as it is
-        method = replace(method, prefix_projection=False, encoder_hidden_size=0)
+        method = _without_network(method)
     places: Places = {path: (stack, None, method) for path, stack in stacks.items()}
     entries = {key: tuple(entry.shape) for key, entry in file.entries.items()}
     most = 2 if _has_encoder(model) else 1
@@ -209,6 +206,16 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
 
 def _has_encoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _takes_turns(model: nn.Module, method: Any) -> bool:
+    """Whether PEFT gives some layers of this model the prefix of others."""
+    return isinstance(method, PrefixTuning) and _has_encoder(model)
+
+
+def _without_network(method: Any) -> Any:
+    """The settings of a prefix whose network is gone."""
+    return replace(method, prefix_projection=False, encoder_hidden_size=0)
 
 
 def _as_the_decoder_has_it(prefix: Tensor, num_layers: int) -> Tensor:
