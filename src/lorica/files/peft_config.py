@@ -19,7 +19,7 @@ from lorica.methods.patterns import Pattern, spelling
 PEFT_VERSION = "0.21.2"
 """The version whose layout is written."""
 
-OTHER_KINDS = ("ADALORA", "VERA", "LOHA", "LOKR", "HIRA", "IA3", "ROAD")
+OTHER_KINDS = ("VERA", "LOHA", "LOKR", "HIRA", "IA3", "ROAD", "ADALORA")
 """What is read besides LORA: see `peft_kinds`."""
 
 TASK_TYPES = {
