@@ -487,7 +487,7 @@ CASES = (
     *(
         _bad("A-13", name, loading(config(**changes)), words)
         for name, changes, words in (
-            ("another method", {"peft_type": "OFT"}, "of PEFT's LORA, VERA"),
+            ("another method", {"peft_type": "OFT"}, "of PEFT's LORA, ADALORA, VERA"),
             ("r as text", {"r": "8"}, "of the wrong type"),
             ("a negative alpha", {"lora_alpha": -4}, "lora_alpha"),
             ("DoRA without its tensors", {"use_dora": True}, "lora_magnitude_vector"),

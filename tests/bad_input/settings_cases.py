@@ -81,9 +81,8 @@ def _every_name(_folder: Path) -> str:
             right, wrong = right + meant, wrong + [spelling] * (not meant)
     total = right + len(wrong)
     assert total > 500 and right / total >= 0.97, wrong
-    assert all(word.startswith("adam_beta") for word in wrong), (
-        wrong
-    )  # as near to the one as to the other
+    # as near to the one as to the other: of two betas, of target_r and targets, of seed and seeds
+    assert all(word.startswith(("adam_beta", "targets", "see")) for word in wrong), wrong
     return f"{total} misspellings of {len(KNOWN)} settings refused, {right} with the right name"
 
 

@@ -126,6 +126,9 @@ def test_adalora_ends_with_the_ranks_of_its_budget(tmp_path):
     assert sum(ranks) == 2 * 4 and set(ranks) != {2}
     assert report.best_step["a"] >= 6  # not one from before the ranks were decided
     assert all(tensor.all() for s in adapter.slots.values() for tensor in [s.tensors["E"]])
+    events = (tmp_path / "run/events.jsonl").read_text()
+    assert "16 ranks become 8 between steps 2 and 6" in events
+    assert f"adalora leaves {adapter.num_parameters:,} parameters in" in events
     read = ARCHITECTURES["llama"].build()
     lorica.load_adapter(read, tmp_path / "run/adapter", name="a")
     sample = ARCHITECTURES["llama"].sample(model, 2, 7)

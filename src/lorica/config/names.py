@@ -59,6 +59,8 @@ ALIASES: dict[str, str] = {
 """Another tool's name -> the name here."""
 
 NO_TWIN: dict[str, str] = {
+    "beta1": "write adam_beta1 for AdamW, sensitivity_beta for AdaLoRA",
+    "beta2": "write adam_beta2 for AdamW, uncertainty_beta for AdaLoRA",
     "bf16": "write dtype: bfloat16",
     "fp16": "there is dtype: bfloat16 or float32; half precision would need loss scaling",
     "fp32": "write dtype: float32",

@@ -121,7 +121,6 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
     tensors = {
         path: {name: _wide(file.read(f"{path}.{name}")) for name in own}
         for path, own in wanted.items()
-        if own
     }
     for path in tensors:
         module, parameter, own = places[path]

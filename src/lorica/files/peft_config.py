@@ -19,7 +19,7 @@ from lorica.methods.patterns import Pattern, spelling
 PEFT_VERSION = "0.21.2"
 """The version whose layout is written."""
 
-OTHER_KINDS = ("ADALORA", "VERA", "LOHA", "LOKR", "HIRA", "IA3", "ROAD")
+OTHER_KINDS = ("VERA", "LOHA", "LOKR", "HIRA", "IA3", "ROAD", "ADALORA")
 """What is read besides LORA: see `peft_kinds`."""
 PROMPT_KINDS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 """And: see `peft_prompts`."""
@@ -203,7 +203,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> PeftConfig:
     raise AdapterFileError(
         f"{where} cannot be used",
         problems=problems[:20],
-        expected="an adapter of LoRA or DoRA, without any of PEFT's other variants",
+        expected="a method of PEFT that Lorica has too (lorica methods), in its plain form",
     )
 
 

@@ -94,14 +94,6 @@ _LAYERS_CHOSEN = {"layers_to_transform": None, "layers_pattern": None}
 _PLAIN, _CONVOLVED = (nn.Linear, Conv1D), (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 KINDS: dict[str, Kind] = {
-    "ADALORA": Kind(
-        AdaLoRA,
-        (*_PLAIN, nn.Conv2d),
-        peft_ranks.SETTINGS,
-        peft_ranks.OTHER_VARIANTS,
-        _LAYERS_CHOSEN,
-        "lora_",
-    ),
     "VERA": Kind(
         VeRA,
         _PLAIN,
@@ -148,6 +140,14 @@ KINDS: dict[str, Kind] = {
         fixed={"init_weights": True},
         prefix="road_",
         has_exclusion=False,
+    ),
+    "ADALORA": Kind(
+        AdaLoRA,
+        (*_PLAIN, nn.Conv2d),
+        peft_ranks.SETTINGS,
+        peft_ranks.OTHER_VARIANTS,
+        _LAYERS_CHOSEN,
+        "lora_",
     ),
 }
 _TRANSPOSING = ("ADALORA", "VERA", "HIRA", "IA3")

@@ -13,8 +13,10 @@ from lorica.files.peft_config import NEUTRAL, NO_EFFECT
 from lorica.methods.adalora import AdaLoRA, exact_ranks
 
 SETTINGS = {
-    **{key: key for key in ("init_r", "target_r", "beta1", "beta2", "orth_reg_weight")},
+    **{key: key for key in ("init_r", "target_r", "orth_reg_weight")},
     "delta_t": "deltaT",
+    "sensitivity_beta": "beta1",
+    "uncertainty_beta": "beta2",
     **{key: key for key in ("lora_alpha", "lora_dropout", "tinit", "tfinal")},
 }
 """Our name of a setting -> PEFT's. The schedule has whole numbers there, or is left out."""

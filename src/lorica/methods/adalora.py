@@ -43,8 +43,10 @@ STEADY = 1e-5
 
 @dataclass(frozen=True)
 class AdaLoRA(WeightUpdate):
-    """Settings and arithmetic of AdaLoRA. The field names are PEFT's, but for `kept_r`, and
-    `delta_t` where PEFT has deltaT."""
+    """Settings and arithmetic of AdaLoRA. The field names are PEFT's, but for `kept_r`;
+    `delta_t`, which is deltaT there; and the two betas, which are beta1 and beta2 there and would
+    be taken for AdamW's here.
+    """
 
     init_r: int = setting(12, "rank at every place before the budget falls")
     target_r: int = setting(8, "mean rank of the places at the end")
@@ -57,8 +59,8 @@ class AdaLoRA(WeightUpdate):
         None, "steps at the end with fixed ranks; null: half of all (44 to 58 % in the paper)"
     )
     delta_t: int = setting(1, "ranks are given out anew every so many steps")
-    beta1: float = setting(0.85, "decay of the running mean of sensitivity")
-    beta2: float = setting(0.85, "decay of the running mean of its uncertainty")
+    sensitivity_beta: float = setting(0.85, "decay of the running mean of sensitivity")
+    uncertainty_beta: float = setting(0.85, "decay of the running mean of its uncertainty")
     orth_reg_weight: float = setting(
         0.5, "weight in the loss of what keeps the singular vectors orthogonal"
     )
@@ -129,7 +131,7 @@ class AdaLoRA(WeightUpdate):
         found = rank_problems("init_r", self.init_r) + rank_problems("target_r", self.target_r)
         found += scale_problems("lora_alpha", self.lora_alpha) + numeric_problems(self, ranges)
         found += rank_problems("delta_t", self.delta_t)
-        for name in ("beta1", "beta2"):
+        for name in ("sensitivity_beta", "uncertainty_beta"):
             found += numeric_problems(self, {name: (1e-6, 1 - 1e-6)})
         for name in ("tinit", "tfinal"):
             if getattr(self, name) is not None:
@@ -232,7 +234,7 @@ class Allocation(Between):
 
     def _weigh(self) -> None:
         """Equations 7 to 9. The parameters are those after the step, as in the authors' code."""
-        beta1, beta2 = self.method.beta1, self.method.beta2
+        beta1, beta2 = self.method.sensitivity_beta, self.method.uncertainty_beta
         for path, tensors in self.held.items():
             for name, tensor in tensors.items():
                 if tensor.grad is None:

@@ -167,15 +167,19 @@ class Course:
     def keeps_best(self) -> bool:
         return self.settings.keep_best and bool(self.best)
 
-    def finish(self) -> None:
+    def finish(self) -> str | None:
         """Put the best tensors into the adapter, where that is wanted and there are any, and give
-        it the form in which the method leaves it.
+        it the form in which the method leaves it; returns what is left where that is less.
         """
         if self.keeps_best:
             self._set(self.best)
-        if (form := self.trainee.between.finished()) is not None:
-            method, held = form
-            reshape(self.trainee.adapter, method, held)
+        if (form := self.trainee.between.finished()) is None:
+            return None
+        adapter, (method, held) = self.trainee.adapter, form
+        before = len(adapter.slots)
+        reshape(adapter, method, held)
+        size = f"{adapter.num_parameters:,} parameters in {len(adapter.slots)} of {before} places"
+        return f"{self.name}: {method.kind} leaves {size}"
 
     # what goes into a checkpoint
 

@@ -344,7 +344,8 @@ class _Run:
         """Write the adapters, the best ones where that is wanted."""
         folders = {}
         for c in self.courses:
-            c.finish()
+            if note := c.finish():
+                self.recorder.event("info", note)
             folders[c.name] = self._publish(c)
         seconds, tokens = self.seconds, sum(c.tokens for c in self.courses)
         report = TrainReport(
