@@ -76,10 +76,16 @@ class DoRA(LoRA):
         return from_matrix((lengths - 1) * matrix + lengths * update, layer)
 
     def _norm(self, tensors: Tensors, layer: Layer) -> Tensor:
-        """|W + s B A| of every output; kept as long as nothing that it depends on changes."""
+        """|W + s B A| of every output; kept as long as nothing that it depends on changes.
+
+        A pass with gradients computes it and forgets what was kept: a step may follow, and a fused
+        optimizer does not count its writes in a tensor's version.
+        """
         A, B, weight = tensors["A"], tensors["B"], layer.stored()
-        if not self.dora_detach_norm and torch.is_grad_enabled():
-            return _norm(as_matrix(weight, layer), *_thin(A, B, layer), self.scale)
+        if torch.is_grad_enabled():
+            _NORMS.pop(B, None)
+            with torch.set_grad_enabled(not self.dora_detach_norm):
+                return _norm(as_matrix(weight, layer), *_thin(A, B, layer), self.scale)
         own = [tensor.untyped_storage()._cdata for tensor in (A, weight)]
         state = (*own, A._version, B._version, weight._version)
         known = _NORMS.get(B)
