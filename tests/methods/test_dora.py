@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import lorica
+from lorica.methods import DoRA
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -13,7 +14,7 @@ def test_a_loop_of_ones_own_answers_with_what_was_trained(fused, detached):
     """A fused optimizer writes without counting it in the version of a tensor."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5))
-    method = lorica.DoRA(r=2, target_modules=("0",), dora_detach_norm=detached)
+    method = DoRA(r=2, target_modules=("0",), dora_detach_norm=detached)
     adapter = lorica.attach(model, method, name="a")
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.3, fused=fused)
     x = torch.randn(4, 6)
