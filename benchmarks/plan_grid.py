@@ -47,11 +47,10 @@ GRID = [
     ("30m-b16", "llama30m", 128, 16, 8, "all-linear", False, "float32"),
     ("30m-b8-long", "llama30m", 512, 8, 16, "all-linear", False, "float32"),
     ("30m-b8-long-gc", "llama30m", 512, 8, 16, "all-linear", True, "float32"),
-    ("30m-b4-1024-bf16", "llama30m", 1024, 4, 64, "all-linear", False, "bfloat16"),
+    ("30m-b4-bf16", "llama30m", 128, 4, 64, "all-linear", False, "bfloat16"),
     ("100m-b4", "llama100m", 256, 4, 8, "q_proj,v_proj", False, "float32"),
     ("100m-b8", "llama100m", 256, 8, 64, "all-linear", False, "float32"),
     ("100m-b8-gc", "llama100m", 256, 8, 64, "all-linear", True, "float32"),
-    ("100m-b4-bf16", "llama100m", 512, 4, 16, "all-linear", False, "bfloat16"),
 ]
 
 
