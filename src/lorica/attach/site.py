@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorica.attach.acting import acting
 from lorica.attach.intervene import edited, is_intervention, locate
 from lorica.attach.layers import describe, to_stored
-from lorica.attach.prompt import acting, is_prompt, run
+from lorica.attach.prompt import is_prompt, run
 from lorica.errors import ActivationError, LoricaError, LoricaWarning
 from lorica.methods.method import Layer, Method, Tensors
 from lorica.ops.lora import Segment, lora_linear
