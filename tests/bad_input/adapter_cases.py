@@ -27,6 +27,7 @@ from lorica.attach.attach import adapters, attach
 from lorica.base.load import Base
 from lorica.errors import AdapterFileError, ConfigError, LoricaError, LoricaWarning
 from lorica.files.adapter import CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter
+from lorica.files.doubts import doubts
 from lorica.files.safetensors_file import MAX_HEADER_BYTES, TensorFile
 from lorica.methods.lora import LoRA
 
@@ -318,6 +319,24 @@ def _spoil(value: float) -> Callable[[Path], object]:
     return tensors(edit)
 
 
+@tensors
+def _no_effect(found: dict) -> None:
+    for key, tensor in found.items():
+        if "lora_B" in key:
+            tensor.zero_()
+
+
+def doubting(change: Callable[[Path], object]) -> Callable:
+    """A sound adapter folder, changed and loaded: what is said of it, as `eval` and `chat` do."""
+
+    def act(folder: Path) -> str:
+        path = written(folder)
+        change(path)
+        return " ".join(doubts(load_adapter(llama(), path))) or "no doubts"
+
+    return act
+
+
 def _turn(found: dict) -> None:
     found[f"{Q}.lora_A.weight"] = found[f"{Q}.lora_A.weight"].t().contiguous()
 
@@ -374,6 +393,9 @@ CASES = (
         _bad("A-04", f"a value that is {value}", loading(_spoil(float(value))), "NaN or infinite")
         for value in ("nan", "inf", "-inf")
     ),
+    Case("A-04", "a B of zeros", doubting(_no_effect), None, ("it changes nothing",)),
+    Case("A-04", "a value of 20,000", doubting(_spoil(2e4)), None, ("up to 2e+04", "stable?")),
+    Case("A-04", "nothing to wonder at", doubting(_spoil(2.0)), None, ("no doubts",)),
     Case("A-05", "every beginning of a file", _every_prefix, None, ("no beginning",)),
     _bad("A-06", "a header of no bytes", header(b"", length=0), "a header of 0 bytes"),
     _bad(
@@ -487,7 +509,7 @@ CASES = (
     *(
         _bad("A-13", name, loading(config(**changes)), words)
         for name, changes, words in (
-            ("another method", {"peft_type": "OFT"}, "of PEFT's LORA, ADALORA, VERA"),
+            ("another method", {"peft_type": "OFT"}, "of PEFT's LORA, VERA"),
             ("r as text", {"r": "8"}, "of the wrong type"),
             ("a negative alpha", {"lora_alpha": -4}, "lora_alpha"),
             ("DoRA without its tensors", {"use_dora": True}, "lora_magnitude_vector"),

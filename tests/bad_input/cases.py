@@ -26,8 +26,7 @@ PARTLY = {
     "D-18": "a leak is a warning, and refused where all of the evaluation leaks; no option refuses "
     "less of it",
     "C-03": "ranks up to 65,536 are taken as settings, and refused where a layer has less",
-    "C-08": "bfloat16 on a processor without it is slow, and not refused",
-    "A-04": "values above 10,000 and a B of zeros only are read without a word",
+    "C-08": "bfloat16 on a processor without it is slow: that is said, and not refused",
     "A-09": "names are held for loading; there are no endpoints of a server yet",
     "A-12": "there is a limit for each adapter, none for all of a server",
     "M-02": "checked for folders; what the hub sends is left to its library",

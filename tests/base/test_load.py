@@ -207,6 +207,8 @@ def test_dtypes(tmp_path, causal, monkeypatch):
     for native, wanted in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(load, "_cpu_has_bfloat16", lambda native=native: native)
         assert choose_dtype("auto", torch.device("cpu")) is wanted
+        told = base_of(load_model(causal, dtype="bfloat16", device="cpu")).notes
+        assert (load.SLOW_BFLOAT16 in told) is not native
 
 
 # --- digests --------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ COMMAND_LINES = {
     "eval": "eval {run} --data {stock}/other.jsonl --max-new-tokens 4",
     "chat": "chat {run}",
     "merge": "merge {run} --output-dir merged",
+    "average": "average {run} {run} --output-dir averaged",
     "report": "report {run}",
     "config": "config",
 }

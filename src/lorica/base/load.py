@@ -31,6 +31,10 @@ AUTO_CLASSES = {
 }
 """Task -> the class of transformers that loads a model for it."""
 
+SLOW_BFLOAT16 = (
+    "this processor has no instructions for bfloat16: that saves memory, and is many times slower "
+    "than dtype: float32"
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -132,6 +136,8 @@ def load_model(
     if task == "causal-lm" and (note := end_token_note(model, base.tokenizer)):
         base.notes.append(note)
     base.new_modules = _new_modules(base, model, info, relabelled=bool(labels))
+    if target.type == "cpu" and model.dtype == torch.bfloat16 and not _cpu_has_bfloat16():
+        base.notes.append(SLOW_BFLOAT16)
     folder = _weights_folder(path, revision)
     base.digest = digest_of_files(folder) if folder else digest_of_tensors(model)
     if target.type == "cpu":

@@ -65,8 +65,11 @@ def command(
 
     if top_p < 1 and temperature == 0:
         raise ConfigError("--top-p has no effect at --temperature 0", mend="set a temperature")
-    with Voice(quiet=prompt is not None, stream=sys.stderr).work(f"loading {subject}"):
+    voice = Voice(quiet=prompt is not None, stream=sys.stderr)
+    with voice.work(f"loading {subject}"):
         opened = open_subject(subject, base=model, dtype=dtype, max_new_tokens=max_new_tokens)
+    for note in opened.notes:
+        voice.say(note)
     torch.manual_seed(seed)
     sampling = Sampling(max_new_tokens, temperature, top_p)
     dialogue = Dialogue(opened, sampling, system=system, turns=turns)

@@ -21,6 +21,7 @@ from lorica.data.dataset import Dataset
 from lorica.data.encode import separator_of
 from lorica.errors import AdapterFileError, BaseModelError, ConfigError
 from lorica.files.adapter import load_adapter
+from lorica.files.doubts import doubts
 from lorica.records.folder import how_to_resume
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task, num_positions
@@ -109,7 +110,7 @@ def open_subject(
         load_yaml(run / "config.yaml").values.get("system")
         if (run / "config.yaml").is_file()
         else None,
-        notes,
+        [*notes, *(f"adapter: {doubt}" for doubt in doubts(adapter))],
     )
 
 
