@@ -6,15 +6,10 @@ import sys
 import pytest
 
 from lorica.train import heap
+from lorica.train.heap import held
 from lorica.train.ledger import Event, resident
 
 KIB, MIB = 1024, 1024 * 1024
-
-
-def held(events: list[tuple[int, int]], bare: bool = False) -> int | None:
-    return heap.held([(*event, bare) for event in events])
-
-
 ROUNDING = 300 * KIB
 """What the top of the heap and pages make more."""
 
@@ -65,9 +60,3 @@ def test_a_slow_answer_is_not_waited_for(monkeypatch):
 
     monkeypatch.setattr(heap.subprocess, "run", late)
     assert held([(1, MIB)]) is None
-
-
-@glibc
-def test_what_comes_with_a_tensor_of_a_graph_counts():
-    many = [(i, 1000) for i in range(5000)]
-    assert held(many) > held(many, bare=True) + 5000 * 300

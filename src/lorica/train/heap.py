@@ -7,7 +7,7 @@ much more than the tensors a process then holds is nothing to guess at. A proces
 the same requests of the same allocator, in the same order, and asks it what it took from the
 system; as nothing is written into the memory, none is used.
 
-    python heap.py < events.json      # [[number, bytes, bare], ...]; prints the most held
+    python heap.py < events.json      # [[number, bytes], ...]; minus: it goes; prints the most held
 """
 
 from __future__ import annotations
@@ -21,23 +21,20 @@ from typing import Any
 
 ALIGNMENT = 64
 """Bytes to which torch aligns its tensors on a CPU."""
-OBJECTS = (96, 192, 288, 16, 32, 48, 64, 80)
-"""Bytes of what comes with a tensor: its storage, its handle, its node in the graph; vectors of
-shapes and strides, counters and saved variables of five small sizes. Their number is assumed, not
+OBJECTS = (16, 32, 48, 64, 80, 96, 192, 288)
+"""Bytes of what comes with a tensor: vectors of shapes and strides, counters and saved variables of
+five small sizes, its storage, its handle, its node in the graph. Their number is assumed, not
 measured."""
-BARE = 2
-"""So many of them come where no graph is made."""
 ASKED_FROM = 64 * 1024
 """Bytes of a tensor after which the allocator is asked; smaller ones change little."""
 _PATIENCE = 60.0
 
 
-def held(events: Sequence[tuple[int, int, bool]]) -> int | None:
+def held(events: Sequence[tuple[int, int]]) -> int | None:
     """Most bytes that a process holds beyond what it held before; None where that cannot be asked.
 
     Args:
-        events: number of a storage; its bytes where it comes, minus them where it goes; whether
-            no graph is made.
+        events: number of a storage, and its bytes where it comes, minus them where it goes.
     """
     call = [sys.executable, "-I", "-S", __file__]
     try:
@@ -92,13 +89,13 @@ def _replay(events: Iterable[Sequence[int]]) -> int:
     before, peak, refused = now(), 0, 0
     there: dict[int, list[int | None]] = {}
     place = ctypes.c_void_p()
-    for number, size, bare in events:
+    for number, size in events:
         if size > 0:
-            small = [library.malloc(o) for o in OBJECTS[: BARE if bare else None]]
+            small = [library.malloc(o) for o in OBJECTS[:-1]]
             failed = library.posix_memalign(ctypes.byref(place), ALIGNMENT, size)
             refused += size if failed else 0  # more than the system would ever give
             own = None if failed else place.value
-            there[number] = [own, *small]
+            there[number] = [own, *small, library.malloc(OBJECTS[-1])]
             if size >= ASKED_FROM:
                 peak = max(peak, now() - before + refused)
         elif number in there:

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,14 +25,11 @@ from lorica.train.heap import held
 
 @dataclass(frozen=True)
 class Event:
-    """A storage comes (`size` > 0 bytes) or goes (`size` < 0); `wide` where it holds logits, `bare`
-    where no autograd graph is made.
-    """
+    """A storage comes (`size` > 0 bytes) or goes (`size` < 0); `wide` where it holds logits."""
 
     number: int
     size: int
     wide: bool = False
-    bare: bool = False
 
 
 class Ledger(TorchDispatchMode):
@@ -74,9 +70,7 @@ class Ledger(TorchDispatchMode):
             return
         size, self._count = storage.nbytes(), self._count + 1
         self._known[key] = self._count, size
-        backward = torch._C._current_graph_task_id() != -1
-        bare = not torch.is_grad_enabled() and not backward
-        self.events.append(Event(self._count, size, self.vocabulary in tensor.shape[-1:], bare))
+        self.events.append(Event(self._count, size, self.vocabulary in tensor.shape[-1:]))
         self.live += size
         if self.live > self.peak:
             self.peak, self.peak_at = self.live, len(self.events)
@@ -120,7 +114,7 @@ def renumbered(stretches: Iterable[Sequence[Event]]) -> list[Event]:
                 last += 1
                 numbers[event.number] = last
             if event.number in numbers:
-                made.append(replace(event, number=numbers[event.number]))
+                made.append(Event(numbers[event.number], event.size, event.wide))
     return made
 
 
@@ -137,5 +131,5 @@ def resident(events: Sequence[Event]) -> int:
     """Most bytes that a process on a CPU would hold for these events: what its allocator says, or
     what lives at once where that cannot be asked.
     """
-    asked = held([(event.number, event.size, event.bare) for event in events])
+    asked = held([(event.number, event.size) for event in events])
     return max(most_alive(events), asked or 0)
