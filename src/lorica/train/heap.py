@@ -21,10 +21,10 @@ from typing import Any
 
 ALIGNMENT = 64
 """Bytes to which torch aligns its tensors on a CPU."""
-OBJECTS = (16, 32, 48, 64, 80, 96, 192, 288)
-"""Bytes of what comes with a tensor: vectors of shapes and strides, counters and saved variables of
-five small sizes, its storage, its handle, its node in the graph. Their number is assumed, not
-measured."""
+OBJECTS = (96, 192, 288, 16, 32, 48, 64, 80)
+"""Bytes of what comes with a tensor, behind its data: its storage, its handle, its node in the
+graph; vectors of shapes and strides, counters and saved variables of five small sizes. Their number
+and order are assumed, not measured (docs/plan.md)."""
 ASKED_FROM = 64 * 1024
 """Bytes of a tensor after which the allocator is asked; smaller ones change little."""
 _PATIENCE = 60.0
@@ -91,11 +91,10 @@ def _replay(events: Iterable[Sequence[int]]) -> int:
     place = ctypes.c_void_p()
     for number, size in events:
         if size > 0:
-            small = [library.malloc(o) for o in OBJECTS[:-1]]
             failed = library.posix_memalign(ctypes.byref(place), ALIGNMENT, size)
             refused += size if failed else 0  # more than the system would ever give
             own = None if failed else place.value
-            there[number] = [own, *small, library.malloc(OBJECTS[-1])]
+            there[number] = [own, *(library.malloc(o) for o in OBJECTS)]
             if size >= ASKED_FROM:
                 peak = max(peak, now() - before + refused)
         elif number in there:
