@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lorica.records import relevance, seeds
-from lorica.records.card import lorica_snippet, peft_snippet, shell_line
+from lorica.records.card import is_for_peft, lorica_snippet, peft_snippet, shell_line
 from lorica.records.difference import Piece, marked, nearest_reference
 from lorica.records.folder import ADAPTER, ADAPTERS
 from lorica.records.phrases import (
@@ -354,7 +354,7 @@ def _usage(run: Run) -> Iterator[dict]:
             "adapter": name if len(names) > 1 else "",
             "shell": "\n".join(lines if len(names) <= 1 else lines[1:]),
             "lorica": lorica_snippet(run.manifest, str(folder), name),
-            "peft": peft_snippet(run.manifest, str(folder)),
+            "peft": peft_snippet(run.manifest, str(folder)) if is_for_peft(folder) else "",
         }
 
 
