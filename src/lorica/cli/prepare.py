@@ -13,7 +13,7 @@ from lorica.attach.attach import Adapter
 from lorica.base.load import Base, base_of, load_model
 from lorica.cli.forecast import Forecast, forecast, refuse_if_far_over, shadow_of, verdict_on
 from lorica.cli.material import Material, gather
-from lorica.cli.start import begin, begin_by_records, waits_for_records
+from lorica.cli.start import begin, begin_by_records, source_of, waits_for_records
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.dataset import Dataset
@@ -75,6 +75,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     """
     if settings.run.metrics:
         find_metrics(settings.run.metrics)  # a wrong name is told before the base is loaded
+    source = source_of(settings)
     for note in settings.notes:
         voice.say(note)
     with voice.work("reading the data"):
@@ -109,8 +110,8 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
         begun = begin_by_records(settings, model, task, examples, held_out, voice)
         settings = begun.settings
     adapter = begun.adapter
-    if settings.run.init_adapter is not None:
-        for line in begin_from(adapter, settings.run.init_adapter):
+    if source is not None:
+        for line in begin_from(adapter, source):
             voice.say(f"start: {line}")
     courses_of(model, task, {adapter: examples}, held_out, settings.train)  # refuses early
     voice.say(f"targets: {adapter.reason}")
