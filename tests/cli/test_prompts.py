@@ -127,6 +127,9 @@ def test_edits_of_hidden_states_learn(lorica, stock, base):
         told = lorica("chat", "run", "--prompt", "cat red 1", "--max-new-tokens", 3)
         assert told.code == 0, told.err
         assert lorica("merge", "run", "--output-dir", "whole").code != 0
+        again = lorica("train", "--resume", "run")
+        assert "lorica chat run" in again.out and "lorica merge" not in again.out
+        assert "lorica merge" not in Path("run/report.html").read_text(encoding="utf-8")
         words = [*given, "--train-on", "all", "--max-steps", 2, "--output-dir", "other"]
         refused = lorica("train", *words)
         assert refused.code != 0 and "the records have no prompt" in refused.err

@@ -197,8 +197,8 @@ def test_what_cannot_be_started_so_is_refused():
         )
     with pytest.raises(ConfigError, match="nothing about lora with these settings"):
         attach_by_records(model, LoRA(), task, examples)
-    with pytest.raises(TargetError, match="lora_ga does not go with dora"):
-        attach_by_records(model, DoRA(r=2, init_lora_weights="lora_ga"), task, examples)
+    with pytest.raises(ConfigError, match="lora_ga does not go with dora"):
+        DoRA(r=2, init_lora_weights="lora_ga")
     assert lorica.adapters(model) == {}
 
 

@@ -115,6 +115,12 @@ def lorica_snippet(manifest: Mapping, folder: str, adapter: str) -> str:
     )
 
 
+def merges(manifest: Mapping, adapter: str) -> bool:
+    """Whether an adapter can become weights of its base, as far as the run knows."""
+    own = dict(manifest.get("adapters", {})).get(adapter)
+    return not isinstance(own, Mapping) or own.get("merges") is not False
+
+
 def shell_line(*words: str) -> str:
     return shlex.join(words)
 
