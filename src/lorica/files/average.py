@@ -5,7 +5,7 @@
 Chronopoulou et al. 2023, "AdapterSoup: Weight Averaging to Improve Generalization of Pretrained
 Language Models" (arXiv 2302.07027), after Wortsman et al. 2022, "Model soups" (arXiv 2203.05482).
 The mean of factors is not the mean of their products: it is meant for adapters that began alike,
-such as runs from one `init_adapter` or seeds that differ in the order of the records. For the exact
+such as runs from one `init_adapter`, or copies of the base's parameters. For the exact
 mixture of what any adapters do, activate them together with weights.
 
 Files are compared and averaged as they lie; no base is loaded.
