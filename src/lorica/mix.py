@@ -26,7 +26,7 @@ from lorica.attach.site import Slot
 from lorica.attach.survey import clean, end_layer, survey
 from lorica.base.load import base_of
 from lorica.errors import ConfigError, LoricaWarning, MergeError
-from lorica.methods.method import Layer
+from lorica.methods.method import Layer, becomes_weight
 
 WARN_DAMAGE, REFUSE_DAMAGE = 0.05, 0.25
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -204,12 +204,7 @@ def _not_weights(model: nn.Module, shares: Mapping[str, float]) -> list[str]:
     found = []
     for name in shares:
         slots = find(model, name).slots.values()
-        ways = ("delta", "merged_bias")
-        stuck = {
-            s.method.kind
-            for s in slots
-            if not s.method.replaces and not any(hasattr(s.method, way) for way in ways)
-        }
+        stuck = {s.method.kind for s in slots if not becomes_weight(s.method)}
         found += [
             f"{name}: {kind} is no change of a weight; keep the adapter and load it beside the base"
             for kind in sorted(stuck)

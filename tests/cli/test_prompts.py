@@ -127,6 +127,27 @@ def test_edits_of_hidden_states_learn(lorica, stock, base):
         told = lorica("chat", "run", "--prompt", "cat red 1", "--max-new-tokens", 3)
         assert told.code == 0, told.err
         assert lorica("merge", "run", "--output-dir", "whole").code != 0
+        again = lorica("train", "--resume", "run")
+        assert "lorica chat run" in again.out and "lorica merge" not in again.out
+        assert "lorica merge" not in Path("run/report.html").read_text(encoding="utf-8")
         words = [*given, "--train-on", "all", "--max-steps", 2, "--output-dir", "other"]
         refused = lorica("train", *words)
         assert refused.code != 0 and "the records have no prompt" in refused.err
+        assert not Path("other").exists(), "it is told before the run begins"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "prefix-tuning", "--gradient-checkpointing"], "takes the cache away"),
+        (["--method", "prompt-tuning", "--num-virtual-tokens", 5000], "leaves no room"),
+        (["--method", "prompt-tuning", "--loraplus-lr-ratio", 16], "this method has no B"),
+        (["--method", "lisa", "--lisa-activated-layers", 9], "lisa_activated_layers=9"),
+        (["--method", "adalora", "--tinit", 9], "leave none of the 4 steps"),
+    ],
+)
+def test_what_cannot_train_is_told_before_the_base_is_scored(lorica, stock, words, said):
+    data = ["--model", "embedded", "--data", stock / "pairs.jsonl", "--max-steps", 4]
+    done = lorica("train", *data, *words, "--output-dir", "run")
+    assert done.code == 2 and said in done.err, done.err
+    assert "scoring" not in done.out + done.err and not Path("run").exists()

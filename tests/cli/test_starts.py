@@ -148,6 +148,7 @@ def test_several_seeds(lorica, classes):
         (["--init-adapter", "nowhere"], "there is no folder nowhere"),
         (["--method", "full", "--reinit-top-layers", "x"], "reinit_top_layers"),
         (["--method", "full", "--reinit-top-layers", "1", "--init-adapter", "x"], "would undo"),
+        (["--init-lora-weights", "pissa", "--init-adapter", "x"], "undo init_lora_weights: pissa"),
         (["--eva-rho", "3"], "eva_rho=3.0 has no effect with init_lora_weights=kaiming"),
     ],
 )
@@ -159,7 +160,7 @@ def test_what_cannot_begin_is_refused(lorica, classes, words, said):
 
 def test_an_adapter_begins_from_another(lorica, stock, quick, finished_run):
     words = ["train", "--model", stock / "llama", "--data", stock / "other.jsonl", *quick]
-    flags = ["--init-adapter", finished_run / "adapter", "--output-dir", "run", "--eval-size", "2"]
+    flags = ["--init-adapter", finished_run, "--output-dir", "run", "--eval-size", "2"]
     at = words.index("--eval-size")
     del words[at : at + 2]
     words[words.index("--learning-rate") + 1] = "1e-9"

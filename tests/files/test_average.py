@@ -12,7 +12,7 @@ import lorica
 from architectures import ARCHITECTURES
 from lorica.errors import AdapterFileError, ConfigError
 from lorica.files.average import average
-from lorica.methods import IA3, LoRA, Sparse, VeRA
+from lorica.methods import IA3, LISA, AdaLoRA, LoRA, PromptTuning, PTuning, Sparse, VeRA
 
 BOTH = ("q_proj", "up_proj")
 pytestmark = [
@@ -140,3 +140,24 @@ def test_an_adapter_that_is_there_is_spared(tmp_path):
     assert (one / "adapter_model.safetensors").read_bytes() == before
     with pytest.raises(AdapterFileError, match="there is no folder"):
         average([one, Path("nowhere")], tmp_path / "mean")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (PromptTuning(prompt_tuning_init="random"), PromptTuning()),
+        (PTuning(encoder_hidden_size=5), PTuning()),
+        (AdaLoRA(init_r=3, target_r=2), AdaLoRA(init_r=3, target_r=1, orth_reg_weight=0.1)),
+        (LISA(parameters="norm"), LISA(parameters="norm", lisa_interval_steps=3)),
+    ],
+    ids=lambda method: method.kind,
+)
+def test_how_an_adapter_was_trained_may_differ(one, other, tmp_path):
+    folders = [made(tmp_path / str(i), method, i) for i, method in enumerate((one, other))]
+    average(folders, tmp_path / "mean")
+    found, *parts = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "mean", *folders)
+    )
+    assert found
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, (parts[0][key] + parts[1][key]) / 2)

@@ -9,7 +9,17 @@ import lorica
 from architectures import ARCHITECTURES
 from lorica.errors import AdapterFileError
 from lorica.files.transfer import begin_from
-from lorica.methods import IA3, LoRA, LoRAFA, Selective, VeRA
+from lorica.methods import (
+    IA3,
+    LISA,
+    LoRA,
+    LoRAFA,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    Selective,
+    VeRA,
+)
 
 BOTH = ("q_proj", "up_proj")
 
@@ -90,3 +100,44 @@ def test_what_differs_is_refused_and_nothing_changes(method, said, tmp_path):
     assert said in str(error.value) and "leave init_adapter out" in str(error.value)
     assert all(torch.equal(p, q) for p, q in zip(adapter.parameters(), before, strict=True))
     assert list(lorica.adapters(model)) == ["new"] and not adapter.began_from
+
+
+def test_kinds_whose_files_are_the_same_begin_from_each_other(tmp_path):
+    for old, new in (
+        (Selective(parameters="norm"), LISA(parameters="norm")),
+        (PTuning(num_virtual_tokens=3), PromptTuning(num_virtual_tokens=3)),
+        (
+            PrefixTuning(num_virtual_tokens=3, prefix_projection=True),
+            PrefixTuning(num_virtual_tokens=3),
+        ),
+    ):
+        folder = tmp_path / new.kind
+        trained(folder, old)
+        model = ARCHITECTURES["llama"].build()
+        source = lorica.load_adapter(model, folder, name="source")
+        adapter = lorica.attach(model, new, name="new")
+        begin_from(adapter, folder)
+        for path, slot in adapter.slots.items():
+            for key, tensor in slot.tensors.items():
+                assert torch.equal(tensor, source.slots[path].tensors[key]), (path, key)
+
+
+def test_a_network_that_files_do_not_hold_is_told(tmp_path):
+    trained(tmp_path / "old", PTuning(num_virtual_tokens=3))
+    adapter = lorica.attach(ARCHITECTURES["llama"].build(), PTuning(num_virtual_tokens=3))
+    with pytest.raises(AdapterFileError, match="network that made its prompt is not in files"):
+        begin_from(adapter, tmp_path / "old")
+
+
+def test_copies_are_no_new_head_of_lisa(tmp_path):
+    trained(tmp_path / "old", LISA(parameters="norm", layers_to_transform="0"))
+    adapter = lorica.attach(ARCHITECTURES["llama"].build(), LISA(parameters="norm"))
+    with pytest.raises(AdapterFileError, match="it has nothing there"):
+        begin_from(adapter, tmp_path / "old")
+
+
+def test_rows_of_tokens_keep_their_own_start(tmp_path):
+    trained(tmp_path / "old", LoRA(r=2, target_modules=BOTH))
+    method = LoRA(r=2, target_modules=BOTH, trainable_token_indices=(3,))
+    notes = begin_from(lorica.attach(ARCHITECTURES["llama"].build(), method), tmp_path / "old")
+    assert any("model.embed_tokens" in note and "start of their own" in note for note in notes)

@@ -33,7 +33,9 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             for index, adapter in enumerate(adapters):
                 for row in rows_for(adapter, num_steps, index):
                     recorder.step(row)
-                folder.adapter(adapter if len(adapters) > 1 else None).mkdir(parents=True)
+                written = folder.adapter(adapter if len(adapters) > 1 else None)
+                written.mkdir(parents=True)
+                (written / "adapter_config.json").write_text('{"peft_type": "LORA"}')
             recorder.event("checkpoint", "saved step 200")
             folder.write_samples(samples)
             if finish:

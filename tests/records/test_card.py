@@ -87,6 +87,16 @@ def test_snippets_are_python(task, auto):
     assert ast.parse(lorica_snippet(values, "runs/x", 'na"me'))
 
 
+@pytest.mark.parametrize(
+    ("config", "loads"), [('{"peft_type": "LORA"}', True), ('{"format": "lorica"}', False)]
+)
+def test_peft_is_named_only_where_it_loads_the_files(tmp_path, config, loads):
+    (tmp_path / "adapter_config.json").write_text(config)
+    front, body = parts(write_card(tmp_path, manifest(), adapter="e2e").read_text("utf-8"))
+    assert front["library_name"] == ("peft" if loads else "lorica")
+    assert ("PeftModel" in body) is loads and "lorica.load_adapter" in body
+
+
 def test_hostile_words_stay_words(tmp_path):
     nasty = "a\n---\nlicense: evil\n```\n| x | <script>alert(1)</script> [l](http://x) \ud800"
     values = manifest(
@@ -97,6 +107,7 @@ def test_hostile_words_stay_words(tmp_path):
         task=nasty,
         license=nasty,
     )
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     path = write_card(tmp_path, values, adapter=nasty)
     front, body = parts(path.read_text("utf-8"))
     assert front["license"].startswith("a\n---\nlicense: evil")

@@ -23,6 +23,12 @@ STARTS = {
     "lora_ga": LoRA(r=3, init_lora_weights="lora_ga", target_modules="all-linear"),
     "eva-fa": LoRAFA(r=3, init_lora_weights="eva", target_modules="all-linear"),
     "eva-dora": DoRA(r=3, init_lora_weights="eva", target_modules="all-linear"),
+    "eva-tokens": LoRA(
+        r=3, init_lora_weights="eva", target_modules="mlp", trainable_token_indices=(3, 5)
+    ),
+    "ga-tokens": LoRA(
+        r=3, init_lora_weights="lora_ga", target_modules="mlp", trainable_token_indices=(3, 5)
+    ),
     "ga-rslora": LoRA(r=2, init_lora_weights="lora_ga", use_rslora=True, target_modules="mlp"),
 }
 every = pytest.mark.parametrize("start", STARTS)
@@ -43,6 +49,8 @@ def test_the_base_stays_and_the_adapter_begins_as_the_identity(start):
     model, task, examples = causal()
     before, expected = copy.deepcopy(model.state_dict()), logits(model, None)
     adapter, found = attach_by_records(model, STARTS[start], task, examples, name="a")
+    rows = [path for path, slot in adapter.slots.items() if "rows" in slot.tensors]
+    assert rows == (["model.embed_tokens"] if start.endswith("tokens") else [])
     assert torch.equal(logits(model, "a"), expected)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert str(found) in adapter.reason
@@ -189,8 +197,8 @@ def test_what_cannot_be_started_so_is_refused():
         )
     with pytest.raises(ConfigError, match="nothing about lora with these settings"):
         attach_by_records(model, LoRA(), task, examples)
-    with pytest.raises(TargetError, match="lora_ga does not go with dora"):
-        attach_by_records(model, DoRA(r=2, init_lora_weights="lora_ga"), task, examples)
+    with pytest.raises(ConfigError, match="lora_ga does not go with dora"):
+        DoRA(r=2, init_lora_weights="lora_ga")
     assert lorica.adapters(model) == {}
 
 

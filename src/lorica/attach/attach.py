@@ -426,10 +426,18 @@ def _check_places(places: Places, method: Method) -> None:
         raise TargetError(
             f"{method.kind} does not fit {len(problems)} of the layers",
             problems=problems[:20],
-            mend=None
-            if is_prompt(method) or is_intervention(method)
-            else "leave them out with exclude_modules, or give them another rank with rank_pattern",
+            mend=_way_out(method),
         )
+
+
+def _way_out(method: Method) -> str | None:
+    """What may be changed where a method does not fit a layer."""
+    if is_prompt(method) or is_intervention(method):
+        return None
+    others = {"rank_pattern": "give them another rank with rank_pattern"}
+    others["group_size"] = "give a smaller group_size"
+    found = next((text for name, text in others.items() if hasattr(method, name)), None)
+    return "leave them out with exclude_modules" + (f", or {found}" if found else "")
 
 
 def _read_problems(method: Method, layer: Layer, weight: Tensor) -> list[str]:

@@ -13,7 +13,7 @@ from lorica.attach.attach import Adapter
 from lorica.base.load import Base, base_of, load_model
 from lorica.cli.forecast import Forecast, forecast, refuse_if_far_over, shadow_of, verdict_on
 from lorica.cli.material import Material, gather
-from lorica.cli.start import begin, begin_by_records, waits_for_records
+from lorica.cli.start import begin, begin_by_records, source_of, waits_for_records
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.dataset import Dataset
@@ -29,6 +29,7 @@ from lorica.records.phrases import CHOSEN_BY_SCORED, count, parameters
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task, num_positions
 from lorica.train.choice import Relevance
+from lorica.train.plan import courses_of
 from lorica.train.trial import Trial
 
 
@@ -74,6 +75,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     """
     if settings.run.metrics:
         find_metrics(settings.run.metrics)  # a wrong name is told before the base is loaded
+    source = source_of(settings)
     for note in settings.notes:
         voice.say(note)
     with voice.work("reading the data"):
@@ -108,9 +110,10 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
         begun = begin_by_records(settings, model, task, examples, held_out, voice)
         settings = begun.settings
     adapter = begun.adapter
-    if settings.run.init_adapter is not None:
-        for line in begin_from(adapter, settings.run.init_adapter):
+    if source is not None:
+        for line in begin_from(adapter, source):
             voice.say(f"start: {line}")
+    courses_of(model, task, {adapter: examples}, held_out, settings.train)  # refuses early
     voice.say(f"targets: {adapter.reason}")
     voice.say(f"adapter: {_size(adapter, number)}")
     voice.say(f"encoded: {encoded_statement(task, examples)}")
@@ -283,6 +286,12 @@ def encode(
     tested = task.encode(material.scored or ())
     virtual = getattr(settings.method, "num_virtual_tokens", 0)
     limit = num_positions(model, virtual=virtual)
+    if virtual and limit is not None and limit < 2:
+        raise ConfigError(
+            f"num_virtual_tokens={virtual} leaves no room for the records: the base has "
+            f"{limit + virtual:,} positions",
+            mend="give fewer virtual tokens",
+        )
     longest = max(max(len(e.input_ids), len(e.labels)) for p in [*parts, tested] for e in p)
     if settings.train.max_length is None and limit is not None and longest > limit:
         less = f" less {virtual} virtual tokens" if virtual else ""

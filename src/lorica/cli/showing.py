@@ -10,8 +10,10 @@ from pathlib import Path
 
 from lorica.evaluate.compare import Comparison
 from lorica.evaluate.score import Score
+from lorica.records.card import merges
 from lorica.records.lines import aligned, score_table
 from lorica.records.phrases import count, decimals, fixed, metric_name, verdict
+from lorica.records.read import read_manifest
 
 
 def comparison_lines(scores: Mapping[str, Comparison]) -> list[str]:
@@ -59,13 +61,14 @@ def _line(text: str) -> str:
 
 def closing_lines(folder: Path, samples: Sequence[Mapping], *, most: int = 2) -> list[str]:
     """The end of a run: some samples, where the results lie, and what to type next."""
-    run = shlex.quote(str(folder))
-    return [
+    run, manifest = shlex.quote(str(folder)), read_manifest(folder / "run.json")
+    into_base = all(merges(manifest, name) for name in manifest.get("adapters", {}))
+    lines = [
         *sample_lines(samples, most),
         "",
         f"adapter  {folder / 'adapter'}",
         f"report   {folder / 'report.html'}",
         f"next     lorica chat {run}",
         f"         lorica eval {run} --data FILE",
-        f"         lorica merge {run} --output-dir FOLDER",
     ]
+    return lines + [f"         lorica merge {run} --output-dir FOLDER"] * into_base

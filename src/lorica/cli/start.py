@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lorica.attach.attach import Adapter, attach
+from lorica.cli.opening import adapter_folder
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.encode import Example
 from lorica.errors import ConfigError
+from lorica.files.adapter import check_folder
 from lorica.tasks.task import Task
 from lorica.train.choice import Relevance
 from lorica.train.starts import attach_by_records
@@ -37,21 +40,42 @@ class Begun:
     trial: Trial | None = None
 
 
-def waits_for_records(settings: Resolved) -> bool:
-    """Whether the records are needed before there can be an adapter.
+def source_of(settings: Resolved) -> Path | None:
+    """The adapter folder that a run begins from; None where it begins by itself.
 
     Raises:
         ConfigError: its start would be decided twice.
+        AdapterFileError: there is no adapter.
     """
+    given = settings.run.init_adapter
+    if given is None:
+        return None
     method: Any = settings.method
-    by_records = bool(getattr(method, "needs_records", False))
-    anew = bool(getattr(method, "reinit_top_layers", 0))
-    if settings.run.init_adapter is not None and (by_records or anew):
-        which = "reinit_top_layers" if anew else "a start that records decide"
+    undone = [
+        f"{name}: {getattr(method, name)}"
+        for name in ("init_lora_weights", "prompt_tuning_init", "reinit_top_layers")
+        if hasattr(method, name) and getattr(method, name) != _default(method, name)
+    ]
+    if getattr(method, "needs_records", False) and not undone:
+        undone = ["a start that records decide"]
+    if undone:
         raise ConfigError(
-            f"{settings.origins['init_adapter']}: init_adapter would undo {which}",
+            f"{settings.origins['init_adapter']}: init_adapter would undo {' and '.join(undone)}",
             mend="keep one of them",
         )
+    folder = adapter_folder(Path(given)) or Path(given)
+    check_folder(folder)
+    return folder
+
+
+def _default(method: Any, name: str) -> Any:
+    return type(method).__dataclass_fields__[name].default
+
+
+def waits_for_records(settings: Resolved) -> bool:
+    """Whether the records are needed before there can be an adapter."""
+    method: Any = settings.method
+    by_records = bool(getattr(method, "needs_records", False))
     return by_records or bool(getattr(method, "candidates", ()))
 
 

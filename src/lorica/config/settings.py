@@ -290,8 +290,8 @@ class RunConfig(Settings):
     method: Word = Field(default="lora", description="how the base is adapted")
     init_adapter: PathText | None = Field(
         default=None,
-        description="a trained adapter to begin from, such as that of another task: a folder with "
-        "an adapter of the same kind and shapes",
+        description="a trained adapter to begin from, such as that of another task: a run folder "
+        "or an adapter folder, of the same kind and shapes",
     )
     data_seed: int | None = Field(
         default=None,

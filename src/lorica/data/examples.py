@@ -41,6 +41,12 @@ class Example:
         """Tokens on which the loss falls."""
         return len(self.labels) - self.labels.count(IGNORED)
 
+    @property
+    def num_prompt(self) -> int:
+        """Tokens before the first on which the loss falls; all where it falls on none."""
+        trained = (i for i, label in enumerate(self.labels) if label != IGNORED)
+        return next(trained, len(self))
+
 
 @dataclass(frozen=True)
 class Encoded(Sequence[Example]):

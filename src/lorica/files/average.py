@@ -5,7 +5,7 @@
 Chronopoulou et al. 2023, "AdapterSoup: Weight Averaging to Improve Generalization of Pretrained
 Language Models" (arXiv 2302.07027), after Wortsman et al. 2022, "Model soups" (arXiv 2203.05482).
 The mean of factors is not the mean of their products: it is meant for adapters that began alike,
-such as runs from one `init_adapter` or seeds that differ in the order of the records. For the exact
+such as runs from one `init_adapter`, or copies of the base's parameters. For the exact
 mixture of what any adapters do, activate them together with weights.
 
 Files are compared and averaged as they lie; no base is loaded.
@@ -30,12 +30,17 @@ from lorica.files.safetensors_file import TensorFile, write_tensors
 from lorica.records.atomic import write_file
 
 _STARTS = {"init_lora_weights", "init_records", "eva_rho", "eva_tau", "lora_ga_gamma", "loftq_iter"}
+_STARTS |= {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"}
 _TRAINING = {"lora_dropout", "hira_dropout", "vera_dropout", "reinit_top_layers", "selection"}
-_FREE = {*_STARTS, *_TRAINING, "peft_version", "inference_mode", "revision", "relevance_records"}
+_TRAINING |= {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
+_TRAINING |= {"total_step", "lisa_activated_layers", "lisa_interval_steps", "lisa_ends"}
+_NETWORKS = {"encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"}
+_FREE = {*_STARTS, *_TRAINING, *_NETWORKS, "peft_version", "inference_mode", "revision"}
+_FREE |= {"relevance_records"}
 """Keys of a config that say how an adapter was trained, not what its tensors mean."""
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _BESIDE += ("chat_template.jinja",)
-_SHOWN = 10
+_SHOWN, _WIDE = 10, 80
 
 
 def average(
@@ -121,7 +126,7 @@ def _refuse_differing(
             continue
         here, there = _meaning(config), _meaning(configs[0])
         problems += [
-            f"{key} is {here.get(key)!r} in {path}, and {there.get(key)!r} in {first}"
+            f"{key} is {_short(here.get(key))} in {path}, and {_short(there.get(key))} in {first}"
             for key in sorted(here.keys() | there.keys())
             if here.get(key) != there.get(key)
         ]
@@ -135,6 +140,10 @@ def _refuse_differing(
             expected="adapters of one kind, with the same places, shapes and base",
             mend="activate them together instead: a mixture needs nothing in common but the base",
         )
+
+
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= _WIDE else f"{text[: _WIDE - 3]}..."
 
 
 def _kind(config: Mapping[str, Any]) -> str:

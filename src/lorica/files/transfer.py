@@ -16,17 +16,20 @@ from lorica.attach.attach import Adapter, adapters, detach
 from lorica.errors import AdapterFileError
 from lorica.files.adapter import WEIGHTS, load_adapter
 from lorica.methods.copy import Copy
+from lorica.methods.tokens import Tokens
 
 _SHOWN = 10
-_SAME_TENSORS = {"lora", "lora-fa"}
-"""Kinds that differ in what trains only; their files are the same."""
+_COPIES = {"selective", "lisa"}
+_SAME_TENSORS = ({"lora", "lora-fa"}, _COPIES, {"prompt-tuning", "p-tuning"})
+"""Kinds that differ in how they train only; their files are the same."""
 
 
 def begin_from(adapter: Adapter, folder: str | Path) -> list[str]:
     """Put the tensors of the adapter in `folder` into `adapter`, which was attached before.
 
     Both must be of one kind, with the same places and ranks. A module that is trained whole beside
-    them (a new head) keeps its own start where the folder has none, and that is said. What was
+    them (a new head) and rows of tokens keep their own start where the folder has none, and that is
+    said. What was
     begun from goes into the adapter's files.
 
     Returns:
@@ -67,24 +70,27 @@ def _check(adapter: Adapter, source: Adapter, folder: Path) -> set[str]:
     """Places that keep their own start; refuses what differs."""
     ours, theirs = adapter.method.kind, source.method.kind
     problems = []
-    if ours != theirs and {ours, theirs} != _SAME_TENSORS:
+    if ours != theirs and {ours, theirs} not in _SAME_TENSORS:
         problems.append(f"it is {theirs}, and this run trains {ours}")
     heads = {
         path
         for path, slot in adapter.slots.items()
-        if isinstance(slot.method, Copy) and ours != "selective" and path not in source.slots
+        if isinstance(slot.method, Copy | Tokens)
+        and ours not in _COPIES
+        and path not in source.slots
     }
-    for path, slot in adapter.slots.items():
-        if path not in heads and not problems[_SHOWN:]:
-            problems += _differing(path, source.slots.get(path), slot)
-    extra = sorted(source.slots.keys() - adapter.slots.keys())
-    problems += [f"{path}: this run adapts nothing there" for path in extra]
+    if not problems:
+        for path, slot in adapter.slots.items():
+            if path not in heads and not problems[_SHOWN:]:
+                problems += _differing(path, source.slots.get(path), slot)
+        extra = sorted(source.slots.keys() - adapter.slots.keys())
+        problems += [f"{path}: this run adapts nothing there" for path in extra]
     if problems:
         raise AdapterFileError(
             f"init_adapter: {folder} is no start for this adapter",
             problems=problems[:_SHOWN],
-            mend="give the method, r, lora_alpha and target_modules that the folder's "
-            "adapter_config.json has, or leave init_adapter out",
+            mend="give the method, the ranks (r and rank_pattern, say), lora_alpha and "
+            "target_modules that the folder's adapter_config.json has, or leave init_adapter out",
         )
     return heads
 
@@ -105,6 +111,12 @@ def _differing(path: str, other: Any, slot: Any) -> list[str]:
     ranks = [getattr(one.method, "r", None) for one in (other, slot)]
     if None not in ranks and ranks[0] != ranks[1]:
         return [f"{path}: its r is {ranks[0]}, here it is {ranks[1]}"]
+    folded = getattr(slot.method, "folded", None)
+    if folded in other.tensors and folded not in slot.tensors:
+        return [
+            f"{path}: the network that made its {folded} is not in files: only prompt-tuning, and "
+            "prefix-tuning without prefix_projection, begin from one"
+        ]
     if _shapes(other) != _shapes(slot):
         return [f"{path}: it holds {_shapes(other)}, here it is {_shapes(slot)}"]
     if _scale(other) != _scale(slot):

@@ -47,8 +47,8 @@ class DoRA(LoRA):
 
     def problems(self, layer: Layer) -> list[str]:
         found = super().problems(layer)
-        if self.subtracts or self.init_lora_weights == "random":
-            found.append(f"init_lora_weights={self.init_lora_weights} does not go with dora")
+        if self.init_lora_weights == "random":
+            found.append("init_lora_weights=random does not go with dora")
         if layer.geometry.get("groups", 1) > 1:
             found.append("the update of a grouped convolution has no length per output")
         return found
@@ -74,6 +74,12 @@ class DoRA(LoRA):
         update = as_matrix(super().delta(tensors, layer), layer)
         lengths = (tensors["m"] / self._norm(tensors, layer)).unsqueeze(-1)
         return from_matrix((lengths - 1) * matrix + lengths * update, layer)
+
+    def _start_problems(self) -> list[str]:
+        found = super()._start_problems()
+        if self.subtracts:
+            found.append(f"init_lora_weights={self.init_lora_weights} does not go with dora")
+        return found
 
     def _norm(self, tensors: Tensors, layer: Layer) -> Tensor:
         """|W + s B A| of every output; kept as long as nothing that it depends on changes.

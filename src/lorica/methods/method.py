@@ -109,6 +109,11 @@ class Method(Protocol):
         ...
 
 
+def becomes_weight(method: Method) -> bool:
+    """Whether some weight, or a bias, makes the base answer as the method does."""
+    return method.replaces or hasattr(method, "delta") or hasattr(method, "merged_bias")
+
+
 def setting(default: Any, text: str, **more: Any) -> Any:
     """A field of a method's dataclass, with the line that help and documentation show."""
     if isinstance(default, dict):

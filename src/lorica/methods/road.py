@@ -12,6 +12,7 @@ Legend: O out features, G group size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -41,8 +42,11 @@ class RoAd(Placed):
         if layer.kind not in ("linear", "embedding", "conv1d", "conv2d"):
             return ["road needs a linear, embedding or convolution layer"]
         if layer.out_features % self.group_size:
+            fits = math.gcd(layer.out_features, self.group_size)
+            hint = f"; {fits} fits" if fits % 2 == 0 else ""
             return [
                 f"its {layer.out_features} outputs are no multiple of group_size={self.group_size}"
+                f"{hint}"
             ]
         return []
 

@@ -35,19 +35,30 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~&])")
 
 def write_card(folder: str | Path, manifest: Mapping, *, adapter: str) -> Path:
     """Write README.md into the adapter folder; see `model_card`."""
-    text = model_card(manifest, adapter=adapter)
+    text = model_card(manifest, adapter=adapter, for_peft=is_for_peft(folder))
     return write_file(Path(folder) / "README.md", text.encode("utf-8", "replace"))
 
 
-def model_card(manifest: Mapping, *, adapter: str) -> str:
+def is_for_peft(folder: str | Path) -> bool:
+    """Whether the adapter in a folder is in PEFT's layout, and not in one of our own."""
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "peft_type" in config
+
+
+def model_card(manifest: Mapping, *, adapter: str, for_peft: bool = True) -> str:
     """The card of one adapter.
 
     Args:
         manifest: the contents of run.json; also "license" and "settings" (training settings by
             name) where given.
         adapter: its name; its own scores win over those of the run.
+        for_peft: whether PEFT loads its files.
     """
-    front = yaml.safe_dump(_front_matter(manifest, adapter), sort_keys=False, allow_unicode=True)
+    matter = _front_matter(manifest, adapter, for_peft)
+    front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
     scores = scores_of(manifest, adapter)
     public = {**manifest, "base": {**manifest.get("base", {}), "name": _public_name(manifest)}}
     parts = [
@@ -56,7 +67,7 @@ def model_card(manifest: Mapping, *, adapter: str) -> str:
         _introduction(manifest, adapter),
         *(_score_part(manifest, scores) if scores else []),
         "## How to use it",
-        f"With PEFT:\n\n```python\n{peft_snippet(public, 'path/to/this/folder')}\n```",
+        f"With PEFT:\n\n```python\n{peft_snippet(public, 'path/to/this/folder')}\n```" * for_peft,
         f"With Lorica:\n\n```python\n{lorica_snippet(public, 'path/to/this/folder', adapter)}\n```",
         "## How it was trained",
         _table(("setting", "value"), _settings(manifest), code=1),
@@ -104,6 +115,12 @@ def lorica_snippet(manifest: Mapping, folder: str, adapter: str) -> str:
     )
 
 
+def merges(manifest: Mapping, adapter: str) -> bool:
+    """Whether an adapter can become weights of its base, as far as the run knows."""
+    own = dict(manifest.get("adapters", {})).get(adapter)
+    return not isinstance(own, Mapping) or own.get("merges") is not False
+
+
 def shell_line(*words: str) -> str:
     return shlex.join(words)
 
@@ -118,12 +135,12 @@ def escaped(text: object) -> str:
     return _MARKDOWN.sub(r"\\\1", line)
 
 
-def _front_matter(manifest: Mapping, adapter: str) -> dict:
+def _front_matter(manifest: Mapping, adapter: str, for_peft: bool) -> dict:
     method = str(manifest.get("method", {}).get("kind", "lora"))
     front: dict = {}
     if _is_hub_id(base_name(manifest)):  # the hub refuses a path here
         front["base_model"] = base_name(manifest)
-    front["library_name"] = "peft"
+    front["library_name"] = "peft" if for_peft else "lorica"
     tag = PIPELINE_TAGS.get(str(manifest.get("task")))
     if tag:
         front["pipeline_tag"] = tag

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lorica.records import relevance, seeds
-from lorica.records.card import lorica_snippet, peft_snippet, shell_line
+from lorica.records.card import is_for_peft, lorica_snippet, merges, peft_snippet, shell_line
 from lorica.records.difference import Piece, marked, nearest_reference
 from lorica.records.folder import ADAPTER, ADAPTERS
 from lorica.records.phrases import (
@@ -348,13 +348,14 @@ def _usage(run: Run) -> Iterator[dict]:
         lines = [
             shell_line("lorica", "chat", str(run.path)),
             shell_line("lorica", "eval", str(folder), "--data") + " FILE",
-            shell_line("lorica", "merge", str(folder), "--output-dir") + " DIR",
         ]
+        if merges(run.manifest, name):
+            lines.append(shell_line("lorica", "merge", str(folder), "--output-dir") + " DIR")
         yield {
             "adapter": name if len(names) > 1 else "",
             "shell": "\n".join(lines if len(names) <= 1 else lines[1:]),
             "lorica": lorica_snippet(run.manifest, str(folder), name),
-            "peft": peft_snippet(run.manifest, str(folder)),
+            "peft": peft_snippet(run.manifest, str(folder)) if is_for_peft(folder) else "",
         }
 
 

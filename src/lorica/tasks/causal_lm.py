@@ -116,7 +116,7 @@ class CausalLM:
             "attention_mask": mask_of(ids),
         }
         inputs = {k: t.to(device) for k, t in inputs.items()}
-        prompts = tuple(map(_prompt_length, examples))
+        prompts = tuple(example.num_prompt for example in examples)
         return Batch(inputs, (targets[keep].to(device),), (keep.to(device),), prompts=prompts)
 
     # --- loss -------------------------------------------------------------------------------------
@@ -298,12 +298,6 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(t for t in (tokenizer.eos_token_id, *more) if t is not None))
 
 
-def _prompt_length(example: Example) -> int:
-    """Tokens before the first that is trained; all where none is."""
-    trained = (i for i, label in enumerate(example.labels) if label != IGNORED)
-    return next(trained, len(example))
-
-
 def _shifted(labels: Sequence[int]) -> list[int]:
     """The label of the next token at every position; the last position has none."""
     return [*labels[1:], IGNORED]
@@ -326,5 +320,5 @@ def _packed(blocks: Sequence[Sequence[Example]], device: torch.device) -> Batch:
         "documents": documents.to(device),
     }
     labels = tuple(targets[k].to(device) for k in keep)
-    prompts = tuple(_prompt_length(example) for block in blocks for example in block)
+    prompts = tuple(example.num_prompt for block in blocks for example in block)
     return Batch(inputs, labels, tuple(k.to(device) for k in keep), tuple(rows), prompts)

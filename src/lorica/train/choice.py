@@ -26,7 +26,7 @@ class Question:
 
     Attributes:
         model: the base, with nothing of the adapter on it.
-        places: where the method may go, copies left out.
+        places: where the method may go; copies and rows of tokens left out.
         layers: their descriptions, by path.
         method: the settings of the whole adapter.
         task: what the loss is.

@@ -19,6 +19,7 @@ from lorica.base.load import base_of
 from lorica.config import TrainSettings
 from lorica.errors import Interrupted, LoricaError, NonFiniteError, TrainingError
 from lorica.files.adapter import save_adapter
+from lorica.methods.method import becomes_weight
 from lorica.records.folder import RunFolder, how_to_resume
 from lorica.records.write import Recorder, RunRecorder
 from lorica.tasks.task import Task, answering, device_of
@@ -420,6 +421,9 @@ class _Run:
                     "reason": c.trainee.adapter.reason,
                     "method": _method(c),
                     "path": str(self._target(c)),
+                    "merges": all(
+                        becomes_weight(slot.method) for slot in c.trainee.adapter.slots.values()
+                    ),
                 }
                 for c in self.courses
             },

@@ -121,7 +121,7 @@ def courses_of(
         courses.append(Course(trainee, examples, judged, group, origins))
     _check_lengths(model, courses)
     _check_warmup(courses, settings)
-    if problems := [text for course in courses for text in course.trainee.between.problems()]:
+    if problems := [text for c in courses for text in _method_problems(task, c, settings)]:
         raise ConfigError("the method cannot run so", problems=problems)
     told = [(course.name, course.trainee.between.note()) for course in courses]
     return courses, [*encoder.notes, *(f"{name}: {note}" for name, note in told if note)]
@@ -180,6 +180,24 @@ def _settings_problems(
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if settings.dtype not in ("auto", dtype):
         problems.append(f"dtype={settings.dtype} has no effect: the model was loaded in {dtype}")
+    return problems
+
+
+def _method_problems(task: Task, course: Course, settings: TrainSettings) -> list[str]:
+    """Why a method cannot learn these records in these steps."""
+    method = course.trainee.adapter.method
+    problems = course.trainee.between.problems()
+    if hasattr(method, "key_values") and settings.gradient_checkpointing:
+        problems.append(
+            f"gradient_checkpointing takes the cache away, and {method.kind} with it: set "
+            "gradient_checkpointing: false, or use prompt-tuning"
+        )
+    bare = [i for i, e in enumerate(course.examples) if e.num_prompt <= 1]
+    if hasattr(method, "intervene") and task.kind == "causal-lm" and bare:
+        problems.append(
+            f"{method.kind} edits prompts alone, and {len(bare):,} of the records have no prompt, "
+            f"such as number {bare[0] + 1}: give records with prompts, and train_on: completion"
+        )
     return problems
 
 

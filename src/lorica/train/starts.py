@@ -64,7 +64,7 @@ def attach_by_records(
     model = unwrap(model)
     chooser = CHOOSERS[_word(method)]
     places, whole, reason = places_of(model, method)
-    own = {path: place for path, place in places.items() if not place[2].replaces}
+    own = {path: place for path, place in places.items() if place[2].kind == whole.kind}
     settings: Any = whole
     drawn = _draw(examples, settings.num_records, seed) if settings.needs_records else []
     if settings.needs_records and not drawn:
