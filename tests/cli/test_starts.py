@@ -201,3 +201,9 @@ def test_a_plan_needs_no_records_to_choose_by(lorica, stock, words):
     if words[1] == "few-sample":
         assert "one for each of 2 seeds" in done.out
         assert "a trial of reinit_top_layers trains 3 times" in done.out
+
+
+def test_a_plan_refuses_a_start_that_is_none(lorica, stock):
+    words = ["--model", stock / "bert", "--data", stock / "classes.csv", "--max-steps", "3"]
+    done = lorica("plan", *words, "--init-adapter", "nowhere")
+    assert done.code == 2 and "there is no folder nowhere" in done.err

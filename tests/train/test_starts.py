@@ -202,6 +202,17 @@ def test_what_cannot_be_started_so_is_refused():
     assert lorica.adapters(model) == {}
 
 
+def test_shares_are_told_only_where_they_were_given_out():
+    model, task, examples = causal(8)
+    found = {
+        start: str(attach_by_records(model, STARTS[start], task, examples, name=start)[1])
+        for start in ("eva", "lora_ga")
+    }
+    assert "%" in found["eva"] and "as many everywhere" not in found["eva"]
+    assert "%" not in found["lora_ga"]
+    assert "as many everywhere; largest norm of the gradient: " in found["lora_ga"]
+
+
 def test_settings_of_another_start_are_told():
     with pytest.raises(ConfigError) as error:
         LoRA(eva_rho=3.0, init_records=10, loftq_iter=2)

@@ -69,7 +69,9 @@ def _forecast(settings: Resolved, voice: Any) -> Forecast:
     from lorica.cli.forecast import forecast, shadow_of
     from lorica.cli.material import gather
     from lorica.cli.prepare import check_effects, encode
+    from lorica.cli.start import source_of
 
+    source_of(settings)  # a run refuses what is none
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     for note in settings.notes:

@@ -238,10 +238,11 @@ def _load(settings: Resolved, material: Material, kind: str) -> tuple[nn.Module,
 def _size(adapter: Adapter, of: int) -> str:
     method: Any = adapter.method
     share = adapter.num_parameters / of
-    text = f"{count(adapter.num_parameters)} parameters train in {len(adapter.slots)} places"
+    places = f"{len(adapter.slots)} place{'s' * (len(adapter.slots) != 1)}"
+    text = f"{count(adapter.num_parameters)} parameters train in {places}"
     sizes = [
         f"{key}={getattr(method, key):g}"
-        for key in ("r", "lora_alpha", "num_virtual_tokens")
+        for key in ("r", "init_r", "lora_alpha", "num_virtual_tokens")
         if hasattr(method, key)
     ]
     rank = f"; {', '.join(sizes)}" if sizes else ""

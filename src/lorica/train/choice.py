@@ -73,9 +73,15 @@ class Relevance:
 
     def __str__(self) -> str:
         total = sum(self.chosen.values()) or 1
-        best = sorted(self.chosen, key=lambda path: -self.chosen[path])[:3]
-        shown = ", ".join(f"{path} {self.chosen[path] / total:.0%}" for path in best)
-        text = f"{total:,} of {sum(self.sizes.values()):,} {self.unit} by {self.measure}: {shown}"
+        of = f"{total:,} of {sum(self.sizes.values()):,} {self.unit}"
+        if len(set(self.chosen.values())) == 1 and len(self.chosen) > 1:  # only measured
+            best = sorted(self.values, key=lambda path: -self.values[path])[:3]
+            shown = ", ".join(f"{path} {self.values[path]:.3g}" for path in best)
+            text = f"{of}, as many everywhere; largest {self.measure}: {shown}"
+        else:
+            best = sorted(self.chosen, key=lambda path: -self.chosen[path])[:3]
+            shown = ", ".join(f"{path} {self.chosen[path] / total:.0%}" for path in best)
+            text = f"{of} by {self.measure}: {shown}"
         return "; ".join([text, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
