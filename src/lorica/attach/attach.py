@@ -43,6 +43,9 @@ class Adapter:
         base: what is known of the base it was made on (name, digest, task), for its files.
         began_from: the adapter whose tensors were its start, for its files; empty without one.
         model: the model that it was put on, whose module names its files need.
+        on: the adapter that it was put on top of: frozen, and acting wherever this one acts.
+        comes_along: whether it was read together with the adapter on top of it, and goes with that.
+        noted: what its files said of it beside settings and tensors.
     """
 
     name: str
@@ -52,6 +55,14 @@ class Adapter:
     reason: str = ""
     base: dict[str, str] = field(default_factory=dict)
     began_from: dict[str, str] = field(default_factory=dict)
+    on: Adapter | None = None
+    comes_along: bool = False
+    noted: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> list[Adapter]:
+        """What acts with it, the lowest first, and itself."""
+        return [*(self.on.stages if self.on is not None else []), self]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and tensor of everything that trains, in the order of the model."""
@@ -88,7 +99,14 @@ def tied_to(slot: Slot) -> str | None:
     return getattr(slot.method, "tied_to", None)
 
 
-def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int = 0) -> Adapter:
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    on: str | Adapter | None = None,
+) -> Adapter:
     """Put a fresh adapter on `model` and freeze the base.
 
     The model answers as before until the adapter is activated, and at its start it is the identity
@@ -101,6 +119,8 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
         method: the settings, for example `LoRA(r=8, target_modules="all-linear")`.
         name: a name that no adapter of this model has yet.
         seed: the start of every tensor depends on the seed and on the name of its place only.
+        on: an adapter that is to stay below this one. It is frozen until this one is detached, and
+            acts wherever this one acts: the updates of both are added.
 
     Raises:
         TargetError: a target matched nothing, or a layer cannot carry the adapter. The model is
@@ -109,6 +129,8 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
     """
     model = unwrap(model)
     _check_name(name, attached_to(model))
+    below = find(model, on) if on is not None else None
+    check_stages(method, below)
     if getattr(method, "needs_records", False):
         raise ConfigError(
             f"these settings of {method.kind} need records: the task decides its places or start",
@@ -129,7 +151,43 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
             return fresh_parameters(model, path, places[path][0], generator)
         return own.start(layer, generator)
 
-    return _put(model, method, places, start, name, reason)
+    adapter = _put(model, method, places, start, name, reason)
+    if below is not None:
+        lay_on(adapter, below)
+    return adapter
+
+
+def lay_on(adapter: Adapter, below: Adapter) -> None:
+    """Let an adapter lie on top of another one of its model, which is frozen from now on."""
+    adapter.on = below
+    _let_rest(below, True)
+
+
+def check_stages(method: Method, below: Adapter | None) -> None:
+    """Raises ConfigError where an adapter of this method cannot lie on `below`."""
+    stages = below.stages if below is not None else []
+    whole = [stage for stage in stages if is_intervention(stage.method) or is_prompt(stage.method)]
+    mixed = [stage for stage in whole if is_prompt(stage.method) is not is_prompt(method)]
+    if mixed and (is_prompt(method) or is_intervention(method)):
+        raise ConfigError(
+            f"{method.kind} cannot be trained on top of {mixed[0].method.kind}: edits of hidden "
+            "states and virtual tokens do not go together",
+            mend="train another method on top of it",
+        )
+    if taken := [stage for stage in stages if is_prompt(stage.method) and is_prompt(method)]:
+        raise ConfigError(
+            f"{method.kind} cannot be trained on top of {taken[0].method.kind}: virtual tokens "
+            "stand before a row once",
+            expected="at most one adapter with virtual tokens among those that act together",
+            mend="train another method on top of it, or go on with its own tensors: init_adapter",
+        )
+
+
+def _let_rest(adapter: Adapter, rests: bool) -> None:
+    for slot in adapter.slots.values():
+        slot.rests = rests
+        for key, tensor in slot.tensors.items():
+            tensor.requires_grad_(not rests and key not in slot.method.frozen)
 
 
 def attach_tensors(
@@ -193,18 +251,31 @@ def detach(model: nn.Module, adapter: str | Adapter) -> None:
     """Take an adapter off. With the last one gone the model is what it was: the same objects, the
     same bits.
 
-    An activation in which it takes part ends.
+    An activation in which it takes part ends. The adapter below it may train again; one that was
+    read from the same folder goes with it.
 
     Raises:
-        ConfigError: no such adapter.
+        ConfigError: no such adapter, or another one lies on top of it.
         LoricaError: another library changed a site after it was made; nothing was changed.
     """
     model = unwrap(model)
     attached = attached_to(model)
-    name = find(model, adapter).name
+    found = find(model, adapter)
+    name, below, others = found.name, found.on, list(attached.adapters.values())
+    if above := [other.name for other in others if other.on is found]:
+        raise ConfigError(
+            f"the adapter {name!r} lies below {above[0]!r}, which would not be what it was trained "
+            "to be without it",
+            mend=f"detach {above[0]!r} first",
+        )
     _withdraw(model, name)
     _end_activation(model, name, attached.status)
     del attached.adapters[name]
+    if below is not None and not any(o.on is below for o in others if o is not found):
+        _let_rest(below, False)
+        if below.comes_along:
+            detach(model, below)
+            return
     if not attached.adapters:
         for path, parameter in model.named_parameters():
             if path in attached.unfrozen:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lorica.attach.attach import Adapter, attach
+from lorica.cli.opening import adapter_folder
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.encode import Example
 from lorica.errors import ConfigError
+from lorica.files.adapter import load_adapter
 from lorica.tasks.task import Task
 from lorica.train.choice import Relevance
 from lorica.train.starts import attach_by_records
 from lorica.train.trial import Trial, choose_top_layers
 
-ADAPTER = "default"
+ADAPTER, BELOW = "default", "below"
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,34 @@ def waits_for_records(settings: Resolved) -> bool:
             f"{settings.origins['init_adapter']}: init_adapter would undo {which}",
             mend="keep one of them",
         )
-    return by_records or bool(getattr(method, "candidates", ()))
+    tried = bool(getattr(method, "candidates", ()))
+    if settings.run.on_adapter is not None and (by_records or anew or tried):
+        which = "what records decide" if by_records else "reinit_top_layers"
+        raise ConfigError(
+            f"{settings.origins['on_adapter']}: {which} is about the bare base, and the adapter of "
+            "on_adapter acts on it",
+            mend="keep one of them",
+        )
+    return by_records or tried
 
 
-def begin(settings: Resolved, model: nn.Module) -> Begun:
-    """An adapter that needs no records."""
-    return Begun(settings, attach(model, settings.method, name=ADAPTER, seed=settings.train.seed))
+def lay_below(settings: Resolved, model: nn.Module) -> Adapter | None:
+    """The adapter that this run trains on top of, read and put on `model`; None without one.
+
+    Raises:
+        AdapterFileError: there is none, or it was made for another base.
+    """
+    path = settings.run.on_adapter
+    if path is None:
+        return None
+    folder = adapter_folder(Path(path)) or Path(path)
+    return load_adapter(model, folder, name=BELOW)
+
+
+def begin(settings: Resolved, model: nn.Module, below: Adapter | None = None) -> Begun:
+    """An adapter that needs no records, on top of `below`."""
+    how: dict[str, Any] = {"name": ADAPTER, "seed": settings.train.seed, "on": below}
+    return Begun(settings, attach(model, settings.method, **how))
 
 
 def begin_by_records(

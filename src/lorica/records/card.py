@@ -49,6 +49,7 @@ def model_card(manifest: Mapping, *, adapter: str) -> str:
     """
     front = yaml.safe_dump(_front_matter(manifest, adapter), sort_keys=False, allow_unicode=True)
     scores = scores_of(manifest, adapter)
+    below = ", ".join(manifest.get("adapters", {}).get(adapter, {}).get("on") or ())
     public = {**manifest, "base": {**manifest.get("base", {}), "name": _public_name(manifest)}}
     parts = [
         f"---\n{front}---",
@@ -56,7 +57,10 @@ def model_card(manifest: Mapping, *, adapter: str) -> str:
         _introduction(manifest, adapter),
         *(_score_part(manifest, scores) if scores else []),
         "## How to use it",
-        f"With PEFT:\n\n```python\n{peft_snippet(public, 'path/to/this/folder')}\n```",
+        f"It was trained on top of another adapter ({escaped(below)}), which lies in the folder "
+        "`on` and acts with it: Lorica loads both, and PEFT would load this one alone."
+        if below
+        else f"With PEFT:\n\n```python\n{peft_snippet(public, 'path/to/this/folder')}\n```",
         f"With Lorica:\n\n```python\n{lorica_snippet(public, 'path/to/this/folder', adapter)}\n```",
         "## How it was trained",
         _table(("setting", "value"), _settings(manifest), code=1),
@@ -123,7 +127,8 @@ def _front_matter(manifest: Mapping, adapter: str) -> dict:
     front: dict = {}
     if _is_hub_id(base_name(manifest)):  # the hub refuses a path here
         front["base_model"] = base_name(manifest)
-    front["library_name"] = "peft"
+    below = manifest.get("adapters", {}).get(adapter, {}).get("on")
+    front["library_name"] = "lorica" if below else "peft"
     tag = PIPELINE_TAGS.get(str(manifest.get("task")))
     if tag:
         front["pipeline_tag"] = tag

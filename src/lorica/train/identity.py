@@ -47,6 +47,10 @@ def identity(
         found |= {f"{name}.{key}": _text(value) for key, value in method.items()}
         shapes = [f"{key} {tuple(p.shape)}" for key, p in adapter.named_parameters()]
         shapes += [f"{key} {digest}" for key, digest in _frozen(adapter)]
+        for stage in adapter.stages[:-1]:
+            lines = [f"{key} {digest}" for key, digest in _frozen(stage)]
+            digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+            found[f"{stage.name}, below {name}"] = f"{stage.method.kind} {digest}"
         found[f"places of {name}"] = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
         found[f"records per step of {name}"] = _records_per_step(course)
         found[f"data of {name}"] = fingerprint(course.examples)

@@ -419,6 +419,7 @@ class _Run:
                     "num_places": len(c.trainee.adapter.slots),
                     "reason": c.trainee.adapter.reason,
                     "method": _method(c),
+                    "on": [stage.method.kind for stage in c.trainee.adapter.stages[:-1]],
                     "path": str(self._target(c)),
                 }
                 for c in self.courses

@@ -104,6 +104,11 @@ def courses_of(
     problems = [f"there is evaluation data for {n!r}, which does not train" for n in strangers]
     if len(by_name) < len(data):
         problems.append("an adapter is given twice, by handle and by name")
+    problems += [
+        f"{name!r} is frozen, because another adapter lies on top of it; detach that first"
+        for name in by_name
+        if any(slot.rests for slot in find(model, name).slots.values())
+    ]
     problems += _settings_problems(model, task, settings, any(map(len, held_out.values())))
     if problems:
         raise ConfigError("this run cannot be planned", problems=problems)
