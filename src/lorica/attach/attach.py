@@ -18,6 +18,7 @@ from lorica.attach.params import select
 from lorica.attach.probe import weight_read
 from lorica.attach.prompt import is_prompt, stacks_of
 from lorica.attach.site import Slot, Status, check_unchanged, enter, is_site, leave, plates_of
+from lorica.attach.stages import check_stages, lay_on, let_rest
 from lorica.attach.survey import unwrap
 from lorica.attach.targets import resolve
 from lorica.attach.tokens import SETTING, add_rows
@@ -157,39 +158,6 @@ def attach(
     return adapter
 
 
-def lay_on(adapter: Adapter, below: Adapter) -> None:
-    """Let an adapter lie on top of another one of its model, which is frozen from now on."""
-    adapter.on = below
-    _let_rest(below, True)
-
-
-def check_stages(method: Method, below: Adapter | None) -> None:
-    """Raises ConfigError where an adapter of this method cannot lie on `below`."""
-    stages = below.stages if below is not None else []
-    whole = [stage for stage in stages if is_intervention(stage.method) or is_prompt(stage.method)]
-    mixed = [stage for stage in whole if is_prompt(stage.method) is not is_prompt(method)]
-    if mixed and (is_prompt(method) or is_intervention(method)):
-        raise ConfigError(
-            f"{method.kind} cannot be trained on top of {mixed[0].method.kind}: edits of hidden "
-            "states and virtual tokens do not go together",
-            mend="train another method on top of it",
-        )
-    if taken := [stage for stage in stages if is_prompt(stage.method) and is_prompt(method)]:
-        raise ConfigError(
-            f"{method.kind} cannot be trained on top of {taken[0].method.kind}: virtual tokens "
-            "stand before a row once",
-            expected="at most one adapter with virtual tokens among those that act together",
-            mend="train another method on top of it, or go on with its own tensors: init_adapter",
-        )
-
-
-def _let_rest(adapter: Adapter, rests: bool) -> None:
-    for slot in adapter.slots.values():
-        slot.rests = rests
-        for key, tensor in slot.tensors.items():
-            tensor.requires_grad_(not rests and key not in slot.method.frozen)
-
-
 def attach_tensors(
     model: nn.Module,
     method: Method,
@@ -272,7 +240,7 @@ def detach(model: nn.Module, adapter: str | Adapter) -> None:
     _end_activation(model, name, attached.status)
     del attached.adapters[name]
     if below is not None and not any(o.on is below for o in others if o is not found):
-        _let_rest(below, False)
+        let_rest(below, False)
         if below.comes_along:
             detach(model, below)
             return

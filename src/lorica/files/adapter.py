@@ -21,7 +21,8 @@ from typing import Any
 
 from torch import nn
 
-from lorica.attach.attach import Adapter, attach_tensors, check_stages, detach, lay_on
+from lorica.attach.attach import Adapter, attach_tensors, detach
+from lorica.attach.stages import check_stages, lay_on
 from lorica.base.load import base_of
 from lorica.errors import AdapterFileError, LoricaWarning
 from lorica.files import native, peft, peft_kinds, peft_prompts
