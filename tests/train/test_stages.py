@@ -12,7 +12,16 @@ from lorica.config import TrainSettings
 from lorica.errors import AdapterFileError, ConfigError, Interrupted
 from lorica.files.average import average
 from lorica.files.transfer import begin_from
-from lorica.methods import IA3, Bottleneck, LoRA, LoReFT, PrefixTuning, PromptTuning, Selective
+from lorica.methods import (
+    IA3,
+    AdaLoRA,
+    Bottleneck,
+    LoRA,
+    LoReFT,
+    PrefixTuning,
+    PromptTuning,
+    Selective,
+)
 from lorica.mix import merge
 from lorica.tasks.causal_lm import CausalLM
 from train.runs import stop_after
@@ -191,6 +200,62 @@ def test_three_stages(tmp_path):
     assert "on top of another adapter (prompt-tuning, lora)" in card and "PeftModel" not in card
 
 
+UNIONS = [
+    (PrefixTuning(num_virtual_tokens=3), Bottleneck(layout="parallel", reduction_factor=6)),
+    (LoRA(r=2, lora_dropout=0.2, **ALL), Bottleneck(reduction_factor=6)),
+    (LoRA(r=2, **ALL), Selective(parameters="norm")),
+]
+
+
+def united(lower, upper, name="second"):
+    model = ARCHITECTURES["llama"].build().eval()
+    below = lorica.attach(model, lower, name="first")
+    return model, below, lorica.attach(model, upper, name=name, on=below, together=True)
+
+
+@pytest.mark.parametrize(("lower", "upper"), UNIONS, ids=lambda method: method.kind)
+def test_methods_train_together_as_one_adapter(lower, upper, tmp_path, monkeypatch):
+    model, below, adapter = united(lower, upper)
+    parts = sum(p.numel() for p in below.parameters())
+    own = sum(p.numel() for key, p in adapter.named_parameters() if not key.startswith("on/"))
+    assert adapter.num_parameters == parts + own and parts and own
+    before = {**tensors(below), **{f"own.{k}": t for k, t in tensors(adapter).items()}}
+    run(model, tmp_path / "whole", steps=16)
+    rows = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(row)["loss"] for row in rows]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    after = {**tensors(below), **{f"own.{k}": t for k, t in tensors(adapter).items()}}
+    moved = [key for key in before if not torch.equal(before[key], after[key])]
+    assert any(key.startswith("own.") for key in moved)
+    assert any(not key.startswith("own.") for key in moved)
+
+    other = ARCHITECTURES["llama"].build().eval()
+    loaded = lorica.load_adapter(other, tmp_path / "whole" / "adapter")
+    assert torch.equal(answers(other, loaded), answers(model, adapter))
+    assert loaded.together and loaded.num_parameters == adapter.num_parameters
+
+    model, _, _ = united(lower, upper)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 5)
+        with pytest.raises(Interrupted):
+            run(model, tmp_path / "run", steps=16)
+    model, below, adapter = united(lower, upper)
+    run(model, tmp_path / "run", steps=16, resume=True)
+    assert same(after, {**tensors(below), **{f"own.{k}": t for k, t in tensors(adapter).items()}})
+
+
+def test_what_cannot_train_together_is_refused():
+    model, below, adapter = staged(LoRA(r=2, **ALL), LoRA(r=3, **ALL))
+    with pytest.raises(ConfigError, match="detach that first"):
+        lorica.attach(model, IA3(), name="third", on=below, together=True)
+    with pytest.raises(ConfigError, match="has no effect without an adapter"):
+        lorica.attach(model, IA3(), name="third", together=True)
+    with pytest.raises(ConfigError, match="adalora acts between the steps"):
+        method = AdaLoRA(init_r=3, target_r=2, **ALL)
+        lorica.attach(model, method, name="third", on=adapter, together=True)
+    assert list(lorica.adapters(model)) == ["first", "second"]
+
+
 def test_what_cannot_be_stages_is_refused_with_a_mend(tmp_path):
     model, below, adapter = staged(PromptTuning(num_virtual_tokens=2), LoRA(r=2, **ALL))
     for method in (PrefixTuning(num_virtual_tokens=2), PromptTuning(num_virtual_tokens=2)):
@@ -203,7 +268,7 @@ def test_what_cannot_be_stages_is_refused_with_a_mend(tmp_path):
         lorica.attach(model, IA3(), name="third", on="secand")
     with pytest.raises(ConfigError, match="detach 'second' first"):
         lorica.detach(model, below)
-    with pytest.raises(ConfigError, match="'first' is frozen"):
+    with pytest.raises(ConfigError, match="'first' does not train by itself"):
         data, task = {"first": examples(1, 4)}, CausalLM.of(WordTokenizer())
         lorica.train(model, data, output_dir=tmp_path / "run", task=task)
     assert list(lorica.adapters(model)) == ["first", "second"] and not list(below.parameters())

@@ -18,7 +18,7 @@ from lorica.attach.params import select
 from lorica.attach.probe import weight_read
 from lorica.attach.prompt import is_prompt, stacks_of
 from lorica.attach.site import Slot, Status, check_unchanged, enter, is_site, leave, plates_of
-from lorica.attach.stages import check_stages, lay_on, let_rest
+from lorica.attach.stages import check_stages, check_union, lay_on, let_rest
 from lorica.attach.survey import unwrap
 from lorica.attach.targets import resolve
 from lorica.attach.tokens import SETTING, add_rows
@@ -44,7 +44,8 @@ class Adapter:
         base: what is known of the base it was made on (name, digest, task), for its files.
         began_from: the adapter whose tensors were its start, for its files; empty without one.
         model: the model that it was put on, whose module names its files need.
-        on: the adapter that it was put on top of: frozen, and acting wherever this one acts.
+        on: the adapter that it was put on top of: acting wherever this one acts.
+        together: whether that one trains with this one; otherwise it is frozen.
         comes_along: whether it was read together with the adapter on top of it, and goes with that.
         noted: what its files said of it beside settings and tensors.
     """
@@ -57,6 +58,7 @@ class Adapter:
     base: dict[str, str] = field(default_factory=dict)
     began_from: dict[str, str] = field(default_factory=dict)
     on: Adapter | None = None
+    together: bool = False
     comes_along: bool = False
     noted: dict[str, Any] = field(default_factory=dict)
 
@@ -67,6 +69,8 @@ class Adapter:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and tensor of everything that trains, in the order of the model."""
+        if self.on is not None and self.together:
+            yield from ((f"on/{key}", tensor) for key, tensor in self.on.named_parameters())
         for path, slot in self.slots.items():
             for key, tensor in slot.tensors.items():
                 if tensor.requires_grad and not tied_to(slot):
@@ -107,6 +111,7 @@ def attach(
     name: str = "default",
     seed: int = 0,
     on: str | Adapter | None = None,
+    together: bool = False,
 ) -> Adapter:
     """Put a fresh adapter on `model` and freeze the base.
 
@@ -122,6 +127,7 @@ def attach(
         seed: the start of every tensor depends on the seed and on the name of its place only.
         on: an adapter that is to stay below this one. It is frozen until this one is detached, and
             acts wherever this one acts: the updates of both are added.
+        together: train the adapter of `on` with this one, as one adapter of several methods.
 
     Raises:
         TargetError: a target matched nothing, or a layer cannot carry the adapter. The model is
@@ -132,6 +138,7 @@ def attach(
     _check_name(name, attached_to(model))
     below = find(model, on) if on is not None else None
     check_stages(method, below)
+    check_union(method, below, together)
     if getattr(method, "needs_records", False):
         raise ConfigError(
             f"these settings of {method.kind} need records: the task decides its places or start",
@@ -154,7 +161,7 @@ def attach(
 
     adapter = _put(model, method, places, start, name, reason)
     if below is not None:
-        lay_on(adapter, below)
+        lay_on(adapter, below, together)
     return adapter
 
 

@@ -1,7 +1,9 @@
 """Adapters that lie on top of each other: what was trained before stays, and acts below.
 
 Everything an adapter does is an update beside the base, so the updates of all stages are added. The
-lower ones are frozen, and act as they do in use: without dropout.
+lower ones are frozen, and act as they do in use: without dropout. Where they train together, both
+are parts of one adapter of several methods, such as a prefix and a parallel bottleneck: He et al.
+2022, "Towards a Unified View of Parameter-Efficient Transfer Learning" (arXiv 2110.04366).
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ if TYPE_CHECKING:
     from lorica.attach.attach import Adapter
 
 
-def lay_on(adapter: Adapter, below: Adapter) -> None:
-    """Let an adapter lie on top of another one of its model, which is frozen from now on."""
-    adapter.on = below
-    let_rest(below, True)
+def lay_on(adapter: Adapter, below: Adapter, together: bool) -> None:
+    """Let an adapter lie on top of another one of its model, which is frozen from now on, or trains
+    together with it.
+    """
+    adapter.on, adapter.together = below, together
+    if not together:
+        let_rest(below, True)
 
 
 def let_rest(adapter: Adapter, rests: bool) -> None:
@@ -29,6 +34,28 @@ def let_rest(adapter: Adapter, rests: bool) -> None:
         slot.rests = rests
         for key, tensor in slot.tensors.items():
             tensor.requires_grad_(not rests and key not in slot.method.frozen)
+
+
+def check_union(method: Method, below: Adapter | None, together: bool) -> None:
+    """Raises ConfigError where an adapter of this method and `below` cannot train together."""
+    if not together:
+        return
+    if below is None:
+        raise ConfigError(
+            "together=True has no effect without an adapter to train together with",
+            mend="name it: on=...",
+        )
+    if any(slot.rests for slot in below.slots.values()):
+        raise ConfigError(
+            f"{below.name!r} is frozen below another adapter, so it cannot train with this one",
+            mend="detach that first",
+        )
+    busy = [one.kind for one in (below.method, method) if hasattr(one, "between")]
+    if busy:
+        raise ConfigError(
+            f"{busy[0]} acts between the steps of its own training, so it trains alone",
+            mend="train it first, and this one on top of it: together=False",
+        )
 
 
 def check_stages(method: Method, below: Adapter | None) -> None:

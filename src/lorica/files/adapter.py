@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from lorica.attach.attach import Adapter, attach_tensors, detach
-from lorica.attach.stages import check_stages, lay_on
+from lorica.attach.stages import check_stages, check_union, lay_on
 from lorica.base.load import base_of
 from lorica.errors import AdapterFileError, LoricaWarning
 from lorica.files import native, peft, peft_kinds, peft_prompts
@@ -93,7 +93,8 @@ def save_adapter(
         facts = _facts(adapter, provenance)
         if (below := adapter.on) is not None:
             save_adapter(below, temporary / BELOW, provenance=below.noted)
-            facts["on"] = {"method": below.method.kind, "digest": digest_of(temporary / BELOW)}
+            on = {"method": below.method.kind, "digest": digest_of(temporary / BELOW)}
+            facts["on"] = {**on, "together": adapter.together}
         write_file(temporary / PROVENANCE, _json(facts))
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -162,8 +163,8 @@ def _on_top(adapter: Adapter) -> str:
     """What the card says of the adapters below."""
     below = ", ".join(stage.method.kind for stage in adapter.stages[:-1])
     return (
-        f"It was trained on top of another adapter ({below}), which lies in the folder `{BELOW}` "
-        "and must act with it. Lorica loads both."
+        f"It was trained {'together with' if adapter.together else 'on top of'} another adapter "
+        f"({below}), which lies in the folder `{BELOW}` and must act with it. Lorica loads both."
     )
 
 
@@ -259,7 +260,9 @@ def _load(
     empty = layout is peft_kinds and peft_kinds.may_be_empty(raw)
     with TensorFile(folder / WEIGHTS, allow_empty=empty) as file:
         found = layout.read(model, raw, file, folder)
+    together = below is not None and facts["on"].get("together") is True
     check_stages(found.method, below)
+    check_union(found.method, below, together)
     adapter = attach_tensors(
         model,
         found.method,
@@ -272,7 +275,7 @@ def _load(
     adapter.base = {**{k: str(v) for k, v in from_file.items() if v}, **adapter.base}
     adapter.noted = facts
     if below is not None:
-        lay_on(adapter, below)
+        lay_on(adapter, below, together)
     return adapter
 
 

@@ -50,7 +50,9 @@ def identity(
         for stage in adapter.stages[:-1]:
             lines = [f"{key} {digest}" for key, digest in _frozen(stage)]
             digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-            found[f"{stage.name}, below {name}"] = f"{stage.method.kind} {digest}"
+            settings = {"kind": stage.method.kind, **asdict(stage.method)}  # type: ignore[call-overload]
+            trains = "together" if any(True for _ in stage.parameters()) else "frozen"
+            found[f"{stage.name}, below {name}"] = f"{trains} {_text(settings)} {digest}"
         found[f"places of {name}"] = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
         found[f"records per step of {name}"] = _records_per_step(course)
         found[f"data of {name}"] = fingerprint(course.examples)

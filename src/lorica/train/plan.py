@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter, find
+from lorica.attach.attach import Adapter, adapters, find
 from lorica.base.load import base_of
 from lorica.config import TrainSettings
 from lorica.data.encode import Example, separator_of
@@ -105,9 +105,10 @@ def courses_of(
     if len(by_name) < len(data):
         problems.append("an adapter is given twice, by handle and by name")
     problems += [
-        f"{name!r} is frozen, because another adapter lies on top of it; detach that first"
+        f"{name!r} does not train by itself: {other.name!r} lies on top of it; detach that first"
         for name in by_name
-        if any(slot.rests for slot in find(model, name).slots.values())
+        for other in adapters(model).values()
+        if other.on is find(model, name)
     ]
     problems += _settings_problems(model, task, settings, any(map(len, held_out.values())))
     if problems:
