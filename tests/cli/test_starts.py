@@ -250,3 +250,17 @@ def test_an_adapter_is_trained_on_top_of_another(lorica, stock, quick):
     planned = lorica("plan", *words[1:], "--on-adapter", "second")
     assert planned.code == 2 and "leave on_adapter out" in planned.err
     assert not Path("no").exists()
+
+
+def test_a_new_head_is_trained_on_by_the_next_stage(lorica, classes):
+    assert lorica(*classes, "--output-dir", "first", "--quiet").code == 0
+    done = lorica(*classes, "--method", "ia3", "--on-adapter", "first", "--output-dir", "second")
+    assert done.code == 0, done.err
+    head = load_file("second/adapter/adapter_model.safetensors")
+    assert any("classifier" in key for key in head)
+    scored = lorica("eval", "second", "--data", classes[4], "--limit", "6", "--json")
+    again = lorica("eval", "second", "--data", classes[4], "--limit", "6", "--json")
+    assert scored.code == 0 and scored.rows == again.rows, scored.err
+    kept = load_file("first/adapter/adapter_model.safetensors")
+    below = load_file("second/adapter/on/adapter_model.safetensors")
+    assert all(torch.equal(kept[key], below[key]) for key in kept)
