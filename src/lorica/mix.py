@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorica.attach.activate import with_stages
 from lorica.attach.attach import Adapter, adapters, attached_to, detach, find
 from lorica.attach.layers import describe, to_stored
 from lorica.attach.site import Slot
@@ -119,7 +120,7 @@ def merge(
 
     Args:
         mixture: one adapter, or the weights of several: their updates are summed before the one
-            rounding.
+            rounding, with those of the adapters that they lie on.
         force: merge even where rounding destroys more than a quarter of the update.
 
     Returns:
@@ -133,6 +134,12 @@ def merge(
     shares = _shares(model, mixture)
     targets = list(_targets(model, shares))
     problems = _not_weights(model, shares)
+    problems += [
+        f"{name} lies below {other.name}, which would lose it; detach that, or merge it as well"
+        for name in shares
+        for other in adapters(model).values()
+        if other.on is not None and other.on.name == name and other.name not in shares
+    ]
     problems += [f"{t.path}: {why}" for t in targets if (why := _hindrance(t))]
     untie, tied_problems = _ties(model, targets)  # path -> all that share it
     problems += tied_problems
@@ -145,8 +152,9 @@ def merge(
         _untie(model, untie)
     for target, (weight, _) in zip(targets, results, strict=True):
         target.parameter.data.copy_(weight)
-    for name in shares:
-        detach(model, name)
+    for name in reversed(adapters(model)):  # what lies on another one goes first
+        if name in shares and name in adapters(model):
+            detach(model, name)
     _forget_digest(model, shares)
     return report
 
@@ -164,7 +172,7 @@ def _shares(model: nn.Module, mixture: str | Adapter | Mapping[str, float]) -> d
         raise ConfigError(
             "this mixture cannot be merged", problems=problems or ["it names no adapter"]
         )
-    return {find(model, name).name: float(weight) for name, weight in given.items()}
+    return with_stages(model, {find(model, n).name: float(w) for n, w in given.items()})
 
 
 def _targets(model: nn.Module, shares: Mapping[str, float]) -> Iterator[_Target]:

@@ -207,3 +207,67 @@ def test_a_plan_refuses_a_start_that_is_none(lorica, stock):
     words = ["--model", stock / "bert", "--data", stock / "classes.csv", "--max-steps", "3"]
     done = lorica("plan", *words, "--init-adapter", "nowhere")
     assert done.code == 2 and "there is no folder nowhere" in done.err
+
+
+def test_an_adapter_is_trained_on_top_of_another(lorica, stock, quick):
+    words = ["train", "--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
+    at = words.index("--r")
+    plain = [*words[:at], *words[at + 2 :], "--num-virtual-tokens", "3", "--method"]
+    first = [*plain, "prompt-tuning"]
+    assert lorica(*first, "--output-dir", "first", "--quiet").code == 0
+    kept = Path("first/adapter/adapter_model.safetensors").read_bytes()
+    done = lorica(*words, "--on-adapter", "first", "--output-dir", "second")
+    assert done.code == 0, done.err
+    assert "below: prompt-tuning of first, which stays as it is" in done.out
+    assert Path("second/adapter/on/adapter_model.safetensors").read_bytes() == kept
+    facts = json.loads(Path("second/adapter/lorica.json").read_text())
+    assert facts["on"]["method"] == "prompt-tuning"
+    below = json.loads(Path("second/adapter/on/lorica.json").read_text())
+    assert below["steps"] == 4 and below["settings"]["max_steps"] == 4, "as the first run said"
+    assert manifest("second")["adapters"]["default"]["on"] == ["prompt-tuning"]
+    card = Path("second/adapter/README.md").read_text()
+    assert "on top of another adapter (prompt-tuning)" in card and "PeftModel" not in card
+    config = Path("second/config.yaml").read_text()
+    assert f"on_adapter: {Path('first').absolute()}" in config
+    Path("first").rename("elsewhere")
+    judged = lorica("eval", "second", "--data", stock / "pairs.jsonl", "--limit", "4", "--json")
+    assert judged.code == 0, judged.err
+    both = judged.rows[0]["scores"]["perplexity"]
+    flags = ["--data", stock / "pairs.jsonl", "--limit", "4", "--json"]
+    alone = lorica("eval", "second/adapter/on", *flags)
+    assert alone.code == 0, alone.err
+    lower = alone.rows[0]["scores"]["perplexity"]
+    assert lower["base"] == both["base"] and lower["tuned"] > both["tuned"]
+    said = lorica("chat", "second", "--prompt", "cat red 4", "--max-new-tokens", "4")
+    assert said.code == 0, said.err
+    third = lorica(*words, "--on-adapter", "second", "--output-dir", "third")
+    assert third.code == 0 and "below: prompt-tuning, then lora of second" in third.out, third.err
+    assert Path("third/adapter/on/on/adapter_model.safetensors").read_bytes() == kept
+    refused = lorica(*plain, "prefix-tuning", "--on-adapter", "second", "--output-dir", "no")
+    assert refused.code == 2 and "virtual tokens stand before a row once" in refused.err
+    for flags, text in (
+        (["--on-adapter", "nowhere"], "there is no folder nowhere"),
+        (["--on-adapter", "second", "--method", "eva"], "is about the bare base"),
+        (["--on-adapter", stock / "llama"], "this looks like a whole model"),
+        (["--on-adapter", "second", "--output-dir", "second"], "the same as on_adapter"),
+    ):
+        target = [] if "--output-dir" in flags else ["--output-dir", "no"]
+        refused = lorica(*words, *flags, *target)
+        assert refused.code == 2 and text in refused.err, refused.err
+    planned = lorica("plan", *words[1:], "--on-adapter", "second")
+    assert planned.code == 2 and "leave on_adapter out" in planned.err
+    assert not Path("no").exists()
+
+
+def test_a_new_head_is_trained_on_by_the_next_stage(lorica, classes):
+    assert lorica(*classes, "--output-dir", "first", "--quiet").code == 0
+    done = lorica(*classes, "--method", "ia3", "--on-adapter", "first", "--output-dir", "second")
+    assert done.code == 0, done.err
+    head = load_file("second/adapter/adapter_model.safetensors")
+    assert any("classifier" in key for key in head)
+    scored = lorica("eval", "second", "--data", classes[4], "--limit", "6", "--json")
+    again = lorica("eval", "second", "--data", classes[4], "--limit", "6", "--json")
+    assert scored.code == 0 and scored.rows == again.rows, scored.err
+    kept = load_file("first/adapter/adapter_model.safetensors")
+    below = load_file("second/adapter/on/adapter_model.safetensors")
+    assert all(torch.equal(kept[key], below[key]) for key in kept)

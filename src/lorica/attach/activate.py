@@ -71,7 +71,7 @@ def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture]) -> Activati
     Args:
         mixture: a name or handle; `{"sql": 0.7, "style": 0.3}` for the weighted sum of their
             updates, which is exact; None for the bare base. A list gives one such entry per row of
-            the batch.
+            the batch. An adapter that lies on another one brings that in with its own weight.
 
     Returns:
         an object that is also a context manager: `with activate(model, "sql"): ...` puts back what
@@ -90,17 +90,29 @@ def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture]) -> Activati
     entries = [_weights(entry) for entry in (rows if rows is not None else [mixture])]  # pyright: ignore
     names = tuple(dict.fromkeys(name for entry in entries for name in entry))
     _check(model, names, entries)
+    entries = [with_stages(model, entry) for entry in entries]
+    acting = {name for entry in entries for name in entry}
     names = tuple(
-        name for name in adapters(model) if name in names
+        name for name in adapters(model) if name in acting
     )  # one order: fewer compilations
     if rows is None and len(names) == 1 and entries[0][names[0]] == 1.0:
         return Activation(model, Route(names))
     if not names:
         return Activation(model, None)
     table = torch.tensor([[float(entry.get(name, 0.0)) for name in names] for entry in entries])
-    device = next(iter(adapters(model)[names[0]].parameters())).device
+    slots = (slot for name in names for slot in adapters(model)[name].slots.values())
+    device = next((t.device for slot in slots for t in slot.tensors.values()), table.device)
     table = table.to(device)
     return Activation(model, Route(names, table if rows is not None else table[0]))
+
+
+def with_stages(model: nn.Module, entry: Mapping[str, float]) -> dict[str, float]:
+    """A mixture with the adapters below its own, which take part with the same weights."""
+    found: dict[str, float] = {}
+    for name, weight in entry.items():
+        for stage in adapters(model)[name].stages:
+            found[stage.name] = found.get(stage.name, 0.0) + weight
+    return found
 
 
 def _weights(entry: Mixture) -> dict[str, float]:

@@ -18,6 +18,7 @@ from lorica.attach.params import select
 from lorica.attach.probe import weight_read
 from lorica.attach.prompt import is_prompt, stacks_of
 from lorica.attach.site import Slot, Status, check_unchanged, enter, is_site, leave, plates_of
+from lorica.attach.stages import check_stages, check_union, lay_on, let_rest
 from lorica.attach.survey import unwrap
 from lorica.attach.targets import resolve
 from lorica.attach.tokens import SETTING, add_rows
@@ -43,6 +44,10 @@ class Adapter:
         base: what is known of the base it was made on (name, digest, task), for its files.
         began_from: the adapter whose tensors were its start, for its files; empty without one.
         model: the model that it was put on, whose module names its files need.
+        on: the adapter that it was put on top of: acting wherever this one acts.
+        together: whether that one trains with this one; otherwise it is frozen.
+        comes_along: whether it was read together with the adapter on top of it, and goes with that.
+        noted: what its files said of it beside settings and tensors.
     """
 
     name: str
@@ -52,9 +57,20 @@ class Adapter:
     reason: str = ""
     base: dict[str, str] = field(default_factory=dict)
     began_from: dict[str, str] = field(default_factory=dict)
+    on: Adapter | None = None
+    together: bool = False
+    comes_along: bool = False
+    noted: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> list[Adapter]:
+        """What acts with it, the lowest first, and itself."""
+        return [*(self.on.stages if self.on is not None else []), self]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and tensor of everything that trains, in the order of the model."""
+        if self.on is not None and self.together:
+            yield from ((f"on/{key}", tensor) for key, tensor in self.on.named_parameters())
         for path, slot in self.slots.items():
             for key, tensor in slot.tensors.items():
                 if tensor.requires_grad and not tied_to(slot):
@@ -88,7 +104,15 @@ def tied_to(slot: Slot) -> str | None:
     return getattr(slot.method, "tied_to", None)
 
 
-def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int = 0) -> Adapter:
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    on: str | Adapter | None = None,
+    together: bool = False,
+) -> Adapter:
     """Put a fresh adapter on `model` and freeze the base.
 
     The model answers as before until the adapter is activated, and at its start it is the identity
@@ -101,6 +125,9 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
         method: the settings, for example `LoRA(r=8, target_modules="all-linear")`.
         name: a name that no adapter of this model has yet.
         seed: the start of every tensor depends on the seed and on the name of its place only.
+        on: an adapter that is to stay below this one. It is frozen until this one is detached, and
+            acts wherever this one acts: the updates of both are added.
+        together: train the adapter of `on` with this one, as one adapter of several methods.
 
     Raises:
         TargetError: a target matched nothing, or a layer cannot carry the adapter. The model is
@@ -109,6 +136,9 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
     """
     model = unwrap(model)
     _check_name(name, attached_to(model))
+    below = find(model, on) if on is not None else None
+    check_stages(method, below)
+    check_union(method, below, together)
     if getattr(method, "needs_records", False):
         raise ConfigError(
             f"these settings of {method.kind} need records: the task decides its places or start",
@@ -129,7 +159,10 @@ def attach(model: nn.Module, method: Method, *, name: str = "default", seed: int
             return fresh_parameters(model, path, places[path][0], generator)
         return own.start(layer, generator)
 
-    return _put(model, method, places, start, name, reason)
+    adapter = _put(model, method, places, start, name, reason)
+    if below is not None:
+        lay_on(adapter, below, together)
+    return adapter
 
 
 def attach_tensors(
@@ -193,18 +226,31 @@ def detach(model: nn.Module, adapter: str | Adapter) -> None:
     """Take an adapter off. With the last one gone the model is what it was: the same objects, the
     same bits.
 
-    An activation in which it takes part ends.
+    An activation in which it takes part ends. The adapter below it may train again; one that was
+    read from the same folder goes with it.
 
     Raises:
-        ConfigError: no such adapter.
+        ConfigError: no such adapter, or another one lies on top of it.
         LoricaError: another library changed a site after it was made; nothing was changed.
     """
     model = unwrap(model)
     attached = attached_to(model)
-    name = find(model, adapter).name
+    found = find(model, adapter)
+    name, below, others = found.name, found.on, list(attached.adapters.values())
+    if above := [other.name for other in others if other.on is found]:
+        raise ConfigError(
+            f"the adapter {name!r} lies below {above[0]!r}, which would not be what it was trained "
+            "to be without it",
+            mend=f"detach {above[0]!r} first",
+        )
     _withdraw(model, name)
     _end_activation(model, name, attached.status)
     del attached.adapters[name]
+    if below is not None and not any(o.on is below for o in others if o is not found):
+        let_rest(below, False)
+        if below.comes_along:
+            detach(model, below)
+            return
     if not attached.adapters:
         for path, parameter in model.named_parameters():
             if path in attached.unfrozen:

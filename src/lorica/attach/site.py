@@ -44,6 +44,13 @@ class Slot:
 
     method: Method
     tensors: dict[str, nn.Parameter]
+    rests: bool = False
+    """Whether another adapter trains on top of it: it acts as it does in use."""
+
+    @property
+    def dropout(self) -> float:
+        """The share of its inputs that it drops in training."""
+        return 0.0 if self.rests else self.method.dropout
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +236,7 @@ def _add_adapters(
     slots = [plates.slots[n] for n in names]
     first: Any = slots[0].method
     stack = plates.layer.kind == "linear" and all(
-        s.method.stacks and not (training and s.method.dropout) for s in slots
+        s.method.stacks and not (training and s.dropout) for s in slots
     )
     if route.weights is None and stack:
         return lora_linear(x, y, [first.segment(slots[0].tensors)])
@@ -240,7 +247,7 @@ def _add_adapters(
         if slot.method.replaces:
             adapted = _run_copy(module, slot, *args, **kwargs)
         else:
-            dropped = _dropout(x, slot.method.dropout, plates) if training else x
+            dropped = _dropout(x, slot.dropout, plates) if training else x
             tensors = cast(Tensors, slot.tensors)
             adapted = slot.method.apply(dropped, y, tensors, plates.layer)
         if route.weights is None:

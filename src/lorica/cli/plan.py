@@ -70,10 +70,16 @@ def _forecast(settings: Resolved, voice: Any) -> Forecast:
     from lorica.cli.material import gather
     from lorica.cli.prepare import check_effects, encode
     from lorica.cli.start import source_of
+    from lorica.errors import ConfigError
 
     source_of(settings)  # a run refuses what is none
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
+    if settings.run.on_adapter is not None:
+        raise ConfigError(
+            f"{settings.origins['on_adapter']}: a run on top of an adapter is not planned",
+            mend="leave on_adapter out: the plan is then that of the same run on the bare base",
+        )
     for note in settings.notes:
         voice.say(note)
     with voice.work("reading the data"):

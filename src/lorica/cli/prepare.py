@@ -13,7 +13,7 @@ from lorica.attach.attach import Adapter
 from lorica.base.load import Base, base_of, load_model
 from lorica.cli.forecast import Forecast, forecast, refuse_if_far_over, shadow_of, verdict_on
 from lorica.cli.material import Material, gather
-from lorica.cli.start import begin, begin_by_records, source_of, waits_for_records
+from lorica.cli.start import begin, begin_by_records, lay_below, source_of, waits_for_records
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.dataset import Dataset
@@ -100,7 +100,12 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     )
     for note in base.notes:
         voice.say(f"base: {note}")
-    begun = None if waits_for_records(settings) else begin(settings, model)
+    waits = waits_for_records(settings)
+    below = lay_below(settings, model)
+    if below is not None:
+        kinds = ", then ".join(stage.method.kind for stage in below.stages)
+        voice.say(f"below: {kinds} of {settings.run.on_adapter}, which stays as it is")
+    begun = None if waits else begin(settings, model, below)
     with voice.work("encoding the records"):
         if early is None:
             task, examples, held_out, settings = encode(settings, material, model)
@@ -129,7 +134,8 @@ def anchored(settings: Resolved) -> Resolved:
     must be good from every directory.
     """
     found = {}
-    for key in ("model", "data", "eval_data", "test_data", "chat_template", "init_adapter"):
+    paths = ("model", "data", "eval_data", "test_data", "chat_template")
+    for key in (*paths, "init_adapter", "on_adapter"):
         value = getattr(settings.run, key)
         stem = re.sub(r"#\d+$", "", value or "")  # records.jsonl#500: a sample of so many
         if stem not in ("", "embedded") and (path := Path(stem).expanduser()).exists():
@@ -151,6 +157,9 @@ def foresee(
         CheckRefused: far more memory than the machine has.
         LoricaError: records or settings with which no run can begin.
     """
+    if settings.run.on_adapter is not None:
+        voice.say("the memory of a run on top of an adapter is not estimated")
+        return None
     try:
         shadow = shadow_of(settings, material, kind)
     except LoricaError:  # loading the base will say it in full

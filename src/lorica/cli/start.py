@@ -15,13 +15,13 @@ from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.encode import Example
 from lorica.errors import ConfigError
-from lorica.files.adapter import check_folder
+from lorica.files.adapter import check_folder, load_adapter
 from lorica.tasks.task import Task
 from lorica.train.choice import Relevance
 from lorica.train.starts import attach_by_records
 from lorica.train.trial import Trial, choose_top_layers
 
-ADAPTER = "default"
+ADAPTER, BELOW = "default", "below"
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,42 @@ def _default(method: Any, name: str) -> Any:
 
 
 def waits_for_records(settings: Resolved) -> bool:
-    """Whether the records are needed before there can be an adapter."""
+    """Whether the records are needed before there can be an adapter.
+
+    Raises:
+        ConfigError: they would decide about the bare base, and another adapter acts on it.
+    """
     method: Any = settings.method
     by_records = bool(getattr(method, "needs_records", False))
-    return by_records or bool(getattr(method, "candidates", ()))
+    anew = bool(getattr(method, "reinit_top_layers", 0))
+    tried = bool(getattr(method, "candidates", ()))
+    if settings.run.on_adapter is not None and (by_records or anew or tried):
+        which = "what records decide" if by_records else "reinit_top_layers"
+        raise ConfigError(
+            f"{settings.origins['on_adapter']}: {which} is about the bare base, and the adapter of "
+            "on_adapter acts on it",
+            mend="keep one of them",
+        )
+    return by_records or tried
 
 
-def begin(settings: Resolved, model: nn.Module) -> Begun:
-    """An adapter that needs no records."""
-    return Begun(settings, attach(model, settings.method, name=ADAPTER, seed=settings.train.seed))
+def lay_below(settings: Resolved, model: nn.Module) -> Adapter | None:
+    """The adapter that this run trains on top of, read and put on `model`; None without one.
+
+    Raises:
+        AdapterFileError: there is none, or it was made for another base.
+    """
+    path = settings.run.on_adapter
+    if path is None:
+        return None
+    folder = adapter_folder(Path(path)) or Path(path)
+    return load_adapter(model, folder, name=BELOW)
+
+
+def begin(settings: Resolved, model: nn.Module, below: Adapter | None = None) -> Begun:
+    """An adapter that needs no records, on top of `below`."""
+    how: dict[str, Any] = {"name": ADAPTER, "seed": settings.train.seed, "on": below}
+    return Begun(settings, attach(model, settings.method, **how))
 
 
 def begin_by_records(

@@ -96,7 +96,7 @@ def _paths(run: RunConfig) -> Iterator[str]:
             yield f"{key} and data are both standard input, which can be read once"
         elif run.data == given:
             yield f"{key} is the same as data; scores on what was trained say nothing"
-    for key in ("model", "data", "eval_data", "test_data"):
+    for key in ("model", "data", "eval_data", "test_data", "on_adapter"):
         given = getattr(run, key)
         if run.output_dir and given and Path(run.output_dir) == Path(given):
             yield f"output_dir is the same as {key}; a run writes into a folder of its own"

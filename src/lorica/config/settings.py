@@ -293,6 +293,11 @@ class RunConfig(Settings):
         description="a trained adapter to begin from, such as that of another task: a run folder "
         "or an adapter folder, of the same kind and shapes",
     )
+    on_adapter: PathText | None = Field(
+        default=None,
+        description="a trained adapter to train this one on top of: it stays as it is, acts with "
+        "this one and is saved with it; a run folder or an adapter folder of the same base",
+    )
     data_seed: int | None = Field(
         default=None,
         ge=0,

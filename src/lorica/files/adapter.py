@@ -1,5 +1,7 @@
 """An adapter as a folder: adapter_config.json, adapter_model.safetensors, README.md, lorica.json.
 
+An adapter that was trained on top of another one holds that too, as a folder of its own, `on/`.
+
 The first two are in a layout of PEFT wherever PEFT has the method (`peft`, `peft_kinds`,
 `peft_prompts`), else in our own (`native`). Writing gives the same bytes for the same adapter,
 whole or not at all. Reading is strict: every tensor must find its place and every place its
@@ -9,6 +11,7 @@ it was. No pickle is loaded, and nothing that the files name is imported or fetc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -18,11 +21,12 @@ from typing import Any
 
 from torch import nn
 
-from lorica.attach.attach import Adapter, attach_tensors
+from lorica.attach.attach import Adapter, attach_tensors, detach
+from lorica.attach.stages import check_stages, check_union, lay_on
 from lorica.base.load import base_of
 from lorica.errors import AdapterFileError, LoricaWarning
 from lorica.files import native, peft, peft_kinds, peft_prompts
-from lorica.files.folder import MAX_JSON_BYTES, new_folder, read_json
+from lorica.files.folder import MAX_JSON_BYTES, new_folder, open_regular, read_json
 from lorica.files.safetensors_file import TensorFile, write_tensors
 from lorica.records.atomic import write_file
 
@@ -38,6 +42,9 @@ CONFIG, WEIGHTS, CARD, PROVENANCE = (
     "README.md",
     "lorica.json",
 )
+BELOW = "on"
+"""The folder of the adapter that this one was trained on top of."""
+MAX_STAGES = 8
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 
@@ -54,6 +61,8 @@ def save_adapter(
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter as a folder, which PEFT reads too where it has the method.
+
+    The adapter that it lies on is written with it, into the folder `on`.
 
     Args:
         adapter: the handle that `attach` or `load_adapter` gave.
@@ -81,7 +90,12 @@ def save_adapter(
         write_tensors(temporary / WEIGHTS, tensors)
         write_file(temporary / CONFIG, text)
         write_file(temporary / CARD, model_card or _card(adapter, layout is not native))
-        write_file(temporary / PROVENANCE, _json(_facts(adapter, provenance)))
+        facts = _facts(adapter, provenance)
+        if (below := adapter.on) is not None:
+            save_adapter(below, temporary / BELOW, provenance=below.noted)
+            on = {"method": below.method.kind, "digest": digest_of(temporary / BELOW)}
+            facts["on"] = {**on, "together": adapter.together}
+        write_file(temporary / PROVENANCE, _json(facts))
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
     return Path(folder)
@@ -131,6 +145,7 @@ def _card(adapter: Adapter, for_peft: bool) -> str:
         "",
         f"{size}{places}.",
         "",
+        *([_on_top(adapter), ""] if adapter.on is not None else []),
         "```python",
         "import lorica",
         f"model = lorica.load_model({json.dumps(base or 'PATH OF THE BASE')})",
@@ -139,9 +154,27 @@ def _card(adapter: Adapter, for_peft: bool) -> str:
         "```",
         "",
     ]
-    if for_peft:
+    if for_peft and adapter.on is None:
         lines += ["`PeftModel.from_pretrained(base, folder)` of PEFT reads it as well.", ""]
     return "\n".join(lines)
+
+
+def _on_top(adapter: Adapter) -> str:
+    """What the card says of the adapters below."""
+    below = ", ".join(stage.method.kind for stage in adapter.stages[:-1])
+    return (
+        f"It was trained {'together with' if adapter.together else 'on top of'} another adapter "
+        f"({below}), which lies in the folder `{BELOW}` and must act with it. Lorica loads both."
+    )
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 of the tensors of an adapter folder."""
+    digest = hashlib.sha256()
+    with open_regular(folder / WEIGHTS) as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -159,7 +192,8 @@ def load_adapter(
     Args:
         model: the base that the adapter was made for. It is frozen, as by `attach`.
         folder: holds adapter_config.json and adapter_model.safetensors. A tokenizer or template
-            beside them is not looked at.
+            beside them is not looked at. The adapter that it was trained on top of is read too,
+            acts with it and is detached with it; its name is that of this one and ".on".
         name: the adapter's name on this model; "default" where none is given.
         allow_other_base: load although lorica.json says that the base had other weights.
 
@@ -168,7 +202,56 @@ def load_adapter(
             One error for everything that is wrong.
         ConfigError: the name is taken or unusable.
     """
-    folder = Path(folder)
+    name = "default" if name is None else name
+    folders = _stages(Path(folder))
+    loaded: Adapter | None = None
+    try:
+        for depth, stage in reversed([*enumerate(folders)]):
+            one = _load(model, stage, f"{name}{'.on' * depth}", allow_other_base, loaded)
+            one.comes_along = depth > 0
+            loaded = one
+    except BaseException:
+        if loaded is not None:
+            detach(model, loaded)
+        raise
+    assert loaded is not None
+    return loaded
+
+
+def _stages(folder: Path) -> list[Path]:
+    """An adapter's folder and those of the adapters below it, the topmost first.
+
+    Raises:
+        AdapterFileError: one of them is missing, or another one than it was; or there are too many.
+    """
+    found = [folder]
+    while (on := read_facts(found[-1]).get("on")) is not None:
+        below = found[-1] / BELOW
+        if below.is_symlink() or not below.is_dir():
+            raise AdapterFileError(
+                f"{found[-1]} was trained on top of an adapter, and there is no folder {below}",
+                mend="copy the whole adapter, with its folders",
+            )
+        check_folder(below)
+        if not isinstance(on, dict) or on.get("digest") != digest_of(below):
+            raise AdapterFileError(
+                f"{below} is another adapter than the one that {found[-1]} was trained on",
+                expected="the tensors whose digest lorica.json has",
+                mend="copy the whole adapter again, with its folders",
+            )
+        found.append(below)
+        if len(found) > MAX_STAGES:
+            raise AdapterFileError(
+                f"{folder}: more than {MAX_STAGES} adapters lie on top of each other",
+                expected=f"at most {MAX_STAGES}",
+            )
+    return found
+
+
+def _load(
+    model: nn.Module, folder: Path, name: str, allow_other_base: bool, below: Adapter | None
+) -> Adapter:
+    """Read one folder, and put its adapter on top of `below`."""
     check_folder(folder)
     raw = read_json(folder / CONFIG)
     layout = next((layout for layout in LAYOUTS if layout.claims(raw)), peft)
@@ -177,16 +260,22 @@ def load_adapter(
     empty = layout is peft_kinds and peft_kinds.may_be_empty(raw)
     with TensorFile(folder / WEIGHTS, allow_empty=empty) as file:
         found = layout.read(model, raw, file, folder)
+    together = below is not None and facts["on"].get("together") is True
+    check_stages(found.method, below)
+    check_union(found.method, below, together)
     adapter = attach_tensors(
         model,
         found.method,
         found.places,
         found.tensors,
-        name="default" if name is None else name,
+        name=name,
         reason=str(facts.get("reason") or f"read from {folder.name}"),
     )
     from_file = {"name": found.base_name, "task": found.task, **_base_facts(facts)}
     adapter.base = {**{k: str(v) for k, v in from_file.items() if v}, **adapter.base}
+    adapter.noted = facts
+    if below is not None:
+        lay_on(adapter, below, together)
     return adapter
 
 

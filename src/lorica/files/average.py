@@ -69,6 +69,11 @@ def average(
         check_folder(path)
     configs = [read_json(path / CONFIG) for path in paths]
     facts = [read_facts(path) for path in paths]
+    if staged := [str(path) for path, fact in zip(paths, facts, strict=True) if fact.get("on")]:
+        raise AdapterFileError(
+            "adapters that were trained on top of others have no mean: " + ", ".join(staged),
+            mend="mix what they do by activating them together, with weights",
+        )
     files = []
     try:
         for path in paths:

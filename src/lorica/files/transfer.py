@@ -6,7 +6,6 @@ Frozen Model Adaptation through Soft Prompt Transfer" (arXiv 2110.07904).
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from lorica.attach.attach import Adapter, adapters, detach
 from lorica.errors import AdapterFileError
-from lorica.files.adapter import WEIGHTS, load_adapter
+from lorica.files.adapter import digest_of, load_adapter
 from lorica.methods.copy import Copy
 from lorica.methods.tokens import Tokens
 
@@ -51,8 +50,7 @@ def begin_from(adapter: Adapter, folder: str | Path) -> list[str]:
                         tensor.copy_(source.slots[path].tensors[key])
     finally:
         detach(model, source)
-    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    adapter.began_from = {"path": str(folder.absolute()), "digest": digest}
+    adapter.began_from = {"path": str(folder.absolute()), "digest": digest_of(folder)}
     adapter.reason = f"{adapter.reason}; begun from {folder}"
     notes = [f"the tensors of {folder}"]
     if kept:
@@ -70,6 +68,8 @@ def _check(adapter: Adapter, source: Adapter, folder: Path) -> set[str]:
     """Places that keep their own start; refuses what differs."""
     ours, theirs = adapter.method.kind, source.method.kind
     problems = []
+    if source.on is not None:
+        problems.append(f"it was trained on top of {source.on.method.kind}, which would be lost")
     if ours != theirs and {ours, theirs} not in _SAME_TENSORS:
         problems.append(f"it is {theirs}, and this run trains {ours}")
     heads = {

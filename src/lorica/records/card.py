@@ -60,6 +60,7 @@ def model_card(manifest: Mapping, *, adapter: str, for_peft: bool = True) -> str
     matter = _front_matter(manifest, adapter, for_peft)
     front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
     scores = scores_of(manifest, adapter)
+    below = ", ".join(manifest.get("adapters", {}).get(adapter, {}).get("on") or ())
     public = {**manifest, "base": {**manifest.get("base", {}), "name": _public_name(manifest)}}
     parts = [
         f"---\n{front}---",
@@ -67,7 +68,7 @@ def model_card(manifest: Mapping, *, adapter: str, for_peft: bool = True) -> str
         _introduction(manifest, adapter),
         *(_score_part(manifest, scores) if scores else []),
         "## How to use it",
-        f"With PEFT:\n\n```python\n{peft_snippet(public, 'path/to/this/folder')}\n```" * for_peft,
+        _for_peft(public, below, for_peft),
         f"With Lorica:\n\n```python\n{lorica_snippet(public, 'path/to/this/folder', adapter)}\n```",
         "## How it was trained",
         _table(("setting", "value"), _settings(manifest), code=1),
@@ -135,12 +136,25 @@ def escaped(text: object) -> str:
     return _MARKDOWN.sub(r"\\\1", line)
 
 
+def _for_peft(manifest: Mapping, below: str, for_peft: bool) -> str:
+    """How PEFT loads the adapter, or why it should not."""
+    if below:
+        return (
+            f"It was trained on top of another adapter ({escaped(below)}), which lies in the "
+            "folder `on` and acts with it: Lorica loads both, and PEFT would load this one alone."
+        )
+    return (
+        f"With PEFT:\n\n```python\n{peft_snippet(manifest, 'path/to/this/folder')}\n```" * for_peft
+    )
+
+
 def _front_matter(manifest: Mapping, adapter: str, for_peft: bool) -> dict:
     method = str(manifest.get("method", {}).get("kind", "lora"))
     front: dict = {}
     if _is_hub_id(base_name(manifest)):  # the hub refuses a path here
         front["base_model"] = base_name(manifest)
-    front["library_name"] = "peft" if for_peft else "lorica"
+    below = manifest.get("adapters", {}).get(adapter, {}).get("on")
+    front["library_name"] = "peft" if for_peft and not below else "lorica"
     tag = PIPELINE_TAGS.get(str(manifest.get("task")))
     if tag:
         front["pipeline_tag"] = tag

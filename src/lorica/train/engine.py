@@ -164,8 +164,8 @@ class Engine:
         """Whether all adapters can go through one pass and still train to the same bits as alone.
 
         Not where a base layer or an adapter draws random numbers for the whole row, where the
-        output head is adapted (it sees labelled rows only), or where a method does not stack on
-        linear layers.
+        output head is adapted (it sees labelled rows only), where a method does not stack on
+        linear layers, or where an adapter lies on top of another one.
         """
         if not self._shares:
             return False
@@ -178,7 +178,8 @@ class Engine:
             for p in plates_of(m)
         )
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        return plain and linear and not is_site(head) and not _draws(self.model)
+        staged = any(t.adapter.on for t in trainees)
+        return plain and linear and not staged and not is_site(head) and not _draws(self.model)
 
     def _micro_step(
         self,
@@ -197,7 +198,12 @@ class Engine:
             segments = tuple(
                 (a, b, name) for (a, b), name in zip(batch.rows or (), names, strict=True)
             )
-        route = Route(names, segments=segments, dropout_seed=seed)
+        stages, weights = first.adapter.stages, None
+        if len(stages) > 1:  # then it has the pass for itself
+            device = next(first.adapter.parameters()).device
+            names = tuple(stage.name for stage in stages)
+            weights = torch.ones(len(names), device=device)
+        route = Route(names, weights, segments, dropout_seed=seed)
         with self.task.running(self.model), Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
             if new := set(names) - self._checked:

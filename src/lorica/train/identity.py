@@ -47,6 +47,12 @@ def identity(
         found |= {f"{name}.{key}": _text(value) for key, value in method.items()}
         shapes = [f"{key} {tuple(p.shape)}" for key, p in adapter.named_parameters()]
         shapes += [f"{key} {digest}" for key, digest in _frozen(adapter)]
+        for stage in adapter.stages[:-1]:
+            lines = [f"{key} {digest}" for key, digest in _frozen(stage)]
+            digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+            settings = {"kind": stage.method.kind, **asdict(stage.method)}  # type: ignore[call-overload]
+            trains = "together" if any(True for _ in stage.parameters()) else "frozen"
+            found[f"{stage.name}, below {name}"] = f"{trains} {_text(settings)} {digest}"
         found[f"places of {name}"] = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
         found[f"records per step of {name}"] = _records_per_step(course)
         found[f"data of {name}"] = fingerprint(course.examples)

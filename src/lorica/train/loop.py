@@ -420,6 +420,7 @@ class _Run:
                     "num_places": len(c.trainee.adapter.slots),
                     "reason": c.trainee.adapter.reason,
                     "method": _method(c),
+                    "on": [stage.method.kind for stage in c.trainee.adapter.stages[:-1]],
                     "path": str(self._target(c)),
                     "merges": all(
                         becomes_weight(slot.method) for slot in c.trainee.adapter.slots.values()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter, find
+from lorica.attach.attach import Adapter, adapters, find
 from lorica.base.load import base_of
 from lorica.config import TrainSettings
 from lorica.data.encode import Example, separator_of
@@ -104,6 +104,12 @@ def courses_of(
     problems = [f"there is evaluation data for {n!r}, which does not train" for n in strangers]
     if len(by_name) < len(data):
         problems.append("an adapter is given twice, by handle and by name")
+    problems += [
+        f"{name!r} does not train by itself: {other.name!r} lies on top of it; detach that first"
+        for name in by_name
+        for other in adapters(model).values()
+        if other.on is find(model, name)
+    ]
     problems += _settings_problems(model, task, settings, any(map(len, held_out.values())))
     if problems:
         raise ConfigError("this run cannot be planned", problems=problems)

@@ -1,0 +1,79 @@
+"""Adapters that lie on top of each other: what was trained before stays, and acts below.
+
+Everything an adapter does is an update beside the base, so the updates of all stages are added. The
+lower ones are frozen, and act as they do in use: without dropout. Where they train together, both
+are parts of one adapter of several methods, such as a prefix and a parallel bottleneck: He et al.
+2022, "Towards a Unified View of Parameter-Efficient Transfer Learning" (arXiv 2110.04366).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorica.attach.intervene import is_intervention
+from lorica.attach.prompt import is_prompt
+from lorica.errors import ConfigError
+from lorica.methods.method import Method
+
+if TYPE_CHECKING:
+    from lorica.attach.attach import Adapter
+
+
+def lay_on(adapter: Adapter, below: Adapter, together: bool) -> None:
+    """Let an adapter lie on top of another one of its model, which is frozen from now on, or trains
+    together with it.
+    """
+    adapter.on, adapter.together = below, together
+    if not together:
+        let_rest(below, True)
+
+
+def let_rest(adapter: Adapter, rests: bool) -> None:
+    """Freeze an adapter that another one lies on; or let it train again."""
+    for slot in adapter.slots.values():
+        slot.rests = rests
+        for key, tensor in slot.tensors.items():
+            tensor.requires_grad_(not rests and key not in slot.method.frozen)
+
+
+def check_union(method: Method, below: Adapter | None, together: bool) -> None:
+    """Raises ConfigError where an adapter of this method and `below` cannot train together."""
+    if not together:
+        return
+    if below is None:
+        raise ConfigError(
+            "together=True has no effect without an adapter to train together with",
+            mend="name it: on=...",
+        )
+    if any(slot.rests for slot in below.slots.values()):
+        raise ConfigError(
+            f"{below.name!r} is frozen below another adapter, so it cannot train with this one",
+            mend="detach that first",
+        )
+    busy = [one.kind for one in (below.method, method) if hasattr(one, "between")]
+    if busy:
+        raise ConfigError(
+            f"{busy[0]} acts between the steps of its own training, so it trains alone",
+            mend="train it first, and this one on top of it: together=False",
+        )
+
+
+def check_stages(method: Method, below: Adapter | None) -> None:
+    """Raises ConfigError where an adapter of this method cannot lie on `below`."""
+    if below is None or not (is_prompt(method) or is_intervention(method)):
+        return
+    taken = [stage.method for stage in below.stages if is_prompt(stage.method)]
+    if taken and is_prompt(method):
+        raise ConfigError(
+            f"{method.kind} cannot be trained on top of {taken[0].kind}: virtual tokens stand "
+            "before a row once",
+            expected="at most one adapter with virtual tokens among those that act together",
+            mend="train another method on top of it, or go on with its own tensors: init_adapter",
+        )
+    edits = [stage.method for stage in below.stages if is_intervention(stage.method)]
+    if other := (edits if is_prompt(method) else taken):
+        raise ConfigError(
+            f"{method.kind} cannot be trained on top of {other[0].kind}: edits of hidden states "
+            "and virtual tokens do not go together",
+            mend="train another method on top of it",
+        )
