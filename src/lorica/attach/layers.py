@@ -62,7 +62,7 @@ def describe_model(module: PreTrainedModel) -> Layer | None:
     """
     try:
         table = module.get_input_embeddings()
-    except NotImplementedError:
+    except NotImplementedError:  # what transformers raises for models of images or sound
         return None
     if not isinstance(table, nn.Embedding):
         return None

@@ -16,20 +16,19 @@ Legend: H width of the model, r rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorica.errors import ConfigError
 from lorica.methods.method import Layer, Tensors, setting
-from lorica.methods.placed import rank_problems
+from lorica.methods.placed import MethodSettings, rank_problems
 from lorica.methods.virtual import count_problems
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoReFT:
+class LoReFT(MethodSettings):
     """Settings and arithmetic of LoReFT.
 
     Raises:
@@ -48,22 +47,6 @@ class LoReFT:
 
     kind: ClassVar[str] = "loreft"
     title: ClassVar[str] = "edits of hidden states at a few tokens (arXiv 2404.03592)"
-    replaces: ClassVar[bool] = False
-    stacks: ClassVar[bool] = False
-    frozen: ClassVar[frozenset[str]] = frozenset()
-
-    def __post_init__(self) -> None:
-        for name, value in self._canonical().items():
-            object.__setattr__(self, name, value)
-        if found := self._problems():
-            raise ConfigError(f"the settings of {self.kind} cannot be used", problems=found)
-
-    @property
-    def dropout(self) -> float:
-        return 0.0
-
-    def at(self, path: str) -> Self:
-        return self
 
     def problems(self, layer: Layer) -> list[str]:
         if layer.kind not in ("block", "model"):

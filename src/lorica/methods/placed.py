@@ -1,4 +1,4 @@
-"""What all methods that sit on layers have in common: where they go, and plain defaults."""
+"""What methods have in common: plain defaults, and, where they sit on layers, where they go."""
 
 from __future__ import annotations
 
@@ -11,7 +11,45 @@ from lorica.methods.method import Layer, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placed:
+class MethodSettings:
+    """Settings in one spelling, checked when they are made, and plain answers to what is asked of a
+    method.
+
+    Raises:
+        ConfigError: a value is out of range; all problems at once.
+    """
+
+    kind: ClassVar[str]
+    title: ClassVar[str]
+    """The method in a line, with its paper: what `lorica methods` prints."""
+    replaces: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
+    frozen: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name, value in self._canonical().items():
+            object.__setattr__(self, name, value)
+        if found := self._problems():
+            raise ConfigError(f"the settings of {self.kind} cannot be used", problems=found)
+
+    @property
+    def dropout(self) -> float:
+        return 0.0
+
+    def at(self, path: str) -> Self:
+        return self
+
+    def _problems(self) -> list[str]:
+        """Values out of range, each sentence beginning with the setting's name."""
+        return []
+
+    def _canonical(self) -> dict[str, Any]:
+        """One spelling for each value: settings from YAML, flags, Python and files are equal."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed(MethodSettings):
     """The settings that choose layers. Names and meaning are PEFT's.
 
     Raises:
@@ -31,30 +69,8 @@ class Placed:
         (), "modules trained whole beside the adapter, such as a new head"
     )
 
-    kind: ClassVar[str]
-    title: ClassVar[str]
-    """The method in a line, with its paper: what `lorica methods` prints."""
     auto: ClassVar[str] = "auto"
     """The choice of layers that target_modules="auto" stands for; see `attach.choices`."""
-    replaces: ClassVar[bool] = False
-    stacks: ClassVar[bool] = False
-    frozen: ClassVar[frozenset[str]] = frozenset()
-
-    def __post_init__(self) -> None:
-        for name, value in self._canonical().items():
-            object.__setattr__(self, name, value)
-        if found := self._problems():
-            raise ConfigError(
-                f"the settings of {self.kind} cannot be used",
-                problems=found,
-            )
-
-    @property
-    def dropout(self) -> float:
-        return 0.0
-
-    def at(self, path: str) -> Self:
-        return self
 
     def host(self, path: str) -> str:
         """The module that it sits on, where the layer at `path` was chosen."""
@@ -64,12 +80,7 @@ class Placed:
         """The settings when all layers of the adapter are known."""
         return self
 
-    def _problems(self) -> list[str]:
-        """Values out of range, each sentence beginning with the setting's name."""
-        return []
-
     def _canonical(self) -> dict[str, Any]:
-        """One spelling for each value: settings from YAML, flags, Python and files are equal."""
         found: dict[str, Any] = {}
         for name in ("exclude_modules", "modules_to_save", "target_modules", "layers_to_transform"):
             value = getattr(self, name)

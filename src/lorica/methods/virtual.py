@@ -15,19 +15,19 @@ Legend: P virtual tokens, H width of the embeddings, N layers, K key-value heads
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lorica.errors import ConfigError
 from lorica.methods.method import Layer, Tensors, setting
+from lorica.methods.placed import MethodSettings
 
 MAX_TOKENS = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
-class VirtualTokens:
+class VirtualTokens(MethodSettings):
     """The settings that all of them share.
 
     Raises:
@@ -39,26 +39,8 @@ class VirtualTokens:
         (), "modules trained whole beside the adapter, such as a new head"
     )
 
-    kind: ClassVar[str]
-    title: ClassVar[str]
-    replaces: ClassVar[bool] = False
-    stacks: ClassVar[bool] = False
-    frozen: ClassVar[frozenset[str]] = frozenset()
     folded: ClassVar[str]
     """Name of the one tensor that is left when whatever made it is no longer needed."""
-
-    def __post_init__(self) -> None:
-        for name, value in self._canonical().items():
-            object.__setattr__(self, name, value)
-        if found := self._problems():
-            raise ConfigError(f"the settings of {self.kind} cannot be used", problems=found)
-
-    @property
-    def dropout(self) -> float:
-        return 0.0
-
-    def at(self, path: str) -> Self:
-        return self
 
     def problems(self, layer: Layer) -> list[str]:
         if layer.kind != "model":
@@ -69,7 +51,6 @@ class VirtualTokens:
         return count_problems("num_virtual_tokens", self.num_virtual_tokens, MAX_TOKENS)
 
     def _canonical(self) -> dict[str, Any]:
-        """One spelling for each value: settings from YAML, flags, Python and files are equal."""
         given = self.modules_to_save
         whole = (given,) if isinstance(given, str) else tuple(given)
         return {"modules_to_save": whole}
