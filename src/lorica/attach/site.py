@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from lorica.attach.acting import acting
@@ -33,7 +34,7 @@ from lorica.attach.layers import describe, to_stored
 from lorica.attach.prompt import is_prompt, run
 from lorica.errors import ActivationError, LoricaError, LoricaWarning
 from lorica.methods.method import Layer, Method, Tensors
-from lorica.ops.lora import Segment, lora_linear
+from lorica.ops.lora import Segment, adapted_linear, lora_linear
 
 _ROUTED = re.compile(r"(^|\.)experts\.\d+\.")  # is given some of the tokens, of any row
 
@@ -176,6 +177,8 @@ class Site:
         inner = self.__dict__.get("_lorica_inner") or super().forward  # pyright: ignore
         if names and plates.layer.kind in ("model", "block"):
             return _run_whole(self, inner, plates, names, args, kwargs)
+        if names and (segments := _segments_of_dense(self, plates, names, args, kwargs)):
+            return adapted_linear(args[0], self.weight, self.bias, segments)  # pyright: ignore
         y = inner(*args, **kwargs)
         return _add_adapters(self, plates, names, y, args, kwargs) if names else y
 
@@ -217,6 +220,32 @@ def _run_whole(
     return _add_adapters(module, plates, rest, y, args, kwargs) if rest else y
 
 
+def _segments_of_dense(
+    module: Any, plates: Plates, names: list[str], args: tuple, kwargs: dict
+) -> list[Segment] | None:
+    """The products of a plain dense layer in training, where one function can make all of it."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    plain = (
+        module._lorica_base is nn.Linear
+        and "_lorica_inner" not in module.__dict__
+        and torch.is_grad_enabled()
+        and len(args) == 1
+        and not kwargs
+        and all(type(t) in (Tensor, nn.Parameter, FakeTensor) for t in (weight, args[0]))
+    )
+    if not plain or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    x, route, slots = args[0], plates.route, [plates.slots[n] for n in names]
+    assert route is not None
+    stack = all(s.method.stacks and not (module.training and s.dropout) for s in slots)
+    if not stack or x.is_meta or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    if route.segments is not None:
+        return _segments(plates, x)
+    first: Any = slots[0].method
+    return [first.segment(slots[0].tensors)] if route.weights is None else None
+
+
 def _add_adapters(
     module: Any, plates: Plates, names: list[str], y: Any, args: tuple, kwargs: dict
 ) -> Tensor:
@@ -232,7 +261,8 @@ def _add_adapters(
         return y
     x = args[0] if args else next(iter(kwargs.values()))
     if route.segments is not None:
-        return _add_segments(plates, x, y)
+        segments = _segments(plates, x)
+        return lora_linear(x, y, segments) if segments else y
     slots = [plates.slots[n] for n in names]
     first: Any = slots[0].method
     stack = plates.layer.kind == "linear" and all(
@@ -258,11 +288,11 @@ def _add_adapters(
     return result
 
 
-def _add_segments(plates: Plates, x: Tensor, y: Tensor) -> Tensor:
+def _segments(plates: Plates, x: Tensor) -> list[Segment]:
     """Training: every adapter has rows of its own; its products see those rows alone."""
     route = plates.route
     assert route is not None and route.segments is not None
-    rows, width = y.shape[:-1].numel(), route.segments[-1][1]
+    rows, width = x.shape[:-1].numel(), route.segments[-1][1]
     if rows != width:
         raise ActivationError(
             f"{plates.path}: the segments cover {width} rows, but the layer was given {rows}",
@@ -273,7 +303,7 @@ def _add_segments(plates: Plates, x: Tensor, y: Tensor) -> Tensor:
         if slot := plates.slots.get(name):
             method: Any = slot.method
             segments.append(method.segment(slot.tensors, start, end))
-    return lora_linear(x, y, segments) if segments else y
+    return segments
 
 
 def _add_stack(plates: Plates, slots: list[Slot], x: Tensor, y: Tensor) -> Tensor:

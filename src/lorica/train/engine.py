@@ -29,6 +29,7 @@ from lorica.attach.activate import Activation, activate
 from lorica.attach.attach import Adapter
 from lorica.attach.probe import unvisited
 from lorica.attach.site import Route, is_site, plates_of
+from lorica.base.lean import lean_parts
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import NonFiniteError, TrainingError
@@ -100,6 +101,7 @@ class Engine:
         self._checkpoints = gradient_checkpointing and not _checkpoints(model)
         if self._checkpoints:
             _turn_on_checkpointing(model)
+        self.lean = lean_parts(model)
 
     def close(self) -> None:
         """Leave the model as it was before: without checkpointing."""
@@ -204,7 +206,7 @@ class Engine:
             names = tuple(stage.name for stage in stages)
             weights = torch.ones(len(names), device=device)
         route = Route(names, weights, segments, dropout_seed=seed)
-        with self.task.running(self.model), Activation(self.model, route):
+        with self.task.running(self.model), self.lean.running(), Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
             if new := set(names) - self._checked:
                 self._refuse_unvisited(new, batch)

@@ -174,7 +174,7 @@ class _Run:
         own = self._manifest()
         plan = {**own["plan"], **manifest.get("plan", {})}
         self.recorder.start({**own, **manifest, "plan": plan})
-        for note in [*told, *self.task.notes]:
+        for note in [*told, *self.task.notes, *self.engine.lean.notes]:
             self.recorder.event("info", note)
         tensors = [p for c in self.courses for p in c.trainee.adapter.parameters()]
         if note := checkpoint.space_warning(self.folder.path, tensors, self.settings):

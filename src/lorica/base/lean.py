@@ -1,0 +1,227 @@
+"""Parts of a base that train with less memory and time, recognised by what they compute.
+
+Models of transformers spell the same few parts alike in some two hundred files: RMSNorm, the gated
+feed-forward layer, the rotary embedding. A list of classes would be wrong with its next release. So
+a part is recognised by its form, and then tried: a small copy of it, with random numbers, must give
+the same as the function of `lorica.ops` that is to stand in for it. While the block of `running`
+lasts, the function does its work; the modules, their parameters and the code of the model stay as
+they are, and everything else in the model runs as it always did.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from lorica.ops.glu import ACTIVATIONS, gated
+from lorica.ops.norm import rms_norm
+from lorica.ops.rope import rotate
+
+Forward = Callable[[Tensor], Tensor]
+
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_WIDTH, _INNER = 8, 24
+"""Features of the copies that are tried."""
+
+
+@dataclass(frozen=True)
+class Lean:
+    """What stands in for parts of one model.
+
+    Attributes:
+        forwards: modules, and what takes the place of their forward.
+        functions: the namespaces of modelling code, names in them, and what takes their place.
+        notes: parts of a known form that compute something else, so that they run as they are.
+    """
+
+    forwards: list[tuple[nn.Module, Forward]] = field(default_factory=list)
+    functions: list[tuple[dict[str, Any], str, Callable]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the functions do the work of the parts, forward and backward, inside the block."""
+        before = [(space, name, space[name]) for space, name, _ in self.functions]
+        try:
+            for module, forward in self.forwards:
+                module.__dict__["forward"] = forward
+            for space, name, function in self.functions:
+                space[name] = function
+            yield
+        finally:
+            for module, _ in self.forwards:
+                module.__dict__.pop("forward", None)
+            for space, name, function in before:
+                space[name] = function
+
+
+def lean_parts(model: nn.Module) -> Lean:
+    """The parts of `model` that a function can stand in for.
+
+    Left alone are modules that adapters sit on, that hold parameters which train, or whose forward
+    some other tool has replaced.
+    """
+    found, odd = Lean(), set()
+    for module in model.modules():
+        make = _standing_in_for(module)
+        if make is None or "forward" in module.__dict__ or hasattr(type(module), "_lorica_base"):
+            continue
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            continue
+        if (forward := make(module)) is not None:
+            found.forwards.append((module, forward))
+        else:
+            odd.add(type(module).__name__)
+    found.notes.extend(
+        f"{name} computes otherwise than others of its form, so it trains as it is"
+        for name in sorted(odd)
+    )
+    for name in sorted({type(m).__module__ for m in model.modules()}):
+        space = vars(sys.modules.get(name, torch))
+        own = space.get("apply_rotary_pos_emb")
+        if own is not None and _turns_alike(own):
+            found.functions.append((space, "apply_rotary_pos_emb", _apply_rotary))
+    return found
+
+
+def _standing_in_for(module: nn.Module) -> Callable[[nn.Module], Forward | None] | None:
+    """What would make the forward that replaces this module's; None for one of no known form."""
+    if not _takes_one(type(module)):
+        return None
+    if all(hasattr(module, name) for name in _FEED_FORWARD):
+        return _feed_forward
+    if "RMSNorm" in type(module).__name__ or type(module).__name__.endswith("T5LayerNorm"):
+        weight = getattr(module, "weight", None)
+        return _norm if isinstance(weight, Tensor) and weight.dim() == 1 else None
+    return None
+
+
+def _takes_one(kind: type[nn.Module]) -> bool:
+    """Whether the forward takes one tensor and nothing else."""
+    return len(inspect.signature(kind.forward).parameters) == 2
+
+
+# --- RMSNorm --------------------------------------------------------------------------------------
+
+
+def _norm(module: nn.Module) -> Forward | None:
+    """Weights are around 1, or, in some models, around 0 with 1 added to them."""
+    eps = next((vars(module)[n] for n in ("variance_epsilon", "eps") if n in vars(module)), None)
+    if not isinstance(eps, float):
+        return None
+    for offset in (0.0, 1.0):
+        if _known(module, "norm", offset, lambda copy, at=offset: _normed(copy, eps, at)):
+            return partial(_run_norm, module, eps, offset)
+    return None
+
+
+def _normed(copy: nn.Module, eps: float, offset: float) -> bool:
+    """Whether `rms_norm` gives what the copy gives, in both precisions that training runs in."""
+    same = []
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
+        weight = (torch.rand(_WIDTH) + 0.5).to(dtype)
+        copy._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        x = torch.randn(5, _WIDTH).mul(3).to(dtype)
+        same.append(torch.allclose(copy(x), rms_norm(x, weight, eps, offset), 0, tolerance))
+    return all(same)
+
+
+def _run_norm(module: Any, eps: float, offset: float, x: Tensor) -> Tensor:
+    if x.dtype != module.weight.dtype:  # rounded in an order of the model's own
+        return type(module).forward(module, x)
+    return rms_norm(x, module.weight, eps, offset)
+
+
+# --- gated feed-forward layers --------------------------------------------------------------------
+
+
+def _feed_forward(module: nn.Module) -> Forward | None:
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.children()):
+        return None
+    for activation in ACTIVATIONS:
+        if _known(module, "feed-forward", activation, lambda copy, a=activation: _fed(copy, a)):
+            return partial(_run_feed_forward, module, activation)
+    return None
+
+
+def _fed(copy: Any, activation: str) -> bool:
+    for name, inner, outer in (
+        ("gate_proj", _WIDTH, _INNER),
+        ("up_proj", _WIDTH, _INNER),
+        ("down_proj", _INNER, _WIDTH),
+    ):
+        copy._modules[name] = nn.Linear(inner, outer)
+    x = torch.randn(5, _WIDTH).mul(3)
+    return torch.allclose(copy(x), _run_feed_forward(copy, activation, x), 0, 1e-6)
+
+
+def _run_feed_forward(module: Any, activation: str, x: Tensor) -> Tensor:
+    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), activation))
+
+
+# --- rotary embedding -----------------------------------------------------------------------------
+
+
+def _apply_rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def _turns_alike(own: Callable) -> bool:
+    """Whether a model's own function turns queries and keys as `rotate` does."""
+    if own not in _TURNS:
+        if list(inspect.signature(own).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
+            return False
+        with unset_fake_temporarily(), torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 5, 8)
+            cos, sin = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+            _TURNS[own] = _same(lambda: own(q, k, cos, sin), _apply_rotary(q, k, cos, sin))
+    return _TURNS[own]
+
+
+def _same(theirs: Callable[[], tuple], ours: tuple[Tensor, Tensor]) -> bool:
+    try:
+        pairs = zip(theirs(), ours, strict=True)
+        return all(a.shape == b.shape and torch.allclose(a, b, 0, 1e-5) for a, b in pairs)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+
+
+# --- trying ---------------------------------------------------------------------------------------
+
+_TRIED: dict[tuple, bool] = {}
+_TURNS: dict[Callable, bool] = {}
+
+
+def _known(module: nn.Module, form: str, variant: Any, same: Callable[[Any], bool]) -> bool:
+    """Whether a copy of `module` with small random parameters computes `form`; tried once for all
+    modules of a class with the same settings.
+    """
+    plain = (str, int, float, bool, type(None))
+    settings = sorted((k, v) for k, v in vars(module).items() if isinstance(v, plain))
+    children = [(name, type(child), repr(child)) for name, child in module.named_children()]
+    others = [c for c in children if not c[0].endswith("_proj")]
+    key = type(module), form, variant, str(settings), str(others)
+    if key not in _TRIED:
+        copy = type(module).__new__(type(module))
+        copy.__dict__.update(vars(module), _modules=dict(module._modules), _parameters={})
+        copy.__dict__.update(_forward_hooks={}, _forward_pre_hooks={})
+        with unset_fake_temporarily(), torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            try:
+                _TRIED[key] = same(copy)
+            except (RuntimeError, TypeError, ValueError, AttributeError):
+                _TRIED[key] = False
+    return _TRIED[key]
