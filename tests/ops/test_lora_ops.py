@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.ops.lora import Segment, lora_conv, lora_embedding, lora_linear
+from lorica.ops.lora import Segment, adapted_linear, lora_conv, lora_embedding, lora_linear
 
 I, O, R = 507, 123, 7  # noqa: E741
 GATES = ["scale", "per-rank", "per-row"]
@@ -375,6 +375,125 @@ def test_training_together_equals_training_alone_bit_for_bit(sizes, dtype):
             B.grad, leaves[2 * i + 1].grad
         )
         assert torch.equal(x_own.grad, x_all.grad[rows])
+
+
+# --- the layer and its adapters in one ------------------------------------------------------------
+
+
+def _whole(x: Tensor, weight: Tensor, bias: Tensor | None, segments: list[Segment]) -> Tensor:
+    """Its Semantics line."""
+    return lora_linear(x, F.linear(x, weight, bias), segments)
+
+
+def _layer(dtype: torch.dtype = torch.float64, sizes: tuple[int, int] = (I, O)) -> list[Tensor]:
+    weight = _random(sizes[1], sizes[0], seed=30, dtype=dtype) / sizes[0] ** 0.5
+    return [weight, _random(sizes[1], seed=31, dtype=dtype)]
+
+
+def _run_whole(function, x: Tensor, layer: list, segments: list[Segment]) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    made, leaves = _leaves(segments)
+    output = function(x, *layer, made)
+    (output * _random(*output.shape, seed=9, dtype=output.dtype)).sum().backward()
+    return [output.detach(), *(t.grad for t in (x, *leaves))]
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_layer_and_its_adapters_are_their_semantics_line(gate, biased):
+    layer = _layer() if biased else [_layer()[0], None]
+    x, segments = _random(19, 7, I), _zipf(133, gate)
+    ours = _run_whole(adapted_linear, x, layer, segments)
+    plain = _run_whole(_whole, x, layer, segments)
+    for actual, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    with torch.no_grad():
+        assert torch.equal(adapted_linear(x, *layer, segments), ours[0])
+
+
+def test_rows_of_no_adapter_have_the_gradient_of_the_layer():
+    layer, segments = _layer(), [_segment(32, 64), _segment(96, 97, seed=4)]
+    ours = _run_whole(adapted_linear, _random(252, I), layer, segments)
+    plain = _run_whole(_whole, _random(252, I), layer, segments)
+    torch.testing.assert_close(ours[1], plain[1], rtol=1e-11, atol=1e-11)
+    assert ours[1][200:].abs().min() > 0
+
+
+def test_the_layer_and_its_adapters_in_gradcheck():
+    sizes = {"dtype": torch.float64, "sizes": (5, 4)}
+    segments = [_segment(0, 3, r=2, **sizes), _segment(4, None, r=3, seed=2, **sizes)]
+    layer = _layer(sizes=(5, 4))
+    _, leaves = _leaves(segments)
+
+    def call(x: Tensor, *factors: Tensor) -> Tensor:
+        made = [
+            Segment(s.start, s.end, factors[2 * i], factors[2 * i + 1], s.scale)
+            for i, s in enumerate(segments)
+        ]
+        return adapted_linear(x, *layer, made)
+
+    x = _random(2, 3, 5).requires_grad_()
+    assert torch.autograd.gradcheck(call, (x, *leaves), eps=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_whole_layer_is_as_good_as_the_plain_path(dtype):
+    x, layer = _random(133, I, dtype=dtype), _layer(dtype)
+    segments = _zipf(133, dtype=dtype)
+    exact = [Segment(s.start, s.end, s.A_RI.double(), s.B_OR.double(), s.scale) for s in segments]
+    weight = _random(133, O, seed=9, dtype=dtype).double()
+    ours = _run_whole(adapted_linear, x, layer, segments)
+    plain = _run_whole(lambda x, w, b, s: _semantics(x, F.linear(x, w, b), s), x, layer, segments)
+    wide, (made, leaves) = x.double().requires_grad_(), _leaves(exact)
+    true = _semantics(wide, F.linear(wide, *(t.double() for t in layer)), made)
+    found = [true.detach(), *torch.autograd.grad((true * weight).sum(), [wide, *leaves])]
+    for a, b, t in zip(ours, plain, found, strict=True):
+        assert a.dtype == dtype
+        own, other = (a.double() - t).norm(), (b.double() - t).norm()
+        assert own <= 1.5 * other + 1e-7 * t.norm()
+
+
+def test_what_needs_no_gradient_makes_none_and_keeps_nothing():
+    segments, _ = _leaves([_segment()])
+    x, saved = _random(133, I), []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    weight, bias = _layer()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = adapted_linear(x, weight, bias, segments)
+    assert all(t.data_ptr() != weight.data_ptr() for t in saved)  # only dx would read it
+    output.sum().backward()
+    assert x.grad is None and segments[0].A_RI.grad is not None
+    frozen = adapted_linear(_random(3, I).requires_grad_(), weight, bias, [_segment()])
+    frozen.sum().backward()
+
+
+@pytest.mark.parametrize("sizes", [(96, 72), (64, 128), (507, 123)])
+def test_the_whole_layer_together_equals_alone_bit_for_bit(sizes):
+    layer = _layer(torch.float32, sizes)
+    x = _random(256, sizes[0], dtype=torch.float32)
+    starts, lengths = (0, 64, 96, 160), (64, 32, 64, 96)
+    segments = [
+        _segment(a, a + n, r=r, seed=i, dtype=torch.float32, sizes=sizes)
+        for i, (a, n, r) in enumerate(zip(starts, lengths, (8, 3, 16, 7), strict=True))
+    ]
+    weight = _random(256, sizes[1], seed=2, dtype=torch.float32)
+    together, leaves = _leaves(segments)
+    x_all = x.clone().requires_grad_()
+    output = adapted_linear(x_all, *layer, together)
+    (output * weight).sum().backward()
+    for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        rows = slice(start, start + length)
+        (alone,), (A, B) = _leaves([segments[i]])
+        x_own = x[rows].clone().requires_grad_()
+        own = adapted_linear(x_own, *layer, [Segment(0, None, A, B, alone.scale)])
+        (own * weight[rows]).sum().backward()
+        assert torch.equal(own, output[rows]) and torch.equal(x_own.grad, x_all.grad[rows])
+        assert torch.equal(A.grad, leaves[2 * i].grad)
+        assert torch.equal(B.grad, leaves[2 * i + 1].grad)
 
 
 # --- embeddings and convolutions ------------------------------------------------------------------

@@ -238,7 +238,12 @@ def _segments_of_dense(
     x, route, slots = args[0], plates.route, [plates.slots[n] for n in names]
     assert route is not None
     stack = all(s.method.stacks and not (module.training and s.dropout) for s in slots)
-    if not stack or x.is_meta or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if (
+        not stack
+        or x.is_meta
+        or x.dtype != weight.dtype
+        or torch.is_autocast_enabled(x.device.type)
+    ):
         return None
     if route.segments is not None:
         return _segments(plates, x)

@@ -151,8 +151,8 @@ def estimate(
     gpu = shadow.request.device.type == "cuda"
     held = 0 if gpu else process_bytes() if process is None else process
     own = shadow.task(task)
-    with shadow.adapted(method) as adapter, _checkpointing(shadow.model, own, settings):
-        runner = _Runner(shadow, own, adapter, total_steps(len(work.examples), settings))
+    with shadow.adapted(method) as adapter, _engine(shadow.model, own, settings) as engine:
+        runner = _Runner(shadow, engine, adapter, total_steps(len(work.examples), settings))
         weights = _bytes_of([*shadow.model.parameters(), *shadow.model.buffers()])
         trained = _bytes_of(adapter.parameters())
         best = trained if settings.keep_best and work.held_out else 0
@@ -209,8 +209,9 @@ class _Trained:
 class _Runner:
     """Runs a shadow with an adapter, and writes down what it would allocate."""
 
-    def __init__(self, shadow: Shadow, task: Any, adapter: Adapter, total: int) -> None:
-        self.shadow, self.task, self.adapter = shadow, task, adapter
+    def __init__(self, shadow: Shadow, engine: Engine, adapter: Adapter, total: int) -> None:
+        self.shadow, self.engine, self.adapter = shadow, engine, adapter
+        self.task: Any = engine.task
         self.between = between_of(adapter, total, seed=0)
         if problems := self.between.problems():
             raise ConfigError("the method cannot run so", problems=problems)
@@ -305,7 +306,7 @@ class _Runner:
     def _step(self, ledger: Ledger, block: Sequence[Example]) -> int:
         """Forward and backward; returns the number of events at the end of the forward pass."""
         batch = self._collate(block)
-        running = self.task.running(self.model)
+        running = self.engine.running()
         with self.shadow.mode, ledger, running, resting(self.resting), self._active():
             (loss,) = self.task.losses(self.model, batch)
             forward = len(ledger.events)
@@ -395,10 +396,10 @@ def _cost(block: Sequence[Example], packed: bool) -> tuple[int, int]:
 
 
 @contextmanager
-def _checkpointing(model: nn.Module, task: Any, settings: TrainSettings) -> Iterator[None]:
+def _engine(model: nn.Module, task: Any, settings: TrainSettings) -> Iterator[Engine]:
     engine = Engine(model, task, gradient_checkpointing=settings.gradient_checkpointing)
     try:
-        yield
+        yield engine
     finally:
         engine.close()
 

@@ -103,6 +103,12 @@ class Engine:
             _turn_on_checkpointing(model)
         self.lean = lean_parts(model)
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The model as it runs in a step, forward and backward."""
+        with self.task.running(self.model), self.lean.running():
+            yield
+
     def close(self) -> None:
         """Leave the model as it was before: without checkpointing."""
         if self._checkpoints:
@@ -206,7 +212,7 @@ class Engine:
             names = tuple(stage.name for stage in stages)
             weights = torch.ones(len(names), device=device)
         route = Route(names, weights, segments, dropout_seed=seed)
-        with self.task.running(self.model), self.lean.running(), Activation(self.model, route):
+        with self.running(), Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
             if new := set(names) - self._checked:
                 self._refuse_unvisited(new, batch)
