@@ -84,8 +84,8 @@ def workload(found: dict[str, Any]) -> list[str]:
         f"### {TITLES.get(found['workload'], found['workload'])}",
         "",
         f"Limit {found['limit_tokens_per_second']:,.0f} tokens/s at "
-        f"{found['matrix_rate'] / 1e9:,.0f} GFLOP/s. Over {found['losses']['steps']} steps the loss "
-        f"curves of both differ by at most {found['losses']['largest_difference']:.0e}.",
+        f"{found['matrix_rate'] / 1e9:,.0f} GFLOP/s. Over {found['losses']['steps']} steps the "
+        f"loss curves of both differ by at most {found['losses']['largest_difference']:.0e}.",
         "",
         "| side | tokens/s | slowest to fastest | of the limit | peak memory | Lorica is |",
         "|---|---|---|---|---|---|",

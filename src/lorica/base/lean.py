@@ -207,7 +207,7 @@ def _turned_alike(own: Callable, dtype: torch.dtype, angles: int) -> bool | None
         theirs = own(q, k, cos, sin)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
-    exact = _apply_rotary(*(t.double() for t in (q, k, cos, sin)))
+    exact = _apply_rotary(q.double(), k.double(), cos.double(), sin.double())
     ours = _apply_rotary(q, k, cos, sin)
     return all(_as_good(a, b, c) for a, b, c in zip(ours, theirs, exact, strict=True))
 
