@@ -43,7 +43,7 @@ def twin(op: str, *tensors: Tensor) -> Callable[..., Any] | None:
         op: a name that `TWINS` lists.
         tensors: the floating-point arguments that it would be given.
     """
-    first = tensors[0]
+    file, first = _FILE_OF[op], tensors[0]
     if torch.compiler.is_compiling() or not (first.is_cuda or _interprets()):
         return None
     if any(t.dtype not in _DTYPES or t.device != first.device for t in tensors):
@@ -53,7 +53,7 @@ def twin(op: str, *tensors: Tensor) -> Callable[..., Any] | None:
     narrow = any(t.dtype == torch.bfloat16 for t in tensors)
     if first.is_cuda and not (_installed() and _able(first.device, narrow)):
         return None
-    return getattr(import_module(f"lorica.ops.triton.{_FILE_OF[op]}"), op)
+    return getattr(import_module(f"lorica.ops.triton.{file}"), op)
 
 
 @cache
@@ -70,4 +70,4 @@ def _able(device: torch.device, bf16: bool) -> bool:
 @cache
 def _interprets() -> bool:
     """Whether Triton's interpreter is on; read once, as Triton does."""
-    return "TRITON_INTERPRET" in os.environ and import_module("lorica.ops.triton.launch").INTERPRETS
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -3,11 +3,7 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-
-INTERPRETS: bool = triton.knobs.runtime.interpret
-"""Whether kernels run in Triton's interpreter, on a CPU."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -32,7 +28,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def block(width: int, most: int, least: int = 16) -> int:
     """The power of two that covers `width`, between `least` and `most`."""
-    return max(least, min(most, triton.next_power_of_2(max(width, 1))))
+    return max(least, min(most, 1 << (max(width, 1) - 1).bit_length()))
 
 
 def pieces(size: int, length: int) -> int:
