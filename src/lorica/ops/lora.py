@@ -66,8 +66,8 @@ def lora_linear(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> Tensor:
     """
     if not y.is_contiguous() or (y.is_leaf and y.requires_grad) or torch.compiler.is_compiling():
         y = y.clone(memory_format=torch.contiguous_format)
-    grouped = twin("grouped_lora", y) if len(segments) > 1 else None
-    if grouped is not None and (adapted := grouped(x, y, segments)) is not None:
+    fused = twin("lora_linear", y)
+    if fused is not None and (adapted := fused(x, y, segments)) is not None:
         return adapted
     if torch.is_grad_enabled():
         factors = [t for s in segments for t in (s.A_RI, s.B_OR)]
@@ -136,31 +136,20 @@ class _LoraLinear(torch.autograd.Function):
             A_RI, B_OR, S_TR, gate = factors[2 * i], factors[2 * i + 1], products[i], gates[i]
             g_seg = g_TO[a:b]
             wants_A, wants_B = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
-            dA = None
-            dS_TR, dB = _down_and_B(g_seg, B_OR, S_TR if wants_B else None, scale, gate)
+            dS_TR = (g_seg @ B_OR.to(g.dtype)).to(g.dtype)
+            dS_TR = dS_TR.mul_(scale) if gate is None else dS_TR.mul_(gate.to(g.dtype))
+            dA = dB = None
             if wants_A:
                 assert x_TI is not None
                 dA = (dS_TR.t() @ x_TI[a:b].to(g.dtype)).to(A_RI.dtype)
+            if wants_B:
+                dB_RO = S_TR.t() @ g_seg
+                dB = (dB_RO.mul_(scale) if gate is None else dB_RO).t().to(B_OR.dtype)
             if dx_TI is not None:
                 torch.mm(dS_TR, A_RI.to(g.dtype), out=dx_TI[a:b])
             gradients += [dA, dB]
         dx = dx_TI.view(shape).to(dtype) if dx_TI is not None else None
         return dx, g, None, None, *gradients
-
-
-def _down_and_B(
-    g_TO: Tensor, B_OR: Tensor, S_TR: Tensor | None, scale: float, gate: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of S, and of B where S is given, which read the gradient of the output."""
-    fused = twin("lora_gradients", g_TO) if S_TR is not None and gate is None else None
-    if fused is not None and (both := fused(g_TO, B_OR, S_TR, scale)) is not None:
-        return both[0], both[1].to(B_OR.dtype)
-    dS_TR = (g_TO @ B_OR.to(g_TO.dtype)).to(g_TO.dtype)
-    dS_TR = dS_TR.mul_(scale) if gate is None else dS_TR.mul_(gate.to(g_TO.dtype))
-    if S_TR is None:
-        return dS_TR, None
-    dB_RO = S_TR.t() @ g_TO
-    return dS_TR, (dB_RO.mul_(scale) if gate is None else dB_RO).t().to(B_OR.dtype)
 
 
 def lora_embedding(

@@ -23,7 +23,7 @@ def test_not_for_double_precision_nor_for_tensors_that_lie_apart(device):
     x = torch.zeros(1, device=device)
     assert twin("rms_norm", x) is not None and twin("rms_norm", x.double()) is None
     assert twin("swiglu", x, torch.zeros(1, device="meta")) is None
-    assert twin("grouped_lora", x) is None  # matrices in float32
+    assert twin("lora_linear", x) is None  # matrices in float32
 
 
 @pytest.fixture
@@ -58,9 +58,8 @@ def product(spans, dtype, device):
 @pytest.mark.parametrize("spans", [[(0, 70)], [(0, 33), (33, 70)]])
 def test_the_op_takes_them_and_the_result_stays(spans, asked, device, monkeypatch):
     out, gradients = product(spans, torch.bfloat16, device)
-    op = "lora_gradients" if len(spans) == 1 else "grouped_lora"
-    assert (op, True) in asked
-    assert type(out.grad_fn).__name__.startswith("_Grouped") == (len(spans) > 1)
+    assert asked == [("lora_linear", True)]
+    assert type(out.grad_fn)._forward_cls.__module__ == "lorica.ops.triton.lora"
     monkeypatch.setattr(torch_path, "twin", lambda *_: None)
     expected, others = product(spans, torch.bfloat16, device)
     torch.testing.assert_close(out, expected)
@@ -102,7 +101,7 @@ def test_two_adapters_in_one_pass_of_a_model(asked, device, monkeypatch):
     adapters = [attach(model, method, name=name) for name in ("one", "two")]
     ids = torch.randint(67, (2, 7), generator=torch.Generator().manual_seed(1)).to(device)
     loss, gradients = step(model, adapters, ids)
-    assert asked.count(("grouped_lora", True)) == 14  # every linear layer but the head
+    assert asked.count(("lora_linear", True)) == 14  # every linear layer but the head
     monkeypatch.setattr(torch_path, "twin", lambda *_: None)
     expected, others = step(model, adapters, ids)
     assert abs(loss - expected) < 1e-2 * expected

@@ -2,24 +2,51 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from lorica.ops import lora as torch_path
 from lorica.ops.lora import Segment
-from lorica.ops.triton.lora import grouped_lora, lora_gradients
-from lorica.ops.triton.lora_kernels import FUSED_RANK, LOW, cut, expand, outer, per_segment, shrink
+from lorica.ops.triton.lora import adapted_linear, lora_linear
+from lorica.ops.triton.lora_kernels import (
+    FUSED_RANK,
+    HIGH,
+    LOW,
+    cut,
+    expand,
+    outer,
+    per_segment,
+    shrink,
+)
 from ops.triton.compare import HALVES, as_right_as_plain, close_in_float32, random
 
 SPANS = {
+    "one": ((0, 127),),
+    "one in the midst": ((5, 120),),
     "two": ((0, 33), (33, 127)),
     "one row each": ((0, 1), (1, 2)),
     "gaps and none": ((2, 35), (35, 35), (40, 110), (120, 121)),
     "tiles that end in the midst": ((0, 64), (64, 193), (193, 200)),
 }
-RANKS = {"two": (1, 3), "one row each": (5, 12), "gaps and none": (5, 3, 12, 1)}
+RANKS = {
+    "one": (5,),
+    "one in the midst": (3,),
+    "two": (1, 3),
+    "one row each": (5, 12),
+    "gaps and none": (5, 3, 12, 1),
+}
 
 
 def ranks_of(name):
     return RANKS.get(name, (12, 40, 5))
+
+
+def plain_lora(x, y, segments):
+    """The Semantics line, for autograd."""
+    flat, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]).clone()
+    for s in segments:
+        S = flat[s.start : s.end] @ s.A_RI.T
+        S = S if s.gate is None else S * s.gate
+        out[s.start : s.end] += (S @ s.B_OR.T) * (s.scale if s.gate is None else 1.0)
+    return out.view(y.shape)
 
 
 def factors(spans, ranks, widths, device):
@@ -58,6 +85,8 @@ def layer(function, spans, gates):
 @pytest.mark.parametrize(
     ("name", "widths", "gate"),
     [
+        ("one", (33, 250), "scale"),
+        ("one in the midst", (127, 33), "per row"),
         ("two", (1030, 16), "scale"),
         ("one row each", (33, 127), "scale"),
         ("gaps and none", (127, 33), "scale"),
@@ -71,18 +100,18 @@ def test_value_and_gradients(name, widths, gate, device):
     rows, gates = spans[-1][1] + 3, gates_of(gate, spans, ranks, device)
     given = [random(rows, widths[0]).to(device), random(rows, widths[1], seed=1).to(device)]
     given += factors(spans, ranks, widths, device)
-    twin, plain = (layer(f, spans, gates) for f in (grouped_lora, torch_path.lora_linear))
+    twin, plain = (layer(f, spans, gates) for f in (lora_linear, plain_lora))
     close_in_float32(twin, plain, given, range(len(given)))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", ["gaps and none", "tiles that end in the midst"])
+@pytest.mark.parametrize("name", ["one", "gaps and none", "tiles that end in the midst"])
 def test_half_precision(name, dtype, device):
     spans, ranks = SPANS[name], ranks_of(name)
     gates, rows = [None] * len(ranks), spans[-1][1]
     given = [random(rows, 127).to(device), random(rows, 33, seed=1).to(device)]
     given += factors(spans, ranks, (127, 33), device)
-    twin, plain = (layer(f, spans, gates) for f in (grouped_lora, torch_path.lora_linear))
+    twin, plain = (layer(f, spans, gates) for f in (lora_linear, plain_lora))
     as_right_as_plain(twin, plain, given, range(len(given)), dtype)
 
 
@@ -90,7 +119,7 @@ def test_factors_in_float32_under_a_base_in_bfloat16(device):
     spans, ranks = SPANS["two"], (1, 3)
     x, y = random(127, 33).bfloat16().to(device), random(127, 16, seed=1).bfloat16().to(device)
     tensors = [t.float().requires_grad_() for t in factors(spans, ranks, (33, 16), device)]
-    layer(grouped_lora, spans, [None, None])(x.requires_grad_(), y, *tensors).sum().backward()
+    layer(lora_linear, spans, [None, None])(x.requires_grad_(), y, *tensors).sum().backward()
     assert x.grad.dtype == torch.bfloat16
     assert all(t.grad.dtype == torch.float32 and t.grad.any() for t in tensors)
 
@@ -99,7 +128,7 @@ def test_batches_and_strided_inputs(device):
     spans, ranks = ((0, 5), (5, 15)), (3, 5)
     given = [random(3, 33, 5).to(device), random(3, 5, 16, seed=1).to(device)]
     given += factors(spans, ranks, (33, 16), device)
-    twin, plain = (layer(f, spans, [None, None]) for f in (grouped_lora, torch_path.lora_linear))
+    twin, plain = (layer(f, spans, [None, None]) for f in (lora_linear, plain_lora))
     close_in_float32(
         lambda x, *r: twin(x.mT, *r), lambda x, *r: plain(x.mT, *r), given, range(len(given))
     )
@@ -114,7 +143,7 @@ def test_beside_others_is_alone_bit_for_bit(device):
     def outcome(spans, order):
         chosen = [tensors[2 * i + k].clone().requires_grad_() for i in order for k in (0, 1)]
         leaf = x.clone().requires_grad_()
-        out = layer(grouped_lora, spans, [None] * 2)(leaf, y, *chosen)
+        out = layer(lora_linear, spans, [None] * 2)(leaf, y, *chosen)
         out.square().sum().backward()
         return out.detach(), leaf.grad, [t.grad for t in chosen]
 
@@ -135,26 +164,53 @@ def test_frozen_factors_keep_no_input_and_get_no_gradient(device):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: sizes.append(t.shape) or t, lambda t: t
     ):
-        out = layer(grouped_lora, spans, [None, None])(x, y, A, B.requires_grad_(), C, D)
+        out = layer(lora_linear, spans, [None, None])(x, y, A, B.requires_grad_(), C, D)
     out.sum().backward()
     assert x.shape not in sizes and A.grad is None and D.grad is None and B.grad.any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["one in the midst", "gaps and none"])
+def test_the_layer_in_the_same_function(name, bias, device):
+    spans, ranks = SPANS[name], ranks_of(name)
+    given = [random(127, 33).to(device), random(250, 33, seed=1).to(device)]
+    given += [random(250, seed=2).to(device), *factors(spans, ranks, (33, 250), device)]
+
+    def whole(x, weight, added, *tensors):
+        pairs = zip(spans, tensors[::2], tensors[1::2], strict=True)
+        segments = [Segment(*span, A, B, scale=0.5) for span, A, B in pairs]
+        return adapted_linear(x, weight, added if bias else None, segments)
+
+    def plain(x, weight, added, *tensors):
+        pairs = zip(spans, tensors[::2], tensors[1::2], strict=True)
+        segments = [Segment(*span, A, B, scale=0.5) for span, A, B in pairs]
+        y = F.linear(x, weight, added if bias else None)
+        return plain_lora(x, y, segments)
+
+    close_in_float32(whole, plain, given, (0, *range(3, len(given))))
 
 
 @pytest.mark.parametrize(("rows", "rank"), [(1, 3), (33, 1), (127, FUSED_RANK), (300, 12)])
 def test_both_gradients_of_one_reading(rows, rank, device):
     g, B = random(rows, 250).float().to(device), random(250, rank, seed=1).float().to(device)
     S = random(rows, rank, seed=2).float().to(device)
-    dS, dB = lora_gradients(g, B, S, 0.5)
-    torch.testing.assert_close(dS, 0.5 * g @ B, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(dB, 0.5 * g.T @ S, rtol=1e-5, atol=1e-4)
+    tiles, scale = cut(((0, rows),), (rank,), HIGH, device), per_segment((0.5,), device)
+    dS, dB = shrink(g, B.t(), tiles, scale, S_TR=S, outer_scales=scale)
+    torch.testing.assert_close(dS[:, :rank], 0.5 * g @ B, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dB[0, :rank], 0.5 * S.T @ g, rtol=1e-5, atol=1e-4)
 
 
 def test_where_nothing_is_gained_torch_is_left_to_it(device):
     x, y = random(5, 33).float().to(device), random(5, 16).float().to(device)
-    A, B = random(65, 33).float().to(device), random(16, 65).float().to(device)
-    assert grouped_lora(x, y, [Segment(0, 2, A, B), Segment(2, 5, A, B)]) is None
-    assert grouped_lora(x, y, [Segment(0, 5, A[:3], B[:, :3])]) is None
-    assert lora_gradients(y, B, random(5, 65).float().to(device), 1.0) is None
+    A, B = random(65, 33).float().to(device), random(16, 65).float().to(device).requires_grad_()
+    narrow = Segment(0, 5, A[:3], B[:, :3])
+    before = y.clone()
+    assert lora_linear(x, y, [Segment(0, 2, A, B), Segment(2, 5, A, B)]) is None
+    assert lora_linear(x, y, [Segment(0, 5, A, B)]) is None and lora_linear(x, y, []) is None
+    with torch.no_grad():
+        assert lora_linear(x, y, [narrow]) is None
+    assert torch.equal(y, before)
+    assert lora_linear(x, y, [narrow]) is not None
 
 
 def test_the_kernels_by_themselves(device):

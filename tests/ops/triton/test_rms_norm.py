@@ -83,6 +83,25 @@ def test_strided_rows_and_swapped_strides(device):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_weight_around_zero(dtype, device):
+    """As Gemma's: 1 is added, and nothing is rounded before the product."""
+
+    def gemma(x, weight):
+        h = x if x.dtype == torch.float64 else x.float()
+        w = weight.to(h.dtype)
+        return (h * (h.square().mean(-1, True) + EPS).rsqrt() * (1 + w)).to(x.dtype)
+
+    def offset(x, weight):
+        return rms_norm(x, weight, EPS, 1.0)
+
+    given = inputs((33, 127), device)
+    if dtype == torch.float32:
+        close_in_float32(offset, gemma, given, [0])
+    else:
+        as_right_as_plain(offset, gemma, given, [0], dtype)
+
+
 def test_a_weight_that_trains_is_refused(device):
     x, weight = (t.float() for t in inputs((5, 33), device))
     with pytest.raises(AssertionError, match="not frozen"):

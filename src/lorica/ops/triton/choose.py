@@ -21,14 +21,14 @@ from torch import Tensor
 
 TWINS = {
     "cross_entropy": ("linear_cross_entropy",),
-    "lora": ("grouped_lora", "lora_gradients"),
+    "lora": ("lora_linear", "adapted_linear"),
     "rms_norm": ("rms_norm",),
     "rope": ("rotate",),
     "swiglu": ("swiglu",),
 }
 """File of this folder -> the functions it offers."""
 
-_HALF_ONLY = {"grouped_lora", "lora_gradients"}
+_HALF_ONLY = {"lora_linear", "adapted_linear"}
 """Matrix products: in float32 they find no tensor cores, and those of torch are the better ones."""
 
 _FILE_OF = {name: file for file, names in TWINS.items() for name in names}

@@ -30,48 +30,48 @@ def linear_cross_entropy(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    rows: int | None = None,
 ) -> Tensor:
-    """The summed negative log-likelihood (nats) of the targets.
+    """Negative log-likelihood (nats) of one label per row under a linear head.
 
-    Semantics: F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="sum")
+    Semantics: F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="none")
 
     Args:
         hidden: (T, D).
         weight: (V, D) of the frozen head. bias: (V,), frozen.
-        targets: (T,), int64; rows of -100 have no loss and no gradient.
-        chunk_bytes: how large the logits of a chunk may be.
+        targets: (T,), int64; rows of -100 have loss 0 and no gradient.
+        rows: of a chunk; None takes as many as CHUNK_BYTES allow, a multiple of 32.
 
     Returns:
-        a scalar, float32.
+        (T,), float32.
     """
     assert not weight.requires_grad and not (bias is not None and bias.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, bias, chunk_bytes)
+    fitting = CHUNK_BYTES // (weight.shape[0] * hidden.element_size()) // 32 * 32
+    return _LinearCrossEntropy.apply(hidden, weight, targets, bias, rows or max(32, fitting))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, most: int
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, rows: int
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         losses_T = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden) if wanted else None
-        height = max(32, most // (weight.shape[0] * hidden.element_size()) // 32 * 32)
-        for start in range(0, len(hidden), height):
-            part = slice(start, start + height)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
             logits = F.linear(hidden[part], weight, bias)
             _losses(logits, targets[part], losses_T[part], gradient=wanted)
             if dhidden is not None:
                 dhidden[part] = logits @ weight
         ctx.save_for_backward(dhidden)
-        return losses_T.sum()
+        return losses_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:
         (dhidden,) = ctx.saved_tensors
-        return dhidden * g.to(dhidden.dtype), None, None, None, None
+        return (dhidden * g[:, None]).to(dhidden.dtype), None, None, None, None
 
 
 def _losses(logits: Tensor, targets: Tensor, losses: Tensor, *, gradient: bool) -> None:
