@@ -124,11 +124,11 @@ class Parts:
 
     def stacked_A(self, dtype: torch.dtype) -> Tensor:
         """(sum of ranks, I)"""
-        return torch.cat([A.to(dtype) for A in self.factors[::2]])
+        return torch.cat([*self.factors[::2]]).to(dtype)
 
     def stacked_B(self, dtype: torch.dtype) -> Tensor:
         """(sum of ranks, O): transposed."""
-        return torch.cat([B.to(dtype).t() for B in self.factors[1::2]])
+        return torch.cat([B.t() for B in self.factors[1::2]]).to(dtype)
 
     def gate(self, S_TR: Tensor) -> None:
         """Multiply the ranks of every segment that has a gate with it, in place."""
