@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
+from lorica.ops.triton.choose import twin
 from lorica.ops.weight import padded
 
 
@@ -66,6 +67,9 @@ def lora_linear(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> Tensor:
     """
     if not y.is_contiguous() or (y.is_leaf and y.requires_grad) or torch.compiler.is_compiling():
         y = y.clone(memory_format=torch.contiguous_format)
+    fused = twin("lora_linear", y)
+    if fused is not None and (adapted := fused(x, y, segments)) is not None:
+        return adapted
     if torch.is_grad_enabled():
         return _LoraLinear.apply(x, y, None, None, *_arguments(segments))
     _add_products(x, y, segments)
