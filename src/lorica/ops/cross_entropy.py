@@ -103,10 +103,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
-            losses[piece], slope = _loss_and_slope(
-                F.linear(hidden[piece], weight, bias), targets[piece, None]
+            losses[piece] = _differentiate(
+                hidden[piece], weight, targets[piece, None], bias, out=gradient[piece]
             )
-            torch.mm(slope, weight, out=gradient[piece])
         ctx.save_for_backward(gradient)
         return losses
 
@@ -117,11 +116,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (gradient * g[:, None]).to(gradient.dtype), None, None, None, None
 
 
-def _loss_and_slope(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (T,) of logits (T, V), and their gradient by the logits, in the dtype of these."""
-    of_label = logits.gather(1, targets)
-    largest = logits.amax(1, keepdim=True)
+def _differentiate(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *, out: Tensor
+) -> Tensor:
+    """Losses (T,) of the rows of a piece; their gradients by its hidden states go into `out`."""
+    logits = F.linear(hidden, weight, bias)
+    of_label, largest = logits.gather(1, targets), logits.amax(1, keepdim=True)
     slope = torch.softmax(logits, 1, dtype=_wide_dtype(logits.dtype))
     losses = (_wide(largest) - _wide(of_label)) - slope.amax(1, keepdim=True).log()
     slope.scatter_add_(1, targets, losses.new_full((), -1).expand_as(losses))
-    return losses[:, 0], slope.to(logits.dtype)
+    torch.mm(slope.to(logits.dtype), weight, out=out)
+    return losses[:, 0]
