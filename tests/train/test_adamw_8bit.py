@@ -1,0 +1,157 @@
+"""AdamW with moments in 8 bits: against its equations in float64, stopped and gone on with, beside
+32 bits."""
+
+import math
+
+import pytest
+import safetensors.torch
+import torch
+
+from lorica.attach.attach import attach
+from lorica.base.load import base_of, load_model
+from lorica.config import TrainSettings
+from lorica.data.facts import facts
+from lorica.errors import ConfigError
+from lorica.methods import LoRA
+from lorica.ops.blockwise import BLOCK, dequantize_blockwise, dynamic_map
+from lorica.tasks import CausalLM
+from lorica.train.adamw_8bit import SMALLEST, AdamW8bit, moment_bytes
+from lorica.train.engine import Engine, Trainee
+from lorica.train.optim import make_optimizer, moments, set_moments
+
+SETTINGS = TrainSettings(
+    optim="adamw_8bit", learning_rate=0.01, max_steps=9, weight_decay=0.1, adam_beta2=0.95
+)
+SHAPE = (40, 127)
+CODES = {"exp_avg": dynamic_map(signed=True), "exp_avg_sq": dynamic_map(signed=False)}
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def read(state, key):
+    """A moment as it is kept, in float64."""
+    return dequantize_blockwise(state[key], state[f"{key}_scale"], CODES[key]).double()
+
+
+def test_a_step_against_its_equations():
+    """Every step begins from what was kept; its move and what it keeps are those of float64."""
+    parameter = torch.nn.Parameter(random(*SHAPE, seed=0))
+    optimizer = make_optimizer([("x.A", parameter)], SETTINGS)
+    m = v = torch.zeros(SHAPE, dtype=torch.float64)
+    for step in range(1, 6):
+        gradient, before = random(*SHAPE, seed=step), parameter.detach().double()
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        m = 0.9 * m + 0.1 * gradient.double()
+        v = 0.95 * v + 0.05 * gradient.double() ** 2
+        spread = (v / (1 - 0.95**step)).sqrt() + 1e-8
+        wanted = before * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.9**step)) / spread
+        torch.testing.assert_close(parameter.detach().double(), wanted, rtol=1e-5, atol=1e-6)
+        state = optimizer.state[parameter]
+        assert state["step"] == step and state["exp_avg"].dtype == torch.uint8
+        for key, exact in (("exp_avg", m), ("exp_avg_sq", v)):
+            scales = state[f"{key}_scale"].double().repeat_interleave(BLOCK)[: exact.numel()]
+            scaled = exact.reshape(-1) / scales
+            chosen = (CODES[key].double()[state[key].reshape(-1).int()] - scaled).abs()
+            nearest = (CODES[key].double() - scaled[:, None]).abs().amin(1)
+            smallest = CODES[key][1].item() if key == "exp_avg_sq" else 0.0
+            assert (chosen <= nearest.clamp(min=smallest) + 1e-6).all()
+        m, v = read(state, "exp_avg"), read(state, "exp_avg_sq")
+
+
+def test_small_tensors_are_moved_as_by_adamw():
+    small = torch.Size((SMALLEST // 64, 63))
+    assert small.numel() < SMALLEST
+    ours, theirs = (torch.nn.Parameter(random(*small, seed=0)) for _ in range(2))
+    how = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    optimizers = AdamW8bit([ours], **how), torch.optim.AdamW([theirs], **how)
+    for step in range(5):
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = random(*small, seed=step)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert optimizers[0].state[ours].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_gradient_that_comes_seldom_makes_no_leap():
+    """Beside numbers that are far larger, the second moment of a small one would round to 0."""
+    parameter = torch.nn.Parameter(torch.zeros(SMALLEST))
+    optimizer = AdamW8bit([parameter], lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    for step in range(20):
+        parameter.grad = torch.ones(SMALLEST)
+        parameter.grad[7] = 1e-4 if step == 0 else 0.0
+        optimizer.step()
+    assert parameter.abs().max() < 0.01 * 20 * 3.2  # AdamW's own bound: 0.1 / sqrt(0.001) a step
+
+
+@pytest.mark.parametrize("shape", [(64, 63), (64, 64), (70, 127)], ids=str)
+def test_bytes_are_those_that_are_planned(shape):
+    parameter = torch.nn.Parameter(random(*shape, seed=0))
+    optimizer = AdamW8bit([parameter], lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    parameter.grad = random(*shape, seed=1)
+    optimizer.step()
+    kept = [t.nbytes for key, t in optimizer.state[parameter].items() if key != "step"]
+    assert sorted(kept) == sorted(moment_bytes(parameter))
+    if parameter.numel() >= SMALLEST:
+        assert sum(kept) == 2 * (parameter.numel() + 4 * math.ceil(parameter.numel() / 256))
+
+
+def test_its_state_goes_through_a_file_to_the_same_bits():
+    def step(parameter, optimizer, seed):
+        parameter.grad = random(*SHAPE, seed=seed)
+        optimizer.step()
+
+    one = torch.nn.Parameter(random(*SHAPE, seed=0))
+    first = make_optimizer([("x.A", one)], SETTINGS)
+    for seed in (1, 2):
+        step(one, first, seed)
+    held = safetensors.torch.load(safetensors.torch.save(moments(first, {"x.A": one})))
+    assert held["x.A|exp_avg"].dtype == torch.uint8
+    other = torch.nn.Parameter(one.detach().clone())
+    second = make_optimizer([("x.A", other)], SETTINGS)
+    set_moments(second, {"x.A": other}, held)
+    for seed in (3, 4):
+        step(one, first, seed)
+        step(other, second, seed)
+    assert torch.equal(one, other)
+
+
+def test_it_is_refused_where_all_tensors_are_small():
+    small = torch.nn.Parameter(torch.zeros(SMALLEST - 1))
+    with pytest.raises(ConfigError, match="largest tensor of this adapter has 4,095 numbers"):
+        make_optimizer([("x.A", small)], SETTINGS)
+
+
+def trained(optim, names=("a",), steps=30):
+    """Losses of the first of some adapters that train together, and its tensors."""
+    model = load_model("embedded", dtype="float32")
+    task = CausalLM.of(base_of(model).tokenizer)
+    examples = task.encode(facts("train", num_records=48)).examples
+    settings = TrainSettings(optim=optim, learning_rate=3e-3, max_steps=steps, batch_size=8)
+    method = LoRA(r=32, target_modules="all-linear")
+    trainees = [
+        Trainee(attach(model, method, name=name, seed=i), settings, steps)
+        for i, name in enumerate(names)
+    ]
+    engine, losses = Engine(model, task), []
+    for step in range(steps):
+        block = [examples[(8 * step + i) % 48] for i in range(8)]
+        losses.append(engine.step(trainees, [[block]] * len(names))[0].loss)
+    return losses, [p.detach().clone() for p in trainees[0].adapter.parameters()]
+
+
+def test_it_learns_as_in_32_bits():
+    """Six passes over 48 records: the loss falls as far, within a fiftieth of the way."""
+    wide, narrow = trained("adamw")[0], trained("adamw_8bit")[0]
+    assert narrow != wide
+    fallen = wide[0] - sum(wide[-6:]) / 6
+    assert fallen > 0.5
+    assert abs(sum(narrow[-6:]) - sum(wide[-6:])) / 6 < 0.02 * fallen
+
+
+def test_beside_others_is_as_alone():
+    alone = trained("adamw_8bit", steps=3)[1]
+    beside = trained("adamw_8bit", names=("a", "b"), steps=3)[1]
+    assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
