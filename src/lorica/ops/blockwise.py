@@ -1,8 +1,8 @@
 """Numbers in 8 bits: blocks of 256, each with its largest magnitude, and a code dense near 0.
 
 The code is the dynamic map of Dettmers et al. 2022 ("8-bit Optimizers via Block-wise
-Quantization", arXiv 2110.02861), value for value that of bitsandbytes: seven decades below 1, a bit more of
-fraction in each, so that the relative error is much the same over a range of 10^6.
+Quantization", arXiv 2110.02861), value for value that of bitsandbytes: seven decades below 1, each
+with twice as many values as the one below it.
 """
 
 from __future__ import annotations
