@@ -97,9 +97,10 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _move(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         state = self.state[parameter]
-        moments, gradient = (state["exp_avg"], state["exp_avg_sq"]), parameter.grad.float()  # type: ignore[union-attr]
+        gradient: Tensor = parameter.grad.float()  # type: ignore[union-attr]
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.sub_(_change(gradient, *moments, self._age(parameter), group))
+        parameter.sub_(_change(gradient, mean, square, self._age(parameter), group))
 
     def _move_large(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in parameters]
@@ -113,14 +114,16 @@ class AdamW8bit(torch.optim.Optimizer):
             )
             for key, code in codes.items()
         ]
-        change = _change(gradient, *moments, self._age(parameters[0]), group)
+        mean, square = moments
+        change = _change(gradient, mean, square, self._age(parameters[0]), group)
         sizes = [len(s["exp_avg"]) for s in states]
         for parameter, part in zip(parameters, change.split(sizes), strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.sub_(part.view(-1)[: parameter.numel()].view(parameter.shape))
         for (key, code), moment in zip(codes.items(), moments, strict=True):
             for name, whole in zip((key, f"{key}_scale"), quantize(moment, code), strict=True):
-                torch._foreach_copy_([s[name] for s in states], list(whole.split(sizes)))
+                for state, part in zip(states, whole.split(sizes), strict=True):
+                    state[name].copy_(part)
 
 
 def _change(
