@@ -257,7 +257,7 @@ CASES = (
     Case(
         "C-01", "every setting, misspelt by one letter", _every_name, None, ("with the right name",)
     ),
-    _line("C-01", "optimizer: sgd", "AdamW"),
+    _line("C-01", "optimizer: sgd", "adamw"),
     _line("C-01", "lora: {r: 8}", "settings lie flat"),
     _bad("C-01", "five problems at once", _every_problem, "learing_rate", "batch_size", "r is '8'"),
     _line("C-02", "learning_rate: '3e-4'", "write 0.0003, without quotes"),

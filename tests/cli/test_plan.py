@@ -81,3 +81,23 @@ def test_what_is_scarce_is_a_warning(lorica, stock, quick, monkeypatch):
     assert "are free now" in done.out
     shown = lorica("plan", "--model", stock / "llama", "--data", stock / "pairs.jsonl")
     assert "IT DOES NOT FIT" in shown.out and "warning" in shown.err
+
+
+def test_what_is_scarce_has_a_way_out(lorica, stock, monkeypatch):
+    """Settings with the same steps under which the run would fit, where there are any."""
+    words = ["--model", "embedded", "--data", stock / "pairs.jsonl", "--batch-size", 16]
+    words += ["--dtype", "float32", "--eval-size", 0, "--no-probe"]
+
+    def planned(free):
+        monkeypatch.setattr(forecast, "machine_bytes", lambda device: (64 * GIB, free))
+        done = lorica("plan", *words, "--json")
+        assert done.code == 0, done.err
+        return done.rows[0]["memory"], done.err
+
+    memory, told = planned(GIB)
+    assert "would fit" not in told
+    assert memory["phase"] == "training"
+    need = memory["total"] - memory["parts"]["process"]
+    assert "it would fit with gradient_checkpointing: true (" in planned(need - 1)[1]
+    _, told = planned(memory["parts"]["weights"])  # no setting makes the base smaller
+    assert "are free now" in told and "would fit" not in told

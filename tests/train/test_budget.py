@@ -12,6 +12,7 @@ from lorica.base.load import base_of, load_model
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.data.facts import facts
+from lorica.errors import ConfigError
 from lorica.methods import LISA, AdaLoRA, LoRA, Sparse
 from lorica.tasks import CausalLM, TextClassification
 from lorica.train import ledger
@@ -71,6 +72,31 @@ def most_bytes(seen) -> int:
             live += event.nbytes()
             most = max(most, live)
     return most
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_moments_take_what_was_planned(shadow, task, examples, optim):
+    method = LoRA(r=32, target_modules=["q_proj", "v_proj"])  # B of v is below 4,096 numbers
+    same = in_order(examples)
+    found = planned(shadow, task, same, method=method, optim=optim)
+    model = load_model("embedded", dtype="float32")
+    adapter = attach(model, method, name="real")
+    trainee = Trainee(adapter, TrainSettings(max_steps=4, optim=optim), 4)
+    Engine(model, CausalLM.of(base_of(model).tokenizer)).step([trainee], [[same[:8]]])
+    kept = [
+        tensor.nbytes
+        for state in trainee.optimizer.state.values()
+        for key, tensor in state.items()
+        if key != "step"
+    ]
+    assert found.optimizer == sum(kept)
+    wide = 8 * sum(p.numel() for p in adapter.parameters())
+    assert found.optimizer == wide if optim == "adamw" else wide / 4 < found.optimizer < wide / 2
+
+
+def test_moments_in_8_bits_are_refused_of_small_tensors_as_in_training(shadow, task, examples):
+    with pytest.raises(ConfigError, match="optim=adamw_8bit has no effect"):
+        planned(shadow, task, examples, method=LoRA(r=1), optim="adamw_8bit")
 
 
 def in_order(examples):

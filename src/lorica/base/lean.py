@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorica.ops.glu import ACTIVATIONS, gated
 from lorica.ops.norm import rms_norm
-from lorica.ops.rope import rotate
+from lorica.ops.rope import rotate_both
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -89,7 +89,7 @@ def lean_parts(model: nn.Module) -> Lean:
         space = vars(sys.modules.get(name, torch))
         own = space.get("apply_rotary_pos_emb")
         if own is not None and _turns_alike(own):
-            found.functions.append((space, "apply_rotary_pos_emb", _apply_rotary))
+            found.functions.append((space, "apply_rotary_pos_emb", rotate_both))
     return found
 
 
@@ -171,23 +171,8 @@ def _run_feed_forward(module: Any, activation: str, x: Tensor) -> Tensor:
 # --- rotary embedding -----------------------------------------------------------------------------
 
 
-def _apply_rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return _rotated(q, cos, sin), _rotated(k, cos, sin)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Where the angles are fewer than the features of a head, its last features rest."""
-    turned = cos.shape[-1]
-    if turned == x.shape[-1]:
-        return rotate(x, cos, sin)
-    return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], -1)
-
-
 def _turns_alike(own: Callable) -> bool:
-    """Whether a model's own function turns queries and keys as `rotate` does."""
+    """Whether a model's own function turns queries and keys as `rotate_both` does."""
     if own not in _TURNS:
         if list(inspect.signature(own).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
             return False
@@ -207,8 +192,8 @@ def _turned_alike(own: Callable, dtype: torch.dtype, angles: int) -> bool | None
         theirs = own(q, k, cos, sin)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
-    exact = _apply_rotary(q.double(), k.double(), cos.double(), sin.double())
-    ours = _apply_rotary(q, k, cos, sin)
+    exact = rotate_both(q.double(), k.double(), cos.double(), sin.double())
+    ours = rotate_both(q, k, cos, sin)
     return all(_as_good(a, b, c) for a, b, c in zip(ours, theirs, exact, strict=True))
 
 

@@ -123,6 +123,34 @@ def verdict_on(found: Forecast) -> str | None:
     return None
 
 
+def way_out(found: Forecast) -> str | None:
+    """The first settings under which a run that does not fit finds its memory, and makes the same
+    optimizer steps; None where none of them do.
+    """
+    train = found.settings.train
+    checkpointing = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
+    tried = [checkpointing] if checkpointing else []
+    for parts in (2, 4, 8):
+        if train.batch_size % parts == 0:
+            number = parts * train.gradient_accumulation_steps
+            halved = {
+                "batch_size": train.batch_size // parts,
+                "gradient_accumulation_steps": number,
+            }
+            tried += [halved, halved | checkpointing] if checkpointing else [halved]
+    others = [need for phase, need in found.memory.phases.items() if phase != "training"]
+    for changes in tried:
+        try:
+            memory = _again(found, train=_with(train, **changes))
+        except LoricaError:  # this base has no checkpointing
+            continue
+        total = max(memory.total, *others)
+        if total - found.process <= found.free:
+            named = ", ".join(f"{key}: {str(value).lower()}" for key, value in changes.items())
+            return f"it would fit with {named} ({size(total)})"
+    return None
+
+
 def refuse_if_far_over(found: Forecast) -> None:
     """Raises CheckRefused where no paging could save the run."""
     if found.memory.total <= FAR_OVER * found.machine:
@@ -195,6 +223,9 @@ def _changes(found: Forecast) -> Iterator[tuple[str, str, dict[str, Any]]]:
             "about a third more time; the same numbers",
             {"train": other},
         )
+    if train.optim == "adamw" and found.memory.optimizer > found.memory.total // 50:
+        other = {"train": _with(train, optim="adamw_8bit")}
+        yield "optim: adamw_8bit", "moments rounded to 8 bits", other
     if shorter := _shorter(found):
         yield shorter
     rank = getattr(method, "r", 0)

@@ -33,7 +33,7 @@ def command(
     import json as jsonlib
     import sys
 
-    from lorica.cli.forecast import alternatives, verdict_on
+    from lorica.cli.forecast import alternatives, verdict_on, way_out
     from lorica.cli.options import read_flags
     from lorica.cli.pages import page
     from lorica.cli.voice import Voice
@@ -60,7 +60,9 @@ def command(
     else:
         print("\n".join(_lines(found, cheaper, pace)))
     if warning := verdict_on(found):
-        print(f"lorica: warning: {warning}", file=sys.stderr)
+        remedy = way_out(found)
+        text = f"{warning}; {remedy}" if remedy else warning
+        print(f"lorica: warning: {text}", file=sys.stderr)
 
 
 def _forecast(settings: Resolved, voice: Any) -> Forecast:

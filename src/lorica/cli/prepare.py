@@ -11,7 +11,14 @@ from torch import nn
 
 from lorica.attach.attach import Adapter
 from lorica.base.load import Base, base_of, load_model
-from lorica.cli.forecast import Forecast, forecast, refuse_if_far_over, shadow_of, verdict_on
+from lorica.cli.forecast import (
+    Forecast,
+    forecast,
+    refuse_if_far_over,
+    shadow_of,
+    verdict_on,
+    way_out,
+)
 from lorica.cli.material import Material, gather
 from lorica.cli.start import begin, begin_by_records, lay_below, source_of, waits_for_records
 from lorica.cli.voice import Voice
@@ -177,7 +184,8 @@ def foresee(
     if not ignore_memory:
         refuse_if_far_over(found)
     if warning := verdict_on(found):
-        voice.say(warning, "warning")
+        remedy = way_out(found)
+        voice.say(f"{warning}; {remedy}" if remedy else warning, "warning")
     return found
 
 

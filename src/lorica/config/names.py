@@ -26,6 +26,7 @@ _SAME = {
     "max_steps": "iters steps num_steps max_train_steps train_steps num_train_steps max_iters",
     "max_length": "cutoff_len max_seq_length max_seq_len sequence_len sequence_length seq_len "
     "seq_length block_size",
+    "optim": "optimizer",
     "adam_epsilon": "adam_eps",
     "max_grad_norm": "clip_grad_norm gradient_clipping gradient_clip_val grad_clip max_norm",
     "lr_scheduler_type": "lr_scheduler scheduler lr_schedule",
@@ -72,8 +73,6 @@ NO_TWIN: dict[str, str] = {
     "keys": "name the layers in target_modules",
     "local_files_only": "nothing is fetched where the environment variable HF_HUB_OFFLINE is 1",
     "lora_target_linear": "write target_modules: all-linear",
-    "optim": "the optimizer is AdamW: adam_beta1, adam_beta2, adam_epsilon, weight_decay",
-    "optimizer": "the optimizer is AdamW: adam_beta1, adam_beta2, adam_epsilon, weight_decay",
     "load_in_4bit": "the base is held in the precision that dtype names",
     "load_in_8bit": "the base is held in the precision that dtype names",
     "report_to": "every run writes metrics.jsonl and report.html",

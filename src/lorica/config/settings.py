@@ -133,6 +133,11 @@ class TrainSettings(Settings):
         description="tokens per record, longer ones are truncated; null: as the data needs and the "
         "model allows",
     )
+    optim: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw",
+        description="the optimizer: AdamW, or AdamW with moments in 8 bits, for a quarter of their "
+        "memory",
+    )
     loraplus_lr_ratio: float = Field(
         default=1.0,
         gt=0,

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorica.ops.triton.choose import twin
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """What `gated` knows: SiLU, and GELU exactly or by its tanh."""
 
@@ -21,7 +23,8 @@ def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
 
     Keeps `gate` and `up`; plain autograd keeps activation(gate) too.
     """
-    return _Gated.apply(gate, up, activation)
+    fused = twin("swiglu", gate, up) if activation == "silu" else None
+    return fused(gate, up) if fused is not None else _Gated.apply(gate, up, activation)
 
 
 class _Gated(torch.autograd.Function):

@@ -88,6 +88,9 @@ def adapted_linear(
         weight: (O, I), which needs no gradient.
         bias: (O,), which needs none either.
     """
+    fused = twin("adapted_linear", x, weight)
+    if fused is not None and (adapted := fused(x, weight, bias, segments)) is not None:
+        return adapted
     if torch.is_grad_enabled():
         return _LoraLinear.apply(x, None, weight, bias, *_arguments(segments))
     y = F.linear(x, weight, bias)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorica.ops.triton.choose import twin
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Root mean square normalisation (Zhang and Sennrich 2019, arXiv 1910.07467) of each row.
@@ -20,6 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         weight: (D,), in the dtype of `x`. It is taken for frozen and gets no gradient.
         offset: is added to the weight: some models keep theirs around zero.
     """
+    if (fused := twin("rms_norm", x, weight)) is not None:
+        return fused(x, weight, eps, offset)
     return _RMSNorm.apply(x, weight, eps, offset)
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorica.ops.triton.choose import twin
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the two halves of every head by the angles of its position (Su et al. 2021, RoFormer,
@@ -20,6 +22,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin: broadcast against `x`. They get no gradient.
     """
     return _Rotate.apply(x, cos, sin)
+
+
+def rotate_both(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Turn queries and keys, in the signature that modelling code gives its own function.
+
+    Args:
+        q, k: (N, H, T, D), or (N, T, H, D) with `unsqueeze_dim` 2. Where the angles are fewer than
+            the features of a head, its last features rest.
+        cos, sin: (N, T, D) or narrower.
+    """
+    whole = cos.shape[-1] == q.shape[-1] == k.shape[-1] and q.dim() == 4 and unsqueeze_dim == 1
+    fused = twin("rotate", q, k, cos, sin) if whole else None
+    if fused is not None:
+        return fused(q, k, cos, sin)
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = cos.shape[-1]
+    if turned == x.shape[-1]:
+        return rotate(x, cos, sin)
+    return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], -1)
 
 
 class _Rotate(torch.autograd.Function):

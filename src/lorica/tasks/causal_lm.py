@@ -22,6 +22,7 @@ from lorica.data.encode import IGNORED, CausalEncoder, Encoded, Example, TrainOn
 from lorica.data.template import ChatTemplate
 from lorica.errors import ConfigError
 from lorica.tasks.documents import NAME, lay_out
+from lorica.tasks.head import head_losses
 from lorica.tasks.probe import attention, packing_fault, plain_head
 from lorica.tasks.task import (
     Batch,
@@ -122,21 +123,25 @@ class CausalLM:
     # --- loss -------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:
-        return [
-            F.cross_entropy(wide(logits), targets, reduction="sum")
-            for logits, targets in zip(self._kept_logits(model, batch), batch.labels, strict=True)
-        ]
+        return [losses.sum() for losses in self._row_losses(model, batch)]
 
-    def _kept_logits(self, model: Any, batch: Batch) -> list[Tensor]:
-        """Logits of the rows that carry a label, for each block (labels, vocabulary)."""
+    def _row_losses(self, model: Any, batch: Batch) -> list[Tensor]:
+        """The loss of every row that carries a label, for each block (labels,)."""
         head = self._head(model)
         packed = attention(model, NAME) if "documents" in batch.inputs else nullcontext()
+        labelled = list(zip(batch.keep, batch.labels, strict=True))
         with packed, telling(model, batch.prompts):
             if head is None:
                 logits = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
-                return [logits[rows] for rows in batch.keep]
+                return [
+                    F.cross_entropy(wide(logits[rows]), targets, reduction="none")
+                    for rows, targets in labelled
+                ]
             hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
-            return [head(hidden.flatten(0, 1)[rows]) for rows in batch.keep]
+            flat = hidden.flatten(0, 1)
+            return [
+                head_losses(head, flat.index_select(0, rows), targets) for rows, targets in labelled
+            ]
 
     def running(self, model: nn.Module) -> AbstractContextManager:
         return attention(model, NAME) if self.packs(model) else nullcontext()
@@ -221,9 +226,9 @@ class CausalLM:
         self, model: nn.Module, batch: Batch, examples: Sequence[Example]
     ) -> list[float]:
         """The loss of every example of a one-block batch by itself."""
-        (logits,) = self._kept_logits(model, batch)
-        each = F.cross_entropy(wide(logits), batch.labels[0], reduction="none").double()
-        return [part.sum().item() for part in each.split([e.num_trained for e in examples])]
+        (each,) = self._row_losses(model, batch)
+        parts = each.double().split([e.num_trained for e in examples])
+        return [part.sum().item() for part in parts]
 
     def _prompt(self, record: dict, model: nn.Module) -> tuple[list[int], int]:
         """The ids to continue: never none, and leaving room for the answer among the model's

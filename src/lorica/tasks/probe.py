@@ -1,5 +1,4 @@
-"""What a causal model allows, found out by running it once: packed documents, and a head of its
-own.
+"""What a model allows, found out by running it once: packed documents, and a head of its own.
 
 A table of architectures would be wrong with the next release of transformers; a comparison of
 logits is not.
@@ -12,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lorica.errors import LoricaError
 from lorica.tasks.documents import NAME, NotSupported, lay_out
 from lorica.tasks.task import answering, device_of
 
@@ -113,6 +113,36 @@ def _local_attention(config: Any, longest: int | None) -> str | None:
     return (
         f"its layers attend in a way of their own ({', '.join(sorted(kinds))})" if kinds else None
     )
+
+
+def decoded(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """What the decoder of an encoder-decoder model says, before the head (records, tokens, D)."""
+    mask = inputs["attention_mask"]
+    source = model.get_encoder()(input_ids=inputs["input_ids"], attention_mask=mask)
+    made = model.get_decoder()(
+        input_ids=inputs["decoder_input_ids"],
+        encoder_hidden_states=source.last_hidden_state,
+        encoder_attention_mask=mask,
+        use_cache=False,
+    )
+    return made.last_hidden_state
+
+
+def plain_decoder_head(model: Any) -> nn.Module | None:
+    """As `plain_head`, of an encoder-decoder model: where its logits are head(decoded(...))."""
+    device = device_of(model)
+    ids = torch.arange(1, 15, device=device).view(2, 7)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :5]}
+    try:
+        head = model.get_output_embeddings()
+        with answering(model):
+            wanted = model(**inputs, use_cache=False).logits
+            same = torch.equal(head(decoded(model, inputs)), wanted)
+    except (TypeError, AttributeError, RuntimeError, ValueError, LookupError, LoricaError):
+        return None  # also where other adapters act on each row of a batch
+    return head if same else None
 
 
 def plain_head(model: Any) -> nn.Module | None:

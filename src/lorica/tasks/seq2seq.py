@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 from lorica.data.encode import IGNORED, Encoded, Example
 from lorica.errors import BaseModelError, DataError
 from lorica.tasks.causal_lm import references, stop_tokens
+from lorica.tasks.head import head_losses
+from lorica.tasks.probe import decoded, plain_decoder_head
 from lorica.tasks.task import (
     Batch,
     Prediction,
@@ -52,6 +55,9 @@ class Seq2Seq:
     notes: list[str] = field(default_factory=list)
 
     kind: ClassVar[str] = "seq2seq"
+
+    def __post_init__(self) -> None:
+        self._heads: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
     # --- records to numbers -----------------------------------------------------------------------
 
@@ -136,10 +142,25 @@ class Seq2Seq:
 
     def _each(self, model: nn.Module, batch: Batch) -> Tensor:
         """Negative log-likelihood of every label, (records, longest target); 0 where padded."""
-        logits = wide(model(**batch.inputs, use_cache=False).logits)
-        return F.cross_entropy(
-            logits.transpose(1, 2), batch.labels[0], reduction="none", ignore_index=IGNORED
-        )
+        (labels,) = batch.labels
+        if (head := self._head(model)) is None:
+            logits = wide(model(**batch.inputs, use_cache=False).logits)
+            return F.cross_entropy(
+                logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
+            )
+        rows = (labels != IGNORED).flatten().nonzero().flatten()
+        hidden = decoded(model, batch.inputs).flatten(0, 1).index_select(0, rows)
+        found = head_losses(head, hidden, labels.flatten()[rows])
+        return found.new_zeros(labels.numel()).index_copy(0, rows, found).view(labels.shape)
+
+    def assume(self, model: Any, *, plain: bool) -> None:
+        """Take for granted whether the logits of `model` are exactly those of its head."""
+        self._heads[model] = model.get_output_embeddings() if plain else None
+
+    def _head(self, model: nn.Module) -> nn.Module | None:
+        if model not in self._heads:
+            self._heads[model] = plain_decoder_head(model)
+        return self._heads[model]
 
     def predict(
         self,

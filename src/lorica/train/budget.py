@@ -36,6 +36,7 @@ from lorica.train.course import GROUP
 from lorica.train.engine import Engine, at_rest, between_of, resting
 from lorica.train.ledger import Event, Ledger, most_alive, renumbered, resident
 from lorica.train.measure import memory_bytes
+from lorica.train.optim import check_optim, moment_sizes
 from lorica.train.plan import total_steps
 from lorica.train.shadow import Shadow
 
@@ -152,6 +153,7 @@ def estimate(
     held = 0 if gpu else process_bytes() if process is None else process
     own = shadow.task(task)
     with shadow.adapted(method) as adapter, _engine(shadow.model, own, settings) as engine:
+        check_optim(adapter.named_parameters(), settings)
         runner = _Runner(shadow, engine, adapter, total_steps(len(work.examples), settings))
         weights = _bytes_of([*shadow.model.parameters(), *shadow.model.buffers()])
         trained = _bytes_of(adapter.parameters())
@@ -235,7 +237,7 @@ class _Runner:
         self._drop_gradients()
         parts = self._parts(ledger, peak_at, forward, gradients)
         self.model.eval()
-        sizes = [p.numel() * p.element_size() for p in self._training() for _ in "mv"]
+        sizes = [size for p in self._training() for size in moment_sizes(p, settings)]
         sizes += [kept] if (kept := self.between.kept_bytes()) else []
         moments = [Event(number, size) for number, size in enumerate(sizes)]
         found = self._resident([ledger.events, moments, ledger.events, ledger.events])

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lorica.attach.activate import Activation, activate
 from lorica.attach.attach import Adapter
@@ -308,8 +309,11 @@ def _clip(trainee: Trainee, total: _Totals) -> float:
     Raises:
         NonFiniteError: the loss or the norm is NaN or infinite.
     """
-    limit = trainee.settings.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(list(trainee.adapter.parameters()), limit).item()
+    trained = list(trainee.adapter.parameters())
+    total_norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+    norm, limit = total_norm.item(), trainee.settings.max_grad_norm or math.inf
+    if norm > limit:  # below it the gradients stay as they are: a product with 1 costs as much
+        clip_grads_with_norm_(trained, limit, total_norm)
     if math.isfinite(norm) and math.isfinite(total.loss):
         return norm
     broken = "gradient norm" if math.isfinite(total.loss) else "loss"

@@ -17,6 +17,7 @@ from lorica.config import TrainSettings
 from lorica.errors import OutOfMemory, is_out_of_memory
 from lorica.records.folder import how_to_resume
 from lorica.tasks.task import device_of
+from lorica.train.adamw_8bit import SMALLEST
 from lorica.train.course import Course
 from lorica.train.measure import memory_bytes
 
@@ -78,10 +79,18 @@ def levers(
     frozen = sum(p.numel() * p.element_size() for p in model.parameters())
     if next(model.parameters()).dtype == torch.float32:
         found.append(f"dtype: bfloat16: {frozen // 2:,} bytes less for the base (another run)")
-    trained = sum(p.numel() for c in courses for p in c.trainee.adapter.parameters())
-    if 16 * trained > frozen // 10:  # with gradient and two moments
-        found.append(f"r: what trains takes {16 * trained:,} bytes (another run)")
+    trained = sum(p.numel() for c in courses for p in _trained(c))
+    narrow = settings.optim == "adamw_8bit"
+    whole = (10 if narrow else 16) * trained  # with gradient and two moments
+    if whole > frozen // 10:
+        if not narrow and any(p.numel() >= SMALLEST for c in courses for p in _trained(c)):
+            found.append(f"optim: adamw_8bit: about {6 * trained:,} bytes less (another run)")
+        found.append(f"r: what trains takes {whole:,} bytes (another run)")
     return found
+
+
+def _trained(course: Course) -> list[nn.Parameter]:
+    return list(course.trainee.adapter.parameters())
 
 
 def _part(parts: int) -> str:

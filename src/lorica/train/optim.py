@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorica.config import TrainSettings
 from lorica.errors import ConfigError
+from lorica.train.adamw_8bit import SMALLEST, AdamW8bit, moment_bytes
 
 
 def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
@@ -41,8 +43,9 @@ def num_warmup_steps(total: int, settings: TrainSettings) -> int:
 
 def make_optimizer(
     named: Iterable[tuple[str, nn.Parameter]], settings: TrainSettings
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over one adapter's tensors.
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over one adapter's tensors, with moments
+    in 32 or in 8 bits (`optim`).
 
     One tensor per parameter and one optimizer per adapter: then an adapter trains to the same bits
     beside others as alone. With LoRA+ (Hayou et al. 2024, arXiv 2402.12354) the factors B are a
@@ -52,8 +55,11 @@ def make_optimizer(
         named: as `Adapter.named_parameters` gives them.
 
     Raises:
-        ConfigError: loraplus_lr_ratio is set, and the adapter has no factor B.
+        ConfigError: loraplus_lr_ratio is set, and the adapter has no factor B; or moments are to
+            take 8 bits, and all tensors are too small for that.
     """
+    named = list(named)
+    check_optim(named, settings)
     slow, fast = [], []
     for name, parameter in named:
         is_B = settings.loraplus_lr_ratio != 1 and name.endswith(".B")
@@ -65,14 +71,33 @@ def make_optimizer(
         )
     groups = [{"params": slow, "factor": 1.0}] if slow else []
     groups += [{"params": fast, "factor": settings.loraplus_lr_ratio}] if fast else []
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    how: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.optim == "adamw_8bit":
+        return AdamW8bit(groups, **how)
+    return torch.optim.AdamW(groups, fused=True, **how)
+
+
+def check_optim(named: Iterable[tuple[str, nn.Parameter]], settings: TrainSettings) -> None:
+    """Raises ConfigError where moments are to take 8 bits, and all tensors are too small."""
+    largest = max((p.numel() for _, p in named), default=0)
+    if settings.optim == "adamw_8bit" and largest < SMALLEST:
+        raise ConfigError(
+            f"optim=adamw_8bit has no effect: the largest tensor of this adapter has {largest:,} "
+            f"numbers, and below {SMALLEST:,} moments keep 32 bits",
+            mend="set optim: adamw",
+        )
+
+
+def moment_sizes(parameter: nn.Parameter, settings: TrainSettings) -> list[int]:
+    """Bytes of the tensors that the optimizer keeps for a parameter."""
+    if settings.optim == "adamw_8bit":
+        return moment_bytes(parameter)
+    return [parameter.numel() * parameter.element_size()] * 2
 
 
 def moments(

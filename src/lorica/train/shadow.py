@@ -24,8 +24,8 @@ from lorica.data.encode import IGNORED, Example
 from lorica.errors import LoricaError
 from lorica.methods import LoRA
 from lorica.methods.method import Method
-from lorica.tasks import CausalLM
-from lorica.tasks.probe import plain_head
+from lorica.tasks import CausalLM, Seq2Seq
+from lorica.tasks.probe import plain_decoder_head, plain_head
 from lorica.train.engine import Engine, Trainee
 
 LAYER_COUNTS = (
@@ -89,6 +89,8 @@ class Shadow:
         own = replace(task, notes=[])
         if isinstance(own, CausalLM):
             own.assume(self.model, packs=self.packs, plain=self.plain)
+        elif isinstance(own, Seq2Seq):
+            own.assume(self.model, plain=self.plain)
         return own
 
     @contextmanager
@@ -160,6 +162,8 @@ def try_out(shadow: Shadow, task: Any, examples: Sequence[Example]) -> None:
     own = replace(task, notes=[])
     if shadow.request.task == "causal-lm":
         shadow.packs, shadow.plain = own.packs(model), plain_head(model) is not None
+    elif shadow.request.task == "seq2seq":
+        shadow.plain = plain_decoder_head(model) is not None
     small = [_within(example, shadow.request.task) for example in examples[:4]]
     try:
         adapter = attach(model, LoRA(r=4, target_modules="all-linear"), name="tried")

@@ -1,0 +1,144 @@
+"""What training keeps of a layer until the backward pass: counted tensor by tensor, and equal to
+the table of docs/plan.md ("What training keeps of a layer").
+
+Whoever makes a part leaner changes its line in `kept`, and the same line of the page.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from lorica.attach.activate import activate
+from lorica.attach.attach import attach
+from lorica.data.encode import Example
+from lorica.methods import LoRA, LoRAFA
+from lorica.tasks import CausalLM
+from train.words import WordTokenizer
+
+# No two of these are equal, so a tensor is known by its shape.
+D, F, HEADS, KV, WIDTH, V, R = 48, 80, 3, 1, 24, 97, 5
+DOCUMENTS, LENGTH, LABELS = 4, 16, 44
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Tensors of one shape and dtype; a storage that several functions keep counts once."""
+
+    what: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    number: int
+
+    @property
+    def bytes(self) -> int:
+        return self.number * torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def kept(T: int, dtype: torch.dtype, *, freezes_A: bool = False) -> list[Kept]:
+    """What a decoder layer of a Llama keeps, with LoRA on all of its linear layers.
+
+    Args:
+        T: rows of the flat batch, with those that fill it up to a multiple of 32.
+        freezes_A: then the inputs of linear layers are not needed (LoRA-FA).
+    """
+    wide, inputs = torch.float32, not freezes_A
+    rectangle = (DOCUMENTS, HEADS, LENGTH, WIDTH)
+    return [
+        Kept("S = x A^T of each linear layer", (T, R), dtype, 7),
+        Kept("inputs of q, k, v and of gate, up", (1, T, D), dtype, 2 * inputs),
+        Kept("input of o", (1, T, HEADS * WIDTH), dtype, 1 * inputs),
+        Kept("input of down", (1, T, F), dtype, 1 * inputs),
+        Kept("SwiGLU: gate, silu(gate), up", (1, T, F), dtype, 3),
+        Kept("norms: their inputs", (1, T, D), wide, 2),
+        Kept("norms: one number for each row", (1, T, 1), wide, 2),
+        Kept("attention: queries and outputs", rectangle, dtype, 2),
+        Kept("attention: keys and values", (DOCUMENTS, KV, LENGTH, WIDTH), dtype, 2),
+        Kept("attention: one number for each row", rectangle[:3], wide, 1),
+    ]
+
+
+def kept_outside(T: int, dtype: torch.dtype) -> list[Kept]:
+    """What is kept once, whatever the number of layers."""
+    return [
+        Kept("the loss: gradient by its rows", (LABELS, D), dtype, 1),
+        Kept("cosines and sines of the positions", (1, 1, T, WIDTH), dtype, 2),
+    ]
+
+
+def counted(table: list[Kept]) -> Counter:
+    made = Counter()
+    for entry in table:
+        made[entry.shape, entry.dtype] += entry.number
+    return +made
+
+
+def llama(layers: int) -> hf.LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=F,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV,
+        head_dim=WIDTH,
+        pad_token_id=0,
+    )
+    return hf.LlamaForCausalLM(config)
+
+
+def saved(layers: int, dtype: torch.dtype, method: LoRA) -> tuple[Counter, int, int]:
+    """(shapes of what autograd keeps, bytes of it, rows of the batch): storages once each, without
+    those that were there before: weights, adapter, batch.
+    """
+    model, task = llama(layers).to(dtype), CausalLM.of(WordTokenizer())
+    adapter = attach(model, method, name="a")
+    labels = [-100] * (LENGTH - LABELS // DOCUMENTS) + list(range(7, 7 + LABELS // DOCUMENTS))
+    block = [Example(list(range(3, 3 + LENGTH)), labels) for _ in range(DOCUMENTS)]
+    with activate(model, None):
+        assert task.packs(model)
+        batch = task.collate([block], model)
+    inputs = [t for t in batch.inputs.values() if isinstance(t, Tensor)]
+    factors = [t for slot in adapter.slots.values() for t in slot.tensors.values()]
+    there = [*model.parameters(), *model.buffers(), *factors, *inputs]
+    known = {t.untyped_storage().data_ptr() for t in (*there, *batch.labels, *batch.keep)}
+    found: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in known:
+            found.setdefault(place, tensor)  # kept, so that its memory is not used again
+        return tensor
+
+    model.train()
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with activate(model, adapter), task.running(model), hooks:
+        (loss,) = task.losses(model, batch)
+    shapes = Counter((tuple(t.shape), t.dtype) for t in found.values())
+    size = sum(t.untyped_storage().nbytes() for t in found.values())
+    assert loss.requires_grad
+    return shapes, size, batch.inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", [LoRA, LoRAFA], ids=["lora", "lora-fa"])
+def test_a_layer_keeps_what_the_table_says(dtype, method):
+    own = method(r=R, target_modules="all-linear")
+    two, large, T = saved(2, dtype, own)
+    three, larger, _ = saved(3, dtype, own)
+    table = kept(T, dtype, freezes_A=method is LoRAFA)
+    assert three - two == counted(table)
+    assert larger - large == sum(entry.bytes for entry in table)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_ends_keep_no_logits(dtype):
+    shapes, _, T = saved(1, dtype, LoRA(r=R, target_modules="all-linear"))
+    assert not [shape for shape, _ in shapes if V in shape]
+    outside = counted(kept_outside(T, dtype))
+    assert shapes & outside == outside
+    assert not shapes - outside - counted(kept(T, dtype))
