@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach
-from lorica.methods import LoRA, Selective
+from lorica.methods import LoRA, PrefixTuning, PromptTuning, Selective
 from lorica.tasks import CausalLM, Seq2Seq
 from lorica.tasks.head import head_losses, is_plain
 from lorica.tasks.probe import plain_decoder_head
@@ -96,6 +96,23 @@ def test_lean_and_plain_agree_in_loss_and_gradients(name, monkeypatch):
     for one, other in zip(lean, plain, strict=True):
         assert one.dtype == torch.float64
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", [PromptTuning, PrefixTuning], ids=lambda m: m.kind)
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_virtual_tokens_act_before_a_lean_head_too(name, method):
+    """Encoder and decoder are then called apart from the model around them."""
+    model = ARCHITECTURES[name].build()
+    model.config.scale_decoder_outputs = False  # of T5: then its head is plain
+    adapter = attach(model, method(num_virtual_tokens=3), name="a")
+    task = Seq2Seq(fast_tokenizer("<s> $A </s>", eos_token="</s>", pad_token="<pad>"))
+    records = [{"source": "w7 w8 w9", "target": "w10"}, {"source": "w1", "target": "w2 w3 w4"}]
+    block = task.encode(records).examples
+    lean = gradients(model, adapter, task, block)
+    task.assume(model, plain=False)
+    plain = gradients(model, adapter, task, block)
+    for one, other in zip(lean, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_tied_t5_scales_before_its_head_and_goes_whole():

@@ -36,7 +36,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     Returns:
         (..., D), in the dtype that x and weight promote to.
     """
-    assert not weight.requires_grad, "the weight of the norm is not frozen"
+    trains = torch.is_grad_enabled() and weight.requires_grad
+    assert not trains, "the weight of the norm is not frozen"
     return _RMSNorm.apply(x, weight, eps, offset)
 
 
