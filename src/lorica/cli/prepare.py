@@ -23,7 +23,6 @@ from lorica.data.screen import screen_quickly
 from lorica.data.screen_tokens import Sight, screen_tokens
 from lorica.data.template import ChatTemplate
 from lorica.errors import CheckRefused, ConfigError, LoricaError
-from lorica.evaluate.metrics import find_metrics
 from lorica.files.transfer import begin_from
 from lorica.records.phrases import CHOSEN_BY_SCORED, count, parameters
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
@@ -74,6 +73,8 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
         LoricaError: settings, data or base with which no run can begin.
     """
     if settings.run.metrics:
+        from lorica.evaluate.metrics import find_metrics
+
         find_metrics(settings.run.metrics)  # a wrong name is told before the base is loaded
     source = source_of(settings)
     for note in settings.notes:
