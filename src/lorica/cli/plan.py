@@ -86,9 +86,11 @@ def _forecast(settings: Resolved, voice: Any) -> Forecast:
         material = gather(settings.run, seed=settings.data_seed)
     kind = material.task(settings.run.task, settings.run.model)
     check_effects(settings, material, kind)
-    with voice.work("running the base without its weights"):
+    with voice.work("making the base without its weights"):
         shadow = shadow_of(settings, material, kind)
-        return forecast(settings, material, shadow, encode(settings, material, shadow.model))
+    encoded = encode(settings, material, shadow.model, voice)
+    with voice.work("running the base without its weights"):
+        return forecast(settings, material, shadow, encoded)
 
 
 def _pace(found: Forecast, *, probe: bool) -> Pace:

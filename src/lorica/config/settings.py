@@ -375,6 +375,11 @@ class RunConfig(Settings):
     revision: Word | None = Field(
         default=None, description="branch, tag or commit of a base on the hub"
     )
+    cache_encoded: bool = Field(
+        default=True,
+        description="keep the token ids of large data sets in the user's cache folder, for "
+        "the next run on them",
+    )
     threads: int | None = Field(
         default=None, ge=1, le=4096, description="CPU threads; null: as many as there are cores"
     )

@@ -1,7 +1,9 @@
-"""Labels that look wrong, by confident learning (Northcutt, Jiang and Chuang 2021, "Confident Learning:
-Estimating Uncertainty in Dataset Labels", arXiv 1911.00068): a simple classifier (TF-IDF and
-logistic regression) judges every record in cross-validation, and a label is suspected where another
-class is given at least the confidence that its own records get on average.
+"""Labels that look wrong, by confident learning.
+
+Northcutt, Jiang and Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset Labels",
+arXiv 1911.00068: a simple classifier (TF-IDF and logistic regression) judges every record in
+cross-validation, and a label is suspected where another class is given at least the confidence that
+its own records get on average.
 """
 
 from collections.abc import Sequence
