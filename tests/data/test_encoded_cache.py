@@ -35,7 +35,10 @@ PAIRS = from_rows(
 )
 TEXTS = from_rows([{"text": "a long story " * n} for n in range(1, 30)])
 CLASSES = from_rows(
-    [{"text": f"so {n}", "label": "ab"[n % 2], "text_pair": "and " * (1 + n % 5)} for n in range(40)]
+    [
+        {"text": f"so {n}", "label": "ab"[n % 2], "text_pair": "and " * (1 + n % 5)}
+        for n in range(40)
+    ]
 )
 CASES = {
     "prompts": (PAIRS, lambda t: CausalLM.of(t, max_length=16)),

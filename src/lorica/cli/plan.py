@@ -218,6 +218,7 @@ def _settings(found: Forecast) -> list[dict[str, Any]]:
 WORDS = {
     "process": "Python, torch, records",
     "weights": "the frozen base",
+    "states": "kept outputs of frozen layers",
     "adapter": "what trains, and the best of it",
     "gradients": "of the adapter, at that moment",
     "optimizer": "two moments for each number that trains",

@@ -184,6 +184,12 @@ class TrainSettings(Settings):
         default=False,
         description="recompute activations in the backward pass: less memory, more time",
     )
+    reuse_frozen_layers: Literal["memory", "disk"] | None = Field(
+        default=None,
+        description="run the layers below the lowest adapted one once per record and keep what "
+        "comes out: in memory, or in a file of the user's cache folder, which later runs find; "
+        "null: run them in every step",
+    )
     packing: Literal["auto"] | bool = Field(
         default="auto",
         description="several records in a row, each seeing only itself; auto: where the model can",
