@@ -96,13 +96,14 @@ class Middle:
             if len(said) < len(self.layers) or (wrap := _form(said)) is None:
                 return "its layers hand on more than hidden states, or are not called one by one"
             self.wrap = wrap
+            states = _hidden(said[self.index - 1])
+            with self.above(states):
+                entered = body_output(model, inputs)
             with self.below() as caught:
                 body_output(model, inputs)
-            with self.above(caught[0]):
-                entered = body_output(model, inputs)
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
             return next(iter(str(error).splitlines()), type(error).__name__)[:120]
-        if not torch.equal(entered, wanted):
+        if not (torch.equal(entered, wanted) and torch.equal(caught[0], states)):
             return "what its layers say depends on more than the hidden states of the layer below"
         return None
 
@@ -143,7 +144,7 @@ def _index_of(model: Any, place: str, path: str, count: int) -> int:
     if place.startswith(f"{path}."):
         return int(place.removeprefix(f"{path}.").split(".")[0])
     body = f"{getattr(model, 'base_model_prefix', '')}."
-    behind = place and not place.startswith(body) and path.startswith(body)
+    behind = place and not f"{place}.".startswith(body) and path.startswith(body)
     return count if behind or "pooler" in place.split(".") else 0
 
 
