@@ -32,7 +32,7 @@ PHASES = {
     "memory: a step without numbers": (("forecast", "estimate"),),
     "loading the base": (("prepare", "_load"),),
     "attaching the adapter": (("prepare", "begin"),),
-    "plan of the run": (("prepare", "courses_of"), ("prepare", "screen_tokens")),
+    "probing the base, plan of the run": (("prepare", "courses_of"), ("prepare", "screen_tokens")),
 }
 """What is told -> functions of `lorica.cli` that do it."""
 
