@@ -1,8 +1,11 @@
 """Runs before any test file is imported: offline, one thread, tests/ importable, shared data."""
 
+import atexit
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,9 @@ for number, usual in (
 ):
     if signal.getsignal(number) is signal.SIG_IGN:  # in the background of a script, under nohup
         signal.signal(number, usual)
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lorica-tests-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 TESTS = Path(__file__).parent
 sys.path.append(str(TESTS))  # at the end: a folder here must not hide an installed package

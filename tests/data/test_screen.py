@@ -10,7 +10,8 @@ from lorica.data.dataset import Dataset
 from lorica.data.encode import CausalEncoder
 from lorica.data.findings import SHOWN, Finding
 from lorica.data.read import from_rows
-from lorica.data.screen import screen_quickly, screen_thoroughly
+from lorica.data.screen import screen_quickly
+from lorica.data.screen_thoroughly import screen_thoroughly
 from lorica.data.screen_tokens import Sight, lengths_of, screen_tokens
 from lorica.data.template import ChatTemplate
 

@@ -160,6 +160,18 @@ def test_an_encoder_takes_what_was_planned(tmp_path, shadow):
     assert step == pytest.approx(real, rel=0.05)
 
 
+def test_what_frozen_layers_leave_in_memory_is_planned(shadow, task, examples):
+    upper = LoRA(r=4, target_modules="all-linear", layers_to_transform=[1])
+    plain = planned(shadow, task, examples, method=upper)
+    kept = planned(shadow, task, examples, method=upper, reuse_frozen_layers="memory")
+    disk = planned(shadow, task, examples, method=upper, reuse_frozen_layers="disk")
+    whole = planned(shadow, task, examples, reuse_frozen_layers="memory")
+    width = shadow.model.config.hidden_size
+    assert kept.states == sum(map(len, examples)) * width * 4
+    assert kept.phases["training"] - plain.phases["training"] == kept.states
+    assert plain.states == disk.states == whole.states == 0
+
+
 def test_a_missing_head_is_known_from_the_headers(tmp_path, shadow):
     shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = hf.BertConfig(vocab_size=300, intermediate_size=32, **shape)

@@ -187,7 +187,8 @@ def _check(
     settings: Resolved, voice: Any, *, with_model: bool, near: bool | None, language: bool | None
 ) -> _Found:
     from lorica.data.labels import balance
-    from lorica.data.screen import screen_quickly, screen_thoroughly
+    from lorica.data.screen import screen_quickly
+    from lorica.data.screen_thoroughly import screen_thoroughly
 
     with voice.work("reading the data"):
         parts, findings = _read(settings)

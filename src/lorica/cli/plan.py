@@ -88,9 +88,11 @@ def _forecast(settings: Resolved, voice: Any) -> Forecast:
         material = gather(settings.run, seed=settings.data_seed)
     kind = material.task(settings.run.task, settings.run.model)
     check_effects(settings, material, kind)
-    with voice.work("running the base without its weights"):
+    with voice.work("making the base without its weights"):
         shadow = shadow_of(settings, material, kind)
-        return forecast(settings, material, shadow, encode(settings, material, shadow.model))
+    encoded = encode(settings, material, shadow.model, voice)
+    with voice.work("running the base without its weights"):
+        return forecast(settings, material, shadow, encoded)
 
 
 def _pace(found: Forecast, *, probe: bool) -> Pace:
@@ -218,6 +220,7 @@ def _settings(found: Forecast) -> list[dict[str, Any]]:
 WORDS = {
     "process": "Python, torch, records",
     "weights": "the frozen base",
+    "states": "kept outputs of frozen layers",
     "adapter": "what trains, and the best of it",
     "gradients": "of the adapter, at that moment",
     "optimizer": "two moments for each number that trains",

@@ -25,12 +25,12 @@ from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.dataset import Dataset
 from lorica.data.encode import Encoded, Example, separator_of
+from lorica.data.encoded_cache import FEWEST_RECORDS, EncodedCache, user_folder
 from lorica.data.findings import Finding
 from lorica.data.screen import screen_quickly
 from lorica.data.screen_tokens import Sight, screen_tokens
 from lorica.data.template import ChatTemplate
 from lorica.errors import CheckRefused, ConfigError, LoricaError
-from lorica.evaluate.metrics import find_metrics
 from lorica.files.transfer import begin_from
 from lorica.records.phrases import CHOSEN_BY_SCORED, count, parameters
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
@@ -81,6 +81,8 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
         LoricaError: settings, data or base with which no run can begin.
     """
     if settings.run.metrics:
+        from lorica.evaluate.metrics import find_metrics
+
         find_metrics(settings.run.metrics)  # a wrong name is told before the base is loaded
     source = source_of(settings)
     for note in settings.notes:
@@ -113,11 +115,10 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
         kinds = ", then ".join(stage.method.kind for stage in below.stages)
         voice.say(f"below: {kinds} of {settings.run.on_adapter}, which stays as it is")
     begun = None if waits else begin(settings, model, below)
-    with voice.work("encoding the records"):
-        if early is None:
-            task, examples, held_out, settings = encode(settings, material, model)
-        else:
-            task, examples, held_out = early.task, early.examples, early.held_out
+    if early is None:
+        task, examples, held_out, settings = encode(settings, material, model, voice)
+    else:
+        task, examples, held_out = early.task, early.examples, early.held_out
     if begun is None:
         begun = begin_by_records(settings, model, task, examples, held_out, voice)
         settings = begun.settings
@@ -171,8 +172,7 @@ def foresee(
         shadow = shadow_of(settings, material, kind)
     except LoricaError:  # loading the base will say it in full
         return None
-    with voice.work("encoding the records"):
-        encoded = encode(settings, material, shadow.model)
+    encoded = encode(settings, material, shadow.model, voice)
     try:
         with voice.work("estimating the memory"):
             found = forecast(settings, material, shadow, encoded)
@@ -294,14 +294,14 @@ def check_effects(settings: Resolved, material: Material, kind: str) -> None:
 
 
 def encode(
-    settings: Resolved, material: Material, model: nn.Module
+    settings: Resolved, material: Material, model: nn.Module, voice: Voice
 ) -> tuple[Task, Encoded, list[Example], Resolved]:
     """The task, the records as it encodes them, and the settings with what the data decides."""
     base = known(model)
     settings = with_separator(settings, material.train, base.task)
     task = make_task(settings, base)
-    parts = [task.encode(part) for part in (material.train, material.valid or ())]
-    tested = task.encode(material.scored or ())
+    parts = [_encoded(task, part, settings, voice) for part in (material.train, material.valid)]
+    tested = _encoded(task, material.scored, settings, voice)
     virtual = getattr(settings.method, "num_virtual_tokens", 0)
     limit = num_positions(model, virtual=virtual)
     if virtual and limit is not None and limit < 2:
@@ -316,9 +316,27 @@ def encode(
         why = f"the positions of the base{less}; the longest record has {longest:,} tokens"
         settings = settings.decided("max_length", limit, why)
         task = make_task(settings, base)
-        parts = [task.encode(part) for part in (material.train, material.valid or ())]
+        parts = [_encoded(task, part, settings, voice) for part in (material.train, material.valid)]
     examples = replace(parts[0], origins=material.train.origins)
     return task, examples, parts[1].examples, settings
+
+
+def _encoded(task: Task, records: Dataset | None, settings: Resolved, voice: Voice) -> Encoded:
+    """The records as numbers; large sets from the cache, where it has them."""
+    if records is None:
+        return Encoded([], [])
+
+    def make() -> Encoded:
+        with voice.work("encoding the records", len(records)) as progress:
+            return task.encode(records, progress=progress)
+
+    if not settings.run.cache_encoded or len(records) < FEWEST_RECORDS:
+        return make()
+    cache = EncodedCache(user_folder() / "encoded")
+    found, told = cache.encoded(records, task.encoding(), make)
+    for line in told:
+        voice.say(f"encoding: {line}")
+    return found
 
 
 def with_separator(settings: Resolved, train: Dataset, task: str) -> Resolved:

@@ -6,6 +6,7 @@ folder is a run: wherever it is stopped, `lorica train --resume` goes on.
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,19 +28,19 @@ from lorica.cli.start import ADAPTER
 from lorica.cli.voice import Voice
 from lorica.config import Resolved, load_yaml, resolve
 from lorica.errors import ConfigError, Interrupted, LoricaError
-from lorica.evaluate.compare import Comparison, compare
-from lorica.evaluate.metrics import check_inputs, find_metrics
 from lorica.files.safetensors_file import write_tensors
 from lorica.methods import METHODS
 from lorica.records.atomic import write_file
 from lorica.records.card import write_card
 from lorica.records.folder import RELEVANCE_SCORES, RunFolder, json_text, now
 from lorica.records.read import read_manifest
-from lorica.records.report import write_report
 from lorica.records.write import Recorder
 from lorica.tasks.task import Prediction
 from lorica.train.loop import TrainReport, train
 from lorica.train.signals import Stop
+
+if TYPE_CHECKING:  # imported late: it brings all of scipy
+    from lorica.evaluate.compare import Comparison
 
 
 @dataclass
@@ -70,6 +71,7 @@ def execute(
         ignore_memory: begin although the memory of the machine will not do.
     """
     began = time.monotonic()
+    gc.freeze()  # collecting among half a million objects of torch and transformers takes 0.1 s
     voice = Voice(json=json, quiet=quiet)
     if resume is not None and (outcome := finished(resume, settings, voice)):
         return outcome
@@ -123,6 +125,8 @@ class _Run:
         with self._resumable():  # a resumed run scores the base when it has trained
             before = [] if resume else self._base()
         report = self._train(resume)
+        from lorica.evaluate.compare import compare
+
         with self._resumable():
             if resume:
                 before = self._base()
@@ -138,6 +142,8 @@ class _Run:
     def _base(self) -> list[Prediction]:
         found = self._predict(tuned=False)
         if found:
+            from lorica.evaluate.metrics import check_inputs, find_metrics
+
             check_inputs(find_metrics(self.prepared.metrics), found)  # before hours of training
             tell_of_chance(self.prepared.base, self.voice)
         return found
@@ -274,6 +280,8 @@ def _begin(folder: RunFolder, prepared: Prepared) -> None:
 
 def _dress(path: Path) -> None:
     """Model card and page, which say what run.json says, and the card what the adapter does."""
+    from lorica.records.report import write_report
+
     manifest, facts = read_manifest(path / "run.json"), adapter_facts(path / "adapter")
     card = {**manifest, "settings": facts.get("settings", {})}
     write_card(path / "adapter", card, adapter=ADAPTER)

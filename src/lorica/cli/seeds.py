@@ -21,7 +21,6 @@ from lorica.records.atomic import write_file
 from lorica.records.folder import json_text
 from lorica.records.lines import aligned
 from lorica.records.read import read_manifest
-from lorica.records.report import write_report
 
 SUMMARY = "seeds.json"
 
@@ -58,6 +57,8 @@ def execute_seeds(
     found = of_seeds.summary(
         {seed: read_manifest(path / "run.json") for seed, path in runs.items()}
     )
+    from lorica.records.report import write_report  # matplotlib: not before the runs
+
     for path in runs.values():
         manifest = read_manifest(path / "run.json")
         write_file(path / "run.json", json_text({**manifest, "seeds": found}))

@@ -7,13 +7,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lorica.evaluate.compare import Comparison
-from lorica.evaluate.score import Score
 from lorica.records.card import merges
 from lorica.records.lines import aligned, score_table
 from lorica.records.phrases import count, decimals, fixed, metric_name, verdict
 from lorica.records.read import read_manifest
+
+if TYPE_CHECKING:  # `lorica train` shows no scores before it has some
+    from lorica.evaluate.compare import Comparison
+    from lorica.evaluate.score import Score
 
 
 def comparison_lines(scores: Mapping[str, Comparison]) -> list[str]:

@@ -189,6 +189,12 @@ class TrainSettings(Settings):
         default=False,
         description="recompute activations in the backward pass: less memory, more time",
     )
+    reuse_frozen_layers: Literal["memory", "disk"] | None = Field(
+        default=None,
+        description="run the layers below the lowest adapted one once per record and keep what "
+        "comes out: in memory, or in a file of the user's cache folder, which later runs find; "
+        "null: run them in every step",
+    )
     packing: Literal["auto"] | bool = Field(
         default="auto",
         description="several records in a row, each seeing only itself; auto: where the model can",
@@ -379,6 +385,11 @@ class RunConfig(Settings):
     )
     revision: Word | None = Field(
         default=None, description="branch, tag or commit of a base on the hub"
+    )
+    cache_encoded: bool = Field(
+        default=True,
+        description="keep the token ids of large data sets in the user's cache folder, for "
+        "the next run on them",
     )
     threads: int | None = Field(
         default=None, ge=1, le=4096, description="CPU threads; null: as many as there are cores"

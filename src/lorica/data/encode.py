@@ -14,8 +14,8 @@ stay text (a message cannot forge a turn); only a chat template writes control t
 Labels are not shifted. The first is always -100, since nothing predicts the first token.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ from lorica.errors import ConfigError, DataError
 
 MIN_LENGTH = 8
 TrainOn = Literal["completion", "last", "all"]
+_PARTS = ("tokenizer", "template")
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -87,30 +89,42 @@ class CausalEncoder:
         if self.add_bos and self.tokenizer.bos_token_id is None:
             raise DataError("add_bos is set, but the tokenizer has no BOS token")
 
-    def encode(self, records: Sequence[Mapping[str, Any]], *, origins: Any = None) -> Encoded:
+    def encode(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        *,
+        origins: Any = None,
+        progress: Progress | None = None,
+    ) -> Encoded:
         """Encode records of the formats chat, prompt and text.
 
         Args:
             records: canonical rows, such as a `Dataset`.
             origins: (file, line) per record for messages; None: those of the dataset, or indices.
+            progress: is told about how many records are done.
 
         Raises:
             DataError: records without a trained token, all of them named; a template that fails.
         """
-        encoded, faults = self.attempt(records, origins=origins)
+        encoded, faults = self.attempt(records, origins=origins, progress=progress)
         for kind in ("cannot be rendered", "have nothing to learn"):
             if texts := [fault.text for fault in faults if fault.kind == kind]:
                 raise _refused(texts, len(records), kind)
         return encoded
 
     def attempt(
-        self, records: Sequence[Mapping[str, Any]], *, origins: Any = None
+        self,
+        records: Sequence[Mapping[str, Any]],
+        *,
+        origins: Any = None,
+        progress: Progress | None = None,
     ) -> tuple[Encoded, list[Fault]]:
         """What `encode` does, but records that it would refuse are left out and come back."""
         origins = origins if origins is not None else getattr(records, "origins", None)
         rendered, dropped, faults = self._rendered(records, origins)
         rows = {index: pieces_of(spans) for index, spans in rendered.items()}
-        ids = self._pieces.ids(piece for row in rows.values() for piece in row)
+        told = None if progress is None else lambda share: progress(int(share * len(records)))
+        ids = self._pieces.ids((piece for row in rows.values() for piece in row), progress=told)
         examples: list[Example] = []
         for index, row in rows.items():
             made = self._examples(records[index], row, ids, index)
@@ -184,8 +198,26 @@ class CausalEncoder:
         return PieceTokenizer(self.tokenizer)
 
     @cached_property
+    def _bos(self) -> Any:
+        return self.tokenizer.bos_token_id  # looked up by name: 20 microseconds, for every record
+
+    @cached_property
+    def _eos(self) -> Any:
+        return self.tokenizer.eos_token_id
+
+    @cached_property
     def _chat_template(self) -> ChatTemplate:
         return self.template if self.template is not None else ChatTemplate.of(self.tokenizer)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides about token ids beside records and tokenizer, as plain values."""
+        template = self._chat_template
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _PARTS}
+        return plain | {
+            "template": [template.source, dict(template.variables), template.is_fallback],
+            "control_tokens": list(template.control_tokens),
+        }
 
     @property
     def _literal(self) -> bool:
@@ -220,7 +252,7 @@ class CausalEncoder:
         return bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
 
     def _with_bos(self, ids: list[int], *, chat: bool) -> list[int]:
-        bos = self.tokenizer.bos_token_id
+        bos = self._bos
         wanted = self.add_bos
         if wanted is None:
             decided = chat and not self._chat_template.is_fallback
@@ -240,7 +272,7 @@ class CausalEncoder:
         if not chat and "prompt" not in record:
             return self._windows(ids, row)
         begun = self._with_bos(ids, chat=chat)
-        num_bos = int(bool(begun) and begun[0] == self.tokenizer.bos_token_id)
+        num_bos = int(bool(begun) and begun[0] == self._bos)
         labels = [IGNORED] * (len(begun) - len(ids)) + labels
         ids, labels = self._ended(begun, labels, pieces)
         labels[:1] = [IGNORED] * len(labels[:1])
@@ -263,8 +295,7 @@ class CausalEncoder:
             ids, labels = ids[:last], labels[:last]
             closed = ids[-1] in self._pieces.control_ids
         if self.add_eos and not closed:
-            eos = self.tokenizer.eos_token_id
-            ids, labels = [*ids, eos], [*labels, eos]
+            ids, labels = [*ids, self._eos], [*labels, self._eos]
         return ids, labels
 
     def _windows(self, ids: list[int], row: int) -> list[Example]:
@@ -272,8 +303,8 @@ class CausalEncoder:
 
         Each window begins with BOS, or, where there is none, with the last token of the one before.
         """
-        if self.add_eos and ids[-1:] != [self.tokenizer.eos_token_id]:
-            ids = [*ids, self.tokenizer.eos_token_id]
+        if self.add_eos and ids[-1:] != [self._eos]:
+            ids = [*ids, self._eos]
         head = self._with_bos([], chat=False)
         if head and ids[:1] == head:
             ids = ids[1:]

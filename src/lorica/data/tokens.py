@@ -5,16 +5,20 @@ a record must not be taken for the start of a text: tokenizers such as SentenceP
 front of every start, and the record would read differently from what its pieces say.
 """
 
+import hashlib
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any, Protocol
 
 from lorica.data.template import Span, control_tokens
 from lorica.errors import DataError
 
 _BATCH = 2_000  # texts
+_STRETCH = 4 * _BATCH
 _ANCHORS = ("\n", ".", "a")  # what stands before a piece that is not the start of its text
 
 
@@ -45,6 +49,20 @@ class Piece:
         return self.text, self.literal, self.first
 
 
+def tokenizer_digest(tokenizer: Any) -> str | None:
+    """SHA-256 of all that decides how a tokenizer of the tokenizers library spells; None for one of
+    another kind.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    own = [type(tokenizer).__qualname__, version("tokenizers"), version("transformers")]
+    own += [json.dumps(tokenizer.init_kwargs, sort_keys=True, default=str)]
+    own += [json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)]
+    own += [backend.to_str()]
+    return hashlib.sha256("\n".join(own).encode()).hexdigest()
+
+
 def pieces_of(spans: Sequence[Span]) -> list[Piece]:
     """The spans that have text; the first is the start of the record's text."""
     texts = [span for span in spans if span.text]
@@ -60,14 +78,26 @@ class PieceTokenizer:
 
     tokenizer: Tokenizer
 
-    def ids(self, pieces: Iterable[Piece]) -> dict[Key, list[int]]:
-        """Token ids by `Piece.key`.
+    def ids(
+        self, pieces: Iterable[Piece], *, progress: Callable[[float], None] | None = None
+    ) -> dict[Key, list[int]]:
+        """Token ids by `Piece.key`. `progress` is told the share that is done.
 
         Raises:
             DataError: plain text that this tokenizer cannot keep from being a special token.
         """
-        keys = dict.fromkeys(piece.key for piece in pieces)
+        keys = [*dict.fromkeys(piece.key for piece in pieces)]
         found: dict[Key, list[int]] = {}
+        for start in range(0, len(keys), _STRETCH):
+            self._add(keys[start : start + _STRETCH], found)
+            if progress is not None:
+                progress(len(found) / len(keys))
+        for key, row in found.items():
+            if key[1] and self.control_text.search(key[0]):
+                self._check_plain(key[0], row)
+        return found
+
+    def _add(self, keys: Sequence[Key], found: dict[Key, list[int]]) -> None:
         for literal in (False, True):
             same = [key for key in keys if key[1] == literal]
             plain = [key for key in same if key[2] or not self._start_is_special]
@@ -75,10 +105,6 @@ class PieceTokenizer:
             rows = self._raw([key[0] for key in plain], literal=literal)
             found.update(zip(plain, rows, strict=True))
             found.update(zip(inner, self._continued(inner, literal), strict=True))
-        for key, row in found.items():
-            if key[1] and self.control_text.search(key[0]):
-                self._check_plain(key[0], row)
-        return found
 
     @cached_property
     def control_ids(self) -> frozenset[int]:

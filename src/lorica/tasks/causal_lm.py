@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorica.base.batch import telling
-from lorica.data.encode import IGNORED, CausalEncoder, Encoded, Example, TrainOn
+from lorica.data.encode import IGNORED, CausalEncoder, Encoded, Example, Progress, TrainOn
+from lorica.data.encoded_cache import Encoding, encoding_of
 from lorica.data.template import ChatTemplate
 from lorica.errors import ConfigError
 from lorica.tasks.documents import NAME, lay_out
@@ -85,8 +86,11 @@ class CausalLM:
 
     # --- records to numbers -----------------------------------------------------------------------
 
-    def encode(self, records: Sequence[dict]) -> Encoded:
-        return self.encoder.encode(records)
+    def encode(self, records: Sequence[dict], *, progress: Progress | None = None) -> Encoded:
+        return self.encoder.encode(records, progress=progress)
+
+    def encoding(self) -> Encoding:
+        return encoding_of(__file__, self.encoder.settings, self.tokenizer, Example)
 
     def facts(self) -> dict[str, Any]:
         own = self.encoder

@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.data.encode import IGNORED, Encoded, Example
+from lorica.data.encode import IGNORED, Encoded, Example, Progress
+from lorica.data.encoded_cache import Encoding, encoding_of
 from lorica.errors import BaseModelError, DataError
 from lorica.tasks.causal_lm import references, stop_tokens
 from lorica.tasks.head import head_losses
@@ -61,7 +62,7 @@ class Seq2Seq:
 
     # --- records to numbers -----------------------------------------------------------------------
 
-    def encode(self, records: Sequence[dict]) -> Encoded:
+    def encode(self, records: Sequence[dict], *, progress: Progress | None = None) -> Encoded:
         pairs, problems = [], []
         for row, record in enumerate(records):
             source = record.get("source", record.get("prompt"))
@@ -86,6 +87,9 @@ class Seq2Seq:
         cut = sum(e.num_cut > 0 for e in examples)
         note = f"{cut:,} records cut to {self.max_length} tokens"
         return Encoded(examples, [note] if cut else [])
+
+    def encoding(self) -> Encoding:
+        return encoding_of(__file__, self.facts(), self.tokenizer, SourceTarget)
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "max_length": self.max_length}

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorica.data.encode import Encoded, Example
+from lorica.data.encode import Encoded, Example, Progress
+from lorica.data.encoded_cache import Encoding
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,16 @@ class Task(Protocol):
         """The tokenizer of the base."""
         ...
 
-    def encode(self, records: Sequence[dict]) -> Encoded:
-        """Records as token ids and labels. Raises one DataError for all useless records."""
+    def encode(self, records: Sequence[dict], *, progress: Progress | None = None) -> Encoded:
+        """Records as token ids and labels. Raises one DataError for all useless records.
+
+        Args:
+            progress: is told about how many are done, where that takes long.
+        """
+        ...
+
+    def encoding(self) -> Encoding:
+        """What decides about the outcome of `encode` beside the records."""
         ...
 
     def facts(self) -> dict[str, Any]:

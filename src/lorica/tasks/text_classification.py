@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.data.encode import Encoded, Example
+from lorica.data.encode import Encoded, Example, Progress
+from lorica.data.encoded_cache import Encoding, encoding_of
 from lorica.errors import DataError, nearest
 from lorica.tasks.task import (
     Batch,
@@ -59,7 +60,7 @@ class TextClassification:
 
     # --- records to numbers -----------------------------------------------------------------------
 
-    def encode(self, records: Sequence[dict]) -> Encoded:
+    def encode(self, records: Sequence[dict], *, progress: Progress | None = None) -> Encoded:
         labels: list[int] = []
         problems = []
         for row, record in enumerate(records):
@@ -85,6 +86,9 @@ class TextClassification:
         cut = sum(e.num_cut > 0 for e in examples)
         note = f"{cut:,} records cut to {self.max_length} tokens"
         return Encoded(list(examples), [note] if cut else [])
+
+    def encoding(self) -> Encoding:
+        return encoding_of(__file__, self.facts(), self.tokenizer, LabelledText)
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "max_length": self.max_length, "labels": list(self.labels)}

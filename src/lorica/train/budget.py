@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lorica.attach.activate import Activation
 from lorica.attach.attach import Adapter
+from lorica.attach.middle import middle_of
 from lorica.attach.site import Route, plates_of
 from lorica.base.load import weight_files
 from lorica.config import TrainSettings
@@ -34,6 +35,7 @@ from lorica.methods.update import matrix_shape
 from lorica.tasks.task import Batch, answering, by_length
 from lorica.train.course import GROUP
 from lorica.train.engine import Engine, at_rest, between_of, resting
+from lorica.train.frozen import states_bytes
 from lorica.train.ledger import Event, Ledger, most_alive, renumbered, resident
 from lorica.train.measure import memory_bytes
 from lorica.train.optim import check_optim, moment_sizes
@@ -75,6 +77,7 @@ class Memory:
     Attributes:
         process: what the process held when the estimate was made; 0 on a GPU.
         weights: of the frozen base.
+        states: outputs of frozen layers that are kept in memory, of all records.
         adapter: tensors that train, and the copy of the best where evaluations choose it.
         gradients, optimizer: of the adapter; what its method keeps counts with the optimizer.
         activations: saved by the forward pass for the backward pass.
@@ -89,6 +92,7 @@ class Memory:
 
     process: int
     weights: int
+    states: int
     adapter: int
     gradients: int
     optimizer: int
@@ -103,6 +107,7 @@ class Memory:
     PARTS = (
         "process",
         "weights",
+        "states",
         "adapter",
         "gradients",
         "optimizer",
@@ -158,7 +163,8 @@ def estimate(
         weights = _bytes_of([*shadow.model.parameters(), *shadow.model.buffers()])
         trained = _bytes_of(adapter.parameters())
         best = trained if settings.keep_best and work.held_out else 0
-        steady = held + weights + trained + best
+        states = _kept_states(shadow.model, adapter, work.examples, settings)
+        steady = held + weights + states + trained + best
         _, largest = chosen_batches(work.examples, own, shadow, settings)
         training = runner.training(largest, settings)
         phases = {"training": steady + training.resident}
@@ -174,12 +180,24 @@ def estimate(
     return Memory(
         process=held,
         weights=weights,
+        states=states,
         adapter=trained + best,
         **training.parts,
         phase=max(phases, key=lambda name: phases[name]),
         phases=phases,
         batch_tokens=training.tokens,
     )
+
+
+def _kept_states(
+    model: nn.Module, adapter: Adapter, examples: Sequence[Example], settings: TrainSettings
+) -> int:
+    """Bytes of what the layers below the adapter say, where a run keeps it in memory: at most, as
+    only a run finds out whether it can.
+    """
+    if settings.reuse_frozen_layers != "memory" or middle_of(model, [adapter])[0] is None:
+        return 0
+    return states_bytes(model, examples)
 
 
 def _choosing(shadow: Shadow, method: Method, adapter: Adapter) -> int:

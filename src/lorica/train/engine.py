@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,8 @@ from lorica.errors import NonFiniteError, TrainingError
 from lorica.methods.between import Between
 from lorica.tasks.task import Batch, Task, answering
 from lorica.train.optim import learning_rate, make_optimizer
+
+Skipping = Callable[[Sequence[Sequence[Example]], Batch], AbstractContextManager]
 
 
 class Trainee:
@@ -87,15 +89,22 @@ class Engine:
         model: a base with the adapters of the trainees attached.
         task: what a loss is.
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
+        skipping: what must hold during the passes of a batch, given its blocks of examples; see
+            `FrozenLayers.skipped`.
 
     Raises:
         TrainingError: checkpointing was asked of a model that has none.
     """
 
     def __init__(
-        self, model: nn.Module, task: Task, *, gradient_checkpointing: bool = False
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        gradient_checkpointing: bool = False,
+        skipping: Skipping = lambda blocks, batch: nullcontext(),
     ) -> None:
-        self.model, self.task = model, task
+        self.model, self.task, self.skipping = model, task, skipping
         self._checked: set[str] = set()
         with activate(model, None):
             self._shares = task.shares(model)
@@ -188,7 +197,7 @@ class Engine:
         )
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         staged = any(t.adapter.on for t in trainees)
-        return plain and linear and not staged and not is_site(head) and not _draws(self.model)
+        return plain and linear and not staged and not is_site(head) and not draws(self.model)
 
     def _micro_step(
         self,
@@ -213,7 +222,8 @@ class Engine:
             names = tuple(stage.name for stage in stages)
             weights = torch.ones(len(names), device=device)
         route = Route(names, weights, segments, dropout_seed=seed)
-        with self.running(), Activation(self.model, route):
+        skipped = self.skipping(blocks, batch)
+        with skipped, self.running(), Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
             if new := set(names) - self._checked:
                 self._refuse_unvisited(new, batch)
@@ -346,7 +356,7 @@ def _update(trainee: Trainee, total: _Totals, norm: float) -> StepResult:
     return StepResult(total.loss, norm, rate, total.tokens, total.labels)
 
 
-def _draws(model: nn.Module) -> bool:
+def draws(model: nn.Module) -> bool:
     """Whether the base itself uses dropout in training."""
     layers = any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules())
     config: Any = getattr(model, "config", None)

@@ -30,6 +30,7 @@ from lorica.train.identity import circumstances, identity
 from lorica.train.measure import mean_loss, memory_bytes, versions
 from lorica.train.memory import memory_advised
 from lorica.train.plan import Records, courses_of, default_task, total_steps
+from lorica.train.reuse import reuse_of
 from lorica.train.signals import Stop, StopAsked, stopping
 
 __all__ = ["Evaluator", "MakeRecorder", "TrainReport", "default_task", "total_steps", "train"]
@@ -119,13 +120,21 @@ def train(
         folder = RunFolder.open(folder) if resume else RunFolder.create(folder)
     was_training = model.training
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
-    engine = Engine(model, task, gradient_checkpointing=settings.gradient_checkpointing)
+    reuse = reuse_of(model, task, courses, settings)
+    engine = Engine(
+        model,
+        task,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        skipping=reuse.skipped,
+    )
+    notes += reuse.notes
     try:
         with torch.random.fork_rng(devices):  # every step seeds torch; the caller's state stays
             run = _Run(engine, courses, settings, folder, evaluator)
             return run.go(recorder, dict(manifest or {}), notes, resume=resume)
     finally:
         engine.close()
+        reuse.close()
         model.train(was_training)
         if folder is not output_dir:
             folder.close()
