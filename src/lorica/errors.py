@@ -168,6 +168,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError) and any(w in str(error) for w in words)
 
 
+def folded(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """(path of a place, what is wrong there) as lines: one for all places where that is the same,
+    with the first of them and what the others are called.
+    """
+    places: dict[str, list[str]] = {}
+    for path, problem in problems:
+        places.setdefault(problem, []).append(path)
+    lines = []
+    for problem, paths in places.items():
+        names = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+        more = f" and {len(paths) - 1} more ({names})" if paths[1:] else ""
+        lines.append(f"{paths[0]}{more}: {problem}")
+    return lines
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word closest to `word`, or None where nothing is close."""
     known = list(known)

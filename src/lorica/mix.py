@@ -26,7 +26,7 @@ from lorica.attach.layers import describe, to_stored
 from lorica.attach.site import Slot
 from lorica.attach.survey import clean, end_layer, survey
 from lorica.base.load import base_of
-from lorica.errors import ConfigError, LoricaWarning, MergeError
+from lorica.errors import ConfigError, LoricaWarning, MergeError, folded
 from lorica.methods.method import Layer, becomes_weight
 
 WARN_DAMAGE, REFUSE_DAMAGE = 0.05, 0.25
@@ -140,7 +140,7 @@ def merge(
         for other in adapters(model).values()
         if other.on is not None and other.on.name == name and other.name not in shares
     ]
-    problems += [f"{t.path}: {why}" for t in targets if (why := _hindrance(t))]
+    problems += folded((t.path, why) for t in targets if (why := _hindrance(t)))
     untie, tied_problems = _ties(model, targets)  # path -> all that share it
     problems += tied_problems
     if problems:

@@ -23,7 +23,7 @@ from lorica.attach.survey import unwrap
 from lorica.attach.targets import resolve
 from lorica.attach.tokens import SETTING, add_rows
 from lorica.base.load import base_of
-from lorica.errors import ConfigError, TargetError, nearest
+from lorica.errors import ConfigError, TargetError, folded, nearest
 from lorica.methods.copy import Copy
 from lorica.methods.method import Layer, Method, Tensors
 from lorica.methods.patterns import unmatched_patterns
@@ -379,6 +379,7 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     for path, (module, parameter) in targets.parameters.items():
         taken[path] = path, module, parameter
     settings = settings.over([describe(module, own) for _, module, own in taken.values()])
+    reason = "; ".join(filter(None, [targets.reason, settings.decided(method)]))
     found: Places = {p: (module, own, settings.at(n)) for p, (n, module, own) in taken.items()}
     found.update({path: (module, None, Copy()) for path, module in copied.items()})
     add_rows(model, getattr(method, SETTING, ()), found)
@@ -390,7 +391,7 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
                 f"{setting} has keys that match none of the adapted layers: {listed}",
                 mend="give names as they end in the list of adapted layers, for example 'q_proj'",
             )
-    return found, settings, targets.reason
+    return found, settings, reason
 
 
 def _prompt_places(
@@ -454,12 +455,10 @@ def _copied(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def _check_places(places: Places, method: Method) -> None:
-    problems = []
+    problems: list[tuple[str, str]] = []
     for path, (module, parameter, own) in places.items():
         if parameter is not None and module._parameters.get(parameter) is None:
-            problems.append(
-                f"{path}: a parametrization computes this weight, and other code reads it"
-            )
+            problems.append((path, "a parametrization computes this weight, and other code reads it"))
             continue
         layer = describe(module, parameter)
         found = own.problems(layer)
@@ -467,11 +466,11 @@ def _check_places(places: Places, method: Method) -> None:
             found = found + _read_problems(own, layer, cast(Tensor, module._parameters[parameter]))
         if own.replaces and any(p is not None and p.is_meta for p in module._parameters.values()):
             found = [*found, "there are no values to copy on the meta device"]
-        problems += [f"{path} ({layer.shape}): {problem}" for problem in found]
+        problems += [(path, f"{problem} ({layer.shape})") for problem in found]
     if problems:
         raise TargetError(
             f"{method.kind} does not fit {len(problems)} of the layers",
-            problems=problems[:20],
+            problems=folded(problems)[:20],
             mend=_way_out(method),
         )
 

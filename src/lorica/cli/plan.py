@@ -30,21 +30,22 @@ def command(
         bool, typer.Option("--json", help="one JSON object on standard output")
     ] = False,
 ) -> None:
+    from lorica.cli.pages import page
+
+    if {"-h", "--help"} & {*context.args}:
+        print(page(context, settings=True), end="")
+        return
     import json as jsonlib
     import sys
 
     from lorica.cli.forecast import alternatives, verdict_on
     from lorica.cli.options import read_flags
-    from lorica.cli.pages import page
     from lorica.cli.voice import Voice
     from lorica.config import known_settings, load_yaml, resolve
     from lorica.config.text import flag_layer
     from lorica.methods import WORDS
 
     known = known_settings(WORDS)
-    if {"-h", "--help"} & {*context.args}:
-        print(page(context, known), end="")
-        return
     own = [option for p in context.command.params for option in p.opts]
     line = read_flags(context.args, known, [*own, "--help"])
     layers = [load_yaml(file) for file in line.files]
@@ -204,7 +205,7 @@ def _settings(found: Forecast) -> list[dict[str, Any]]:
     return [
         {
             "key": key,
-            "value": value if isinstance(value, int | float | str | None) else str(value),
+            "value": list(value) if isinstance(value, tuple) else value,
             "origin": origins[key],
             "help": known[key].help,
         }
@@ -265,6 +266,7 @@ def _lines(found: Forecast, cheaper: list[Alternative], pace: Pace) -> list[str]
 
 def _setting_lines(found: Forecast) -> list[str]:
     """What was set or decided with its origin, then the defaults with what they do."""
+    from lorica.config.text import yaml_text
     from lorica.records.lines import aligned
 
     rows = [["setting", "value", "why"]]
@@ -272,5 +274,5 @@ def _setting_lines(found: Forecast) -> list[str]:
     for entry in sorted(entries, key=lambda e: e["origin"] == "default"):
         default = entry["origin"] == "default"
         why = f"default: {entry['help']}" if default else entry["origin"]
-        rows.append([entry["key"], str(entry["value"]), why])
+        rows.append([entry["key"], yaml_text(entry["value"]), why])
     return aligned(rows, left=("setting", "value", "why"))

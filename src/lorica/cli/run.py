@@ -193,7 +193,7 @@ class _Run:
         summary = {
             "status": "finished",
             "scores": {name: asdict(found) for name, found in scores.items()},
-            "training": report.summary(),
+            **report.outcome(),
             "resources": {
                 **report.resources,
                 "total_seconds": time.monotonic() - self.began,

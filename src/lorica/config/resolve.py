@@ -26,7 +26,8 @@ from lorica.config.settings import (
     Settings,
     TrainSettings,
     known_settings,
-    method_settings,
+    method_fields,
+    method_values,
 )
 from lorica.config.text import Layer, yaml_text
 from lorica.config.words import is_mapping, problem_of, shown
@@ -61,7 +62,7 @@ class Resolved:
         """Name -> value, of everything."""
         found = {key: getattr(self.run, key) for key in RunConfig.model_fields}
         found |= {key: getattr(self.train, key) for key in TrainSettings.model_fields}
-        return found | _method_values(self.method)
+        return found | method_values(self.method)
 
     @property
     def data_seed(self) -> int:
@@ -85,7 +86,7 @@ class Resolved:
         groups = {
             "run": list(RunConfig.model_fields),
             "training": list(TrainSettings.model_fields),
-            f"method: {self.run.method}": list(_method_values(self.method)),
+            f"method: {self.run.method}": list(method_values(self.method)),
         }
         values, lines = self.values, [f"version: {VERSION}"]
         for title, keys in groups.items():
@@ -289,7 +290,7 @@ def build_method(kind: Any, values: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: unknown names, wrong types, values out of range; all at once.
     """
-    known = {setting.key for setting in method_settings(kind.kind, kind)}
+    known = {setting.key for setting, _ in method_fields(kind.kind, kind)}
     problems = [
         f"{str(key)[:60]} is not a setting of {kind.kind}" for key in values if key not in known
     ]
@@ -304,7 +305,7 @@ def _build_method(
 ) -> Any:
     """The method's settings object: types by its annotations here, ranges by the class itself."""
     given, wrong = {}, []
-    for setting in method_settings(kind.kind, kind):
+    for setting, _ in method_fields(kind.kind, kind):
         if setting.key not in values:
             if setting.default is REQUIRED:
                 wrong.append(f"{setting.key} is missing; it is {setting.help}")
@@ -339,16 +340,6 @@ def _placed(problem: str, origins: Mapping[str, str]) -> str:
     if problem.startswith(f"{key} is missing"):
         return f"{problem}; give it as --{key.replace('_', '-')}"
     return f"{origins[key]}: {problem}" if key in origins else problem
-
-
-def _method_values(method: Any) -> dict[str, Any]:
-    if method is None:
-        return {}
-    return {
-        field.name: getattr(method, field.name)
-        for field in dataclasses.fields(method)
-        if field.init
-    }
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,9 @@ from lorica.errors import ConfigError, nearest
 DEFAULT_EPOCHS = 3.0
 DEFAULT_DECAY_RATIO = 0.2
 
+STATE = "state"
+"""Marks a field of a method in its metadata that is no setting: see `methods.method.state`."""
+
 REQUIRED = object()
 """The default of a setting that has none."""
 
@@ -466,20 +469,36 @@ def known_settings(methods: Mapping[str, type | Preset] | None = None) -> dict[s
 
 
 def method_settings(group: str, kind: type) -> list[Setting]:
-    """The settings of one method: the fields of its dataclass."""
+    """The settings of one method: the fields of its dataclass, but for those that are state."""
+    return [setting for setting, is_state in method_fields(group, kind) if not is_state]
+
+
+def method_fields(group: str, kind: type) -> list[tuple[Setting, bool]]:
+    """The fields of a method's dataclass as its files have them, and whether each is state."""
     annotations = typing.get_type_hints(kind, include_extras=True)
     return [
-        _setting(
-            field.name,
-            group,
-            annotations[field.name],
-            _default(field),
-            str(field.metadata.get("help", "")),
-            describe(annotations[field.name]),
+        (
+            _setting(
+                field.name,
+                group,
+                annotations[field.name],
+                _default(field),
+                str(field.metadata.get("help", "")),
+                describe(annotations[field.name]),
+            ),
+            STATE in field.metadata,
         )
         for field in dataclasses.fields(kind)
         if field.init
     ]
+
+
+def method_values(method: Any) -> dict[str, Any]:
+    """Name -> value of the settings of a method; empty for None."""
+    if method is None:
+        return {}
+    fields = [f for f in dataclasses.fields(method) if f.init and STATE not in f.metadata]
+    return {field.name: getattr(method, field.name) for field in fields}
 
 
 def _setting(

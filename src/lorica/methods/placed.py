@@ -80,6 +80,10 @@ class Placed(MethodSettings):
         """The settings when all layers of the adapter are known."""
         return self
 
+    def decided(self, given: Self) -> str:
+        """What `over` has made of the settings that were `given`, where the user should know."""
+        return ""
+
     def _canonical(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name in ("exclude_modules", "modules_to_save", "target_modules", "layers_to_transform"):

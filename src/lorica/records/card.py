@@ -29,6 +29,8 @@ AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
+EMBEDDED = "embedded"
+"""The base that travels with lorica, and is nowhere else."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~&])")
 
@@ -89,6 +91,15 @@ def scores_of(manifest: Mapping, adapter: str) -> Mapping[str, Mapping]:
 
 def peft_snippet(manifest: Mapping, folder: str) -> str:
     """Python that loads the adapter with PEFT and transformers."""
+    if base_name(manifest) == EMBEDDED:
+        return (
+            "import lorica\n"
+            "from peft import PeftModel\n"
+            "from transformers import AutoTokenizer\n\n"
+            f"base = {_load_model(manifest)}\n"
+            f"model = PeftModel.from_pretrained(base, {_python(folder)})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({_python(folder)})"
+        )
     auto = AUTO_CLASSES.get(str(manifest.get("task")), "AutoModel")
     labels = manifest.get("num_labels")
     argument = (
@@ -105,15 +116,20 @@ def peft_snippet(manifest: Mapping, folder: str) -> str:
 
 def lorica_snippet(manifest: Mapping, folder: str, adapter: str) -> str:
     """Python that loads the adapter with Lorica."""
-    task = manifest.get("task")
-    argument = f", task={_python(str(task))}" if task else ""
     return (
         "import lorica\n\n"
-        f"model = lorica.load_model({_python(base_name(manifest))}{argument})\n"
+        f"model = {_load_model(manifest)}\n"
         f"lorica.load_adapter(model, {_python(folder)}, name={_python(adapter)})\n"
         f"with lorica.activate(model, {{{_python(adapter)}: 1.0}}):\n"
         "    ..."
     )
+
+
+def _load_model(manifest: Mapping) -> str:
+    """The call that loads the base with Lorica."""
+    task = manifest.get("task")
+    argument = f", task={_python(str(task))}" if task else ""
+    return f"lorica.load_model({_python(base_name(manifest))}{argument})"
 
 
 def merges(manifest: Mapping, adapter: str) -> bool:
@@ -192,7 +208,9 @@ def _public_name(manifest: Mapping) -> str:
     in a card.
     """
     name = base_name(manifest)
-    return name if _is_hub_id(name) else f"path/to/{PurePosixPath(name.replace(chr(92), '/')).name}"
+    if name == EMBEDDED or _is_hub_id(name):
+        return name
+    return f"path/to/{PurePosixPath(name.replace(chr(92), '/')).name}"
 
 
 def _introduction(manifest: Mapping, adapter: str) -> str:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter
 from lorica.base.load import base_of
 from lorica.config import TrainSettings
+from lorica.config.settings import method_values
 from lorica.errors import Interrupted, LoricaError, NonFiniteError, TrainingError
 from lorica.files.adapter import save_adapter
 from lorica.methods.method import becomes_weight
@@ -54,6 +55,7 @@ class TrainReport:
         seconds: spent in optimizer steps, over all tries of a resumed run.
         tokens_per_second, peak_memory_bytes: of the run.
         resources: these and what else run.json says of them.
+        adapters: what each is in the end: num_parameters, num_places, method; for run.json.
     """
 
     steps: dict[str, int]
@@ -66,11 +68,22 @@ class TrainReport:
     tokens_per_second: float
     peak_memory_bytes: int
     resources: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """The outcome as plain values, for run.json."""
         names = ("steps", "loss", "eval_loss", "best_step", "stopped")
         return {name: getattr(self, name) for name in names}
+
+    def outcome(self) -> dict[str, Any]:
+        """The entries of run.json that are known when training is over."""
+        first = next(iter(self.adapters.values()))
+        return {
+            "method": first["method"],
+            "adapters": self.adapters,
+            "training": self.summary(),
+            "resources": self.resources,
+        }
 
 
 def train(
@@ -190,8 +203,7 @@ class _Run:
             self.recorder.finish({"status": "failed", "error": f"{kind}{error}"})
             raise
         if make is None:
-            outcome = {"resources": report.resources, "training": report.summary()}
-            self.recorder.finish({"status": "finished", **outcome})
+            self.recorder.finish({"status": "finished", **report.outcome()})
         return report
 
     def _train(self, stop: Stop) -> TrainReport:
@@ -359,6 +371,7 @@ class _Run:
             seconds=seconds,
             tokens_per_second=tokens / seconds if seconds else 0.0,
             peak_memory_bytes=memory_bytes(),
+            adapters={c.name: _shape(c) for c in self.courses},
         )
         files = [f for folder in folders.values() for f in folder.glob("*.safetensors")]
         report.resources.update(
@@ -416,10 +429,8 @@ class _Run:
             "method": _method(first),
             "adapters": {
                 c.name: {
-                    "num_parameters": c.trainee.adapter.num_parameters,
-                    "num_places": len(c.trainee.adapter.slots),
+                    **_shape(c),
                     "reason": c.trainee.adapter.reason,
-                    "method": _method(c),
                     "on": [stage.method.kind for stage in c.trainee.adapter.stages[:-1]],
                     "path": str(self._target(c)),
                     "merges": all(
@@ -436,6 +447,16 @@ class _Run:
         }
 
 
+def _shape(course: Course) -> dict[str, Any]:
+    """What an adapter is as it stands; a method may leave less than it began with."""
+    adapter = course.trainee.adapter
+    return {
+        "num_parameters": adapter.num_parameters,
+        "num_places": len(adapter.slots),
+        "method": _method(course),
+    }
+
+
 def _method(course: Course) -> dict[str, Any]:
     method = course.trainee.adapter.method
-    return {"kind": method.kind, **asdict(method)}  # type: ignore[call-overload]
+    return {"kind": method.kind, **method_values(method)}
