@@ -458,7 +458,9 @@ def _check_places(places: Places, method: Method) -> None:
     problems: list[tuple[str, str]] = []
     for path, (module, parameter, own) in places.items():
         if parameter is not None and module._parameters.get(parameter) is None:
-            problems.append((path, "a parametrization computes this weight, and other code reads it"))
+            problems.append(
+                (path, "a parametrization computes this weight, and other code reads it")
+            )
             continue
         layer = describe(module, parameter)
         found = own.problems(layer)

@@ -19,6 +19,7 @@ from lorica.methods.method import Method
 from lorica.records.phrases import count, size
 from lorica.tasks.task import Task
 from lorica.train.budget import Memory, Scoring, Work, estimate, machine_bytes, process_bytes
+from lorica.train.plan import courses_of
 from lorica.train.shadow import Request, Shadow, make_shadow, try_out
 from lorica.train.signals import signals_wait
 
@@ -94,6 +95,8 @@ def forecast(settings: Resolved, material: Material, shadow: Shadow, encoded: An
     new_tokens = settings.run.max_new_tokens if material.generates else 0
     work = Work(examples.examples, held_out, Scoring(tested, new_tokens=new_tokens))
     process = process_bytes() if shadow.request.device.type == "cpu" else 0
+    with shadow.adapted(method) as adapter:  # refuses what a run would refuse
+        courses_of(shadow.model, shadow.task(task), {adapter: examples}, held_out, settings.train)
     memory = estimate(shadow, method, task, work, settings.train, process=process)
     machine, free = machine_bytes(shadow.request.device)
     return Forecast(

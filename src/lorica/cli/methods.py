@@ -61,7 +61,8 @@ def _facts(word: str) -> dict[str, Any]:
         for s in method_settings(method.kind, method)
     ]
     preset = isinstance(known, Preset)
-    stands_for, proposes = (known.values, known.proposes) if preset else ({}, {})
+    stands_for = known.values if preset else {}
+    proposes = {**getattr(method, "proposes", {}), **(known.proposes if preset else {})}
     return {
         "method": word,
         "title": known.title,

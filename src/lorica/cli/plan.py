@@ -69,11 +69,12 @@ def _forecast(settings: Resolved, voice: Any) -> Forecast:
 
     from lorica.cli.forecast import forecast, shadow_of
     from lorica.cli.material import gather
-    from lorica.cli.prepare import check_effects, encode
-    from lorica.cli.start import source_of
+    from lorica.cli.prepare import check_effects, check_start, encode, sight, tell
+    from lorica.data.screen import screen_quickly
+    from lorica.data.screen_tokens import screen_tokens
     from lorica.errors import ConfigError
 
-    source_of(settings)  # a run refuses what is none
+    check_start(settings)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     if settings.run.on_adapter is not None:
@@ -87,9 +88,14 @@ def _forecast(settings: Resolved, voice: Any) -> Forecast:
         material = gather(settings.run, seed=settings.data_seed)
     kind = material.task(settings.run.task, settings.run.model)
     check_effects(settings, material, kind)
+    held_out = {id(part): part for part in (material.valid, material.scored) if part}
+    tell(screen_quickly(material.train, [*held_out.values()]), settings, voice)
     with voice.work("running the base without its weights"):
         shadow = shadow_of(settings, material, kind)
-        return forecast(settings, material, shadow, encode(settings, material, shadow.model))
+        encoded = encode(settings, material, shadow.model)
+        found = forecast(settings, material, shadow, encoded)
+    tell(screen_tokens(sight(found.settings, material, shadow.model, encoded[1])), settings, voice)
+    return found
 
 
 def _pace(found: Forecast, *, probe: bool) -> Pace:

@@ -73,9 +73,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     Raises:
         LoricaError: settings, data or base with which no run can begin.
     """
-    if settings.run.metrics:
-        find_metrics(settings.run.metrics)  # a wrong name is told before the base is loaded
-    source = source_of(settings)
+    source = check_start(settings)
     for note in settings.notes:
         voice.say(note)
     with voice.work("reading the data"):
@@ -87,7 +85,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     kind = material.task(settings.run.task, settings.run.model)
     check_effects(settings, material, kind)
     held_out = {id(part): part for part in (material.valid, material.scored) if part}
-    _tell(screen_quickly(material.train, [*held_out.values()]), settings, voice)
+    tell(screen_quickly(material.train, [*held_out.values()]), settings, voice)
     early = foresee(settings, material, kind, voice, ignore_memory=ignore_memory)
     settings = early.settings if early else settings
     with voice.work(f"loading {settings.run.model}"):
@@ -122,11 +120,23 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     voice.say(f"targets: {adapter.reason}")
     voice.say(f"adapter: {_size(adapter, number)}")
     voice.say(f"encoded: {encoded_statement(task, examples)}")
-    _tell(screen_tokens(_sight(settings, material, model, examples)), settings, voice)
+    tell(screen_tokens(sight(settings, material, model, examples)), settings, voice)
     metrics = list(settings.run.metrics or material.metrics(kind))
     memory = early.as_dict() if early else {}
     parts = settings, material, model, adapter, task, examples, held_out, metrics
     return Prepared(*parts, memory, begun.relevance, begun.trial)
+
+
+def check_start(settings: Resolved) -> Path | None:
+    """Refuse what no run can begin with, before anything is read; returns `source_of`.
+
+    Raises:
+        ConfigError, AdapterFileError: a metric that there is not, or a start that is none.
+    """
+    if settings.run.metrics:
+        find_metrics(settings.run.metrics)
+    waits_for_records(settings)
+    return source_of(settings)
 
 
 def anchored(settings: Resolved) -> Resolved:
@@ -181,7 +191,7 @@ def foresee(
     return found
 
 
-def _sight(settings: Resolved, material: Material, model: nn.Module, examples: Encoded) -> Sight:
+def sight(settings: Resolved, material: Material, model: nn.Module, examples: Encoded) -> Sight:
     """What `screen_tokens` looks at."""
     base = known(model)
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
@@ -195,7 +205,7 @@ def _sight(settings: Resolved, material: Material, model: nn.Module, examples: E
     )
 
 
-def _tell(findings: list[Finding], settings: Resolved, voice: Voice) -> None:
+def tell(findings: list[Finding], settings: Resolved, voice: Voice) -> None:
     """Say the warnings among the findings.
 
     Raises:

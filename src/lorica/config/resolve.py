@@ -243,7 +243,10 @@ def _choose(found: Found, methods: Mapping[str, type | Preset], problems: list[s
     word, origin = found.get("method", (RunConfig.model_fields["method"].default, "default"))
     if isinstance(word, str) and word in methods:
         chosen = methods[word]
-        return _unfold(word, chosen, found, problems) if isinstance(chosen, Preset) else chosen
+        if isinstance(chosen, Preset):
+            return _unfold(word, chosen, found, problems)
+        _propose(word, getattr(chosen, "proposes", {}), found, origin)
+        return chosen
     if isinstance(word, Mapping):
         del found["method"]  # told here, in full
         lines = "; ".join(f"{key}: {yaml_text(_plain(value))}" for key, value in word.items())
@@ -266,12 +269,18 @@ def _unfold(word: str, preset: Preset, found: Found, problems: list[str]) -> Any
         if given != value and key != "loraplus_lr_ratio":  # which is how much, not whether
             problems.append(f"{where}: {key}={given} contradicts method={word}: {key}={value}")
         found.setdefault(key, (value, f"{origin}, method: {word}"))
-    for key, value in preset.proposes.items():
-        if key != "epochs" or "max_steps" not in found:  # the first to be reached would end the run
-            found.setdefault(key, (value, f"{origin}, method: {word}"))
+    _propose(word, preset.proposes, found, origin)
     kind: Any = preset.method
+    _propose(word, getattr(kind, "proposes", {}), found, origin)
     found["method"] = kind.kind, f"{origin}, method: {word}"
     return kind
+
+
+def _propose(word: str, proposes: Mapping[str, Any], found: Found, origin: str) -> None:
+    """Settings that a method asks for, where others are not given."""
+    for key, value in proposes.items():
+        if key != "epochs" or "max_steps" not in found:  # the first to be reached would end the run
+            found.setdefault(key, (value, f"{origin}, method: {word}"))
 
 
 def _build(

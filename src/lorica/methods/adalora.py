@@ -72,6 +72,9 @@ class AdaLoRA(WeightUpdate):
 
     kind: ClassVar[str] = "adalora"
     title: ClassVar[str] = "LoRA that gives its ranks to where they count (arXiv 2303.10512)"
+    proposes: ClassVar[Mapping[str, Any]] = {"learning_rate": 2e-3}
+    """All three factors begin small, so steps move the weight less than LoRA's: the paper has 5e-4
+    to 2.2e-3 in thousands of steps (table 8)."""
     stacks: ClassVar[bool] = True
 
     @property
