@@ -67,6 +67,11 @@ class Adapter:
         """What acts with it, the lowest first, and itself."""
         return [*(self.on.stages if self.on is not None else []), self]
 
+    @property
+    def parts(self) -> list[Adapter]:
+        """What trains as one adapter: those that train together with it, and itself, the last."""
+        return [*(self.on.parts if self.on is not None and self.together else []), self]
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and tensor of everything that trains, in the order of the model."""
         if self.on is not None and self.together:

@@ -20,7 +20,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -70,6 +70,13 @@ class Route:
     weights: Tensor | None = None
     segments: tuple[tuple[int, int, str], ...] | None = None
     dropout_seed: int | None = None
+
+    @cached_property
+    def table(self) -> list[list[float]]:
+        """The weights as numbers: one list for all rows, or one for each."""
+        assert self.weights is not None
+        found = self.weights.tolist()
+        return found if self.weights.dim() == 2 else [found]
 
 
 @dataclass(eq=False)

@@ -70,18 +70,13 @@ def _forecast(settings: Resolved, voice: Any) -> Forecast:
     from lorica.cli.forecast import forecast, shadow_of
     from lorica.cli.material import gather
     from lorica.cli.prepare import check_effects, check_start, encode, sight, tell
+    from lorica.cli.start import lower_of
     from lorica.data.screen import screen_quickly
     from lorica.data.screen_tokens import screen_tokens
-    from lorica.errors import ConfigError
 
     check_start(settings)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
-    if settings.run.on_adapter is not None:
-        raise ConfigError(
-            f"{settings.origins['on_adapter']}: a run on top of an adapter is not planned",
-            mend="leave on_adapter out: the plan is then that of the same run on the bare base",
-        )
     for note in settings.notes:
         voice.say(note)
     with voice.work("reading the data"):
@@ -93,16 +88,16 @@ def _forecast(settings: Resolved, voice: Any) -> Forecast:
     with voice.work("running the base without its weights"):
         shadow = shadow_of(settings, material, kind)
         encoded = encode(settings, material, shadow.model)
-        found = forecast(settings, material, shadow, encoded)
+        found = forecast(settings, material, shadow, encoded, lower_of(settings))
     tell(screen_tokens(sight(found.settings, material, shadow.model, encoded[1])), settings, voice)
     return found
 
 
 def _pace(found: Forecast, *, probe: bool) -> Pace:
     """Measured where the base can be loaded, else by the law of 4 N."""
-    from lorica.attach.attach import attach
     from lorica.attach.survey import LINEAR
     from lorica.base.load import load_model, weight_files
+    from lorica.cli.start import stacked
     from lorica.train.budget import chosen_batches
     from lorica.train.pace import by_law, probed
 
@@ -121,8 +116,7 @@ def _pace(found: Forecast, *, probe: bool) -> Pace:
         trust_remote_code=request.trust_remote_code,
         eos_token=request.eos_token,
     )
-    method = found.method.stand_in() if hasattr(found.method, "stand_in") else found.method  # type: ignore[attr-defined]
-    adapter = attach(model, method, name="timed", seed=settings.seed)
+    adapter = stacked(model, found.method, found.lower, seed=settings.seed)
     task = found.shadow.task(found.task)
     usual, _ = chosen_batches(found.work.examples, task, found.shadow, settings)
     return probed(model, adapter, found.task, [usual], settings)
@@ -206,7 +200,7 @@ def _settings(found: Forecast) -> list[dict[str, Any]]:
     """Every setting with its value and where that came from; for a default, what it does."""
     from lorica.config import known_settings
 
-    known = known_settings({found.settings.run.method: type(found.settings.method)})
+    known = known_settings({found.settings.method.kind: type(found.settings.method)})
     values, origins = found.settings.values, found.settings.origins
     return [
         {

@@ -13,7 +13,14 @@ from lorica.attach.attach import Adapter
 from lorica.base.load import Base, base_of, load_model
 from lorica.cli.forecast import Forecast, forecast, refuse_if_far_over, shadow_of, verdict_on
 from lorica.cli.material import Material, gather
-from lorica.cli.start import begin, begin_by_records, lay_below, source_of, waits_for_records
+from lorica.cli.start import (
+    begin,
+    begin_by_records,
+    lay_below,
+    lower_of,
+    source_of,
+    waits_for_records,
+)
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.dataset import Dataset
@@ -117,7 +124,8 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
         for line in begin_from(adapter, source):
             voice.say(f"start: {line}")
     courses_of(model, task, {adapter: examples}, held_out, settings.train)  # refuses early
-    voice.say(f"targets: {adapter.reason}")
+    for part in adapter.parts:
+        voice.say(f"targets: {part.reason}")
     voice.say(f"adapter: {_size(adapter, number)}")
     voice.say(f"encoded: {encoded_statement(task, examples)}")
     tell(screen_tokens(sight(settings, material, model, examples)), settings, voice)
@@ -167,9 +175,7 @@ def foresee(
         CheckRefused: far more memory than the machine has.
         LoricaError: records or settings with which no run can begin.
     """
-    if settings.run.on_adapter is not None:
-        voice.say("the memory of a run on top of an adapter is not estimated")
-        return None
+    lower = lower_of(settings)
     try:
         shadow = shadow_of(settings, material, kind)
     except LoricaError:  # loading the base will say it in full
@@ -178,7 +184,7 @@ def foresee(
         encoded = encode(settings, material, shadow.model)
     try:
         with voice.work("estimating the memory"):
-            found = forecast(settings, material, shadow, encoded)
+            found = forecast(settings, material, shadow, encoded, lower)
     except (LoricaError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         text = next(iter(str(error).splitlines()), type(error).__name__)
         if not isinstance(error, LoricaError):  # else attaching will say it in full
@@ -250,22 +256,33 @@ def _load(settings: Resolved, material: Material, kind: str) -> tuple[nn.Module,
         why = (
             "the base has no weights for them" if len(new) > 1 else "the base has no weights for it"
         )
-        settings = settings.decided("modules_to_save", (*given, *new), why)
+        settings = _with_modules(settings, [*given, *new], why)
     return model, settings
 
 
+def _with_modules(settings: Resolved, names: list[str], why: str) -> Resolved:
+    """The settings with modules that train whole beside the adapter: with its topmost method."""
+    if not settings.below:
+        return settings.decided("modules_to_save", names, why)
+    *parts, last = settings.run.method
+    return settings.decided("method", [*parts, {**last, "modules_to_save": names}], why)  # type: ignore[dict-item]
+
+
 def _size(adapter: Adapter, of: int) -> str:
-    method: Any = adapter.method
+    methods: list[Any] = [part.method for part in adapter.parts]
     share = adapter.num_parameters / of
-    places = f"{len(adapter.slots)} place{'s' * (len(adapter.slots) != 1)}"
+    number = sum(len(part.slots) for part in adapter.parts)
+    places = f"{number} place{'s' * (number != 1)}"
     text = f"{count(adapter.num_parameters)} parameters train in {places}"
     sizes = [
         f"{key}={getattr(method, key):g}"
+        for method in methods
         for key in ("r", "init_r", "lora_alpha", "num_virtual_tokens")
         if hasattr(method, key)
     ]
     rank = f"; {', '.join(sizes)}" if sizes else ""
-    return f"{method.kind}, {text} ({share:.2%} of the base){rank}"
+    kinds = " with ".join(method.kind for method in methods)
+    return f"{kinds}, {text} ({share:.2%} of the base){rank}"
 
 
 def check_effects(settings: Resolved, material: Material, kind: str) -> None:
@@ -304,7 +321,8 @@ def encode(
     task = make_task(settings, base)
     parts = [task.encode(part) for part in (material.train, material.valid or ())]
     tested = task.encode(material.scored or ())
-    virtual = getattr(settings.method, "num_virtual_tokens", 0)
+    methods = (*settings.below, settings.method)
+    virtual = max(getattr(method, "num_virtual_tokens", 0) for method in methods)
     limit = num_positions(model, virtual=virtual)
     if virtual and limit is not None and limit < 2:
         raise ConfigError(

@@ -16,11 +16,11 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from lorica.config.choose import Found, Methods, Part, choose
 from lorica.config.contradictions import contradictions
 from lorica.config.names import ALIASES, NO_TWIN, SECRET_KEY, SECRET_VALUE
 from lorica.config.settings import (
     REQUIRED,
-    Preset,
     RunConfig,
     Setting,
     Settings,
@@ -49,6 +49,7 @@ class Resolved:
         method: the settings object of the method, which is the method; None without methods.
         origins: name -> where its value came from: "default", "run.yaml:7", "--r", "rule: ...".
         notes: what the user should read, such as aliases that were mapped.
+        below: the methods that train together with `method`, as one adapter, the lowest first.
     """
 
     run: RunConfig
@@ -56,13 +57,14 @@ class Resolved:
     method: Any
     origins: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    below: tuple[Any, ...] = ()
 
     @property
     def values(self) -> dict[str, Any]:
         """Name -> value, of everything."""
         found = {key: getattr(self.run, key) for key in RunConfig.model_fields}
         found |= {key: getattr(self.train, key) for key in TrainSettings.model_fields}
-        return found | method_values(self.method)
+        return found if self.below else found | method_values(self.method)
 
     @property
     def data_seed(self) -> int:
@@ -77,18 +79,19 @@ class Resolved:
         """
         kept = {name: v for name, v in self.values.items() if self.origins[name] != "default"}
         layer = Layer("settings", kept, {name: self.origins[name] for name in kept})
-        methods = {self.run.method: type(self.method)} if self.method is not None else {}
+        methods = {m.kind: type(m) for m in (*self.below, self.method) if m is not None}
         made = resolve(layer, Layer(f"rule: {reason}", {key: value}), methods=methods)
         return dataclasses.replace(made, notes=self.notes)
 
     def to_yaml(self) -> str:
         """YAML that resolves to the same settings, every line with the origin of its value."""
+        values, lines = self.values, [f"version: {VERSION}"]
+        own = [*RunConfig.model_fields, *TrainSettings.model_fields]
         groups = {
             "run": list(RunConfig.model_fields),
             "training": list(TrainSettings.model_fields),
-            f"method: {self.run.method}": list(method_values(self.method)),
+            f"method: {self.run.method}": [key for key in values if key not in own],
         }
-        values, lines = self.values, [f"version: {VERSION}"]
         for title, keys in groups.items():
             lines += ["", f"# {title}"] if keys else []
             for key in keys:
@@ -99,7 +102,7 @@ class Resolved:
 
 def resolve(
     *layers: Layer | tuple[str, Mapping[str, Any]],
-    methods: Mapping[str, type | Preset] | None = None,
+    methods: Methods | None = None,
 ) -> Resolved:
     """Put layers of settings together; later ones win.
 
@@ -117,23 +120,29 @@ def resolve(
     problems: list[str] = []
     notes: list[str] = []
     found = _merge(stack, known_settings(methods), problems, notes)
-    kind = _choose(found, methods or {}, problems)
-    known = known_settings({kind.kind: kind} if kind else {})
-    for key in [key for key in found if key not in known]:
-        _, origin = found.pop(key)
-        if kind:  # without one, the method itself is the problem
-            problems.append(f"{origin}: {key} has no effect with the method {kind.kind}")
+    parts = choose(found, methods or {}, problems)
+    of_methods: list[str] = []
+    made = [_made(part, of_methods) for part in parts]
+    if len(made) > 1 and None not in made:  # written as settings that lead to the same again
+        origin = found["method"][1]
+        found["method"] = [{"method": m.kind, **method_values(m)} for m in made], origin
+    elif parts:
+        found |= parts[-1].given
+        if isinstance(found.get("method", ("",))[0], list | tuple):  # a list of one
+            found["method"] = parts[-1].kind.kind, found["method"][1]
     values = {key: value for key, (value, _) in found.items()}
     origins = {key: origin for key, (_, origin) in found.items()}
     run = _build(RunConfig, values, origins, problems)
     train = _build(TrainSettings, values, origins, problems)
-    method = _build_method(kind, values, origins, problems) if kind else None
+    problems += of_methods
     if run is not None and train is not None:
         problems += [_placed(problem, origins) for problem in contradictions(run, train)]
     if problems or run is None or train is None:
         reasons = f", for {len(problems)} reasons" if len(problems) > 1 else ""
         raise ConfigError(f"the settings cannot be used{reasons}", problems=problems)
-    resolved = Resolved(run, train, method, origins, tuple(notes))
+    *below, method = made or [None]
+    resolved = Resolved(run, train, method, origins, tuple(notes), tuple(below))
+    known = known_settings({part.kind.kind: part.kind for part in parts})
     for key, value in resolved.values.items():
         if key not in origins or (values[key] is None and value is not None):
             same = _plain(value) == _plain(known[key].default)
@@ -141,7 +150,7 @@ def resolve(
     return resolved
 
 
-def json_schema(methods: Mapping[str, type | Preset] | None = None) -> dict[str, Any]:
+def json_schema(methods: Methods | None = None) -> dict[str, Any]:
     """The JSON Schema (2020-12) of a settings file, by which editors complete and check.
 
     Nothing is required in it: what a file leaves out may stand on the command line.
@@ -168,9 +177,6 @@ def json_schema(methods: Mapping[str, type | Preset] | None = None) -> dict[str,
         "properties": properties,
         "additionalProperties": False,
     }
-
-
-Found = dict[str, tuple[Any, str]]
 
 
 def _merge(
@@ -237,52 +243,6 @@ def _hides_secret(name: str, value: object, key: str | None, known: Mapping[str,
     return bool(SECRET_VALUE.search(json.dumps(value, default=str, ensure_ascii=False)))
 
 
-def _choose(found: Found, methods: Mapping[str, type | Preset], problems: list[str]) -> Any:
-    if not methods:
-        return None
-    word, origin = found.get("method", (RunConfig.model_fields["method"].default, "default"))
-    if isinstance(word, str) and word in methods:
-        chosen = methods[word]
-        if isinstance(chosen, Preset):
-            return _unfold(word, chosen, found, problems)
-        _propose(word, getattr(chosen, "proposes", {}), found, origin)
-        return chosen
-    if isinstance(word, Mapping):
-        del found["method"]  # told here, in full
-        lines = "; ".join(f"{key}: {yaml_text(_plain(value))}" for key, value in word.items())
-        problems.append(
-            f"{origin}: method is a section here, but settings lie flat: write method: "
-            f"{next(iter(methods))}, and at the top level {lines}"
-        )
-        return None
-    near = nearest(str(word), methods)
-    hint = f"did you mean {near}?" if near else f"there are: {', '.join(methods)}"
-    problems.append(f"{origin}: method is {word!r}; {hint}")
-    return None
-
-
-def _unfold(word: str, preset: Preset, found: Found, problems: list[str]) -> Any:
-    """Put what a name stands for in its place; what was given besides must not contradict it."""
-    _, origin = found["method"]
-    for key, value in preset.values.items():
-        given, where = found.get(key, (value, ""))
-        if given != value and key != "loraplus_lr_ratio":  # which is how much, not whether
-            problems.append(f"{where}: {key}={given} contradicts method={word}: {key}={value}")
-        found.setdefault(key, (value, f"{origin}, method: {word}"))
-    _propose(word, preset.proposes, found, origin)
-    kind: Any = preset.method
-    _propose(word, getattr(kind, "proposes", {}), found, origin)
-    found["method"] = kind.kind, f"{origin}, method: {word}"
-    return kind
-
-
-def _propose(word: str, proposes: Mapping[str, Any], found: Found, origin: str) -> None:
-    """Settings that a method asks for, where others are not given."""
-    for key, value in proposes.items():
-        if key != "epochs" or "max_steps" not in found:  # the first to be reached would end the run
-            found.setdefault(key, (value, f"{origin}, method: {word}"))
-
-
 def _build(
     kind: type[Settings], values: Mapping[str, Any], origins: Mapping[str, str], problems: list[str]
 ) -> Any:
@@ -291,6 +251,13 @@ def _build(
     except ConfigError as error:
         problems += [_placed(problem, origins) for problem in error.problems]
         return None
+
+
+def _made(part: Part, problems: list[str]) -> Any:
+    """The settings object of one method of a run."""
+    values = {key: value for key, (value, _) in part.given.items()}
+    origins = {key: origin for key, (_, origin) in part.given.items()}
+    return _build_method(part.kind, values, origins, problems)
 
 
 def build_method(kind: Any, values: Mapping[str, Any]) -> Any:

@@ -290,7 +290,14 @@ class RunConfig(Settings):
     output_dir: PathText | None = Field(
         default=None, description="folder of the run; null: a new folder under runs/"
     )
-    method: Word = Field(default="lora", description="how the base is adapted")
+    method: Annotated[
+        Word | Annotated[tuple[Word | dict[str, Any], ...], Strict(False)],
+        Expects("a method, or a list of methods"),
+    ] = Field(
+        default="lora",
+        description="how the base is adapted; several train together as one adapter: "
+        "prefix-tuning,parallel, or in YAML a list of words or of {method: word, setting: value}",
+    )
     init_adapter: PathText | None = Field(
         default=None,
         description="a trained adapter to begin from, such as that of another task: a run folder "
@@ -417,6 +424,19 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Union:
+    """A name for several methods that train together as one adapter, such as mam.
+
+    Attributes:
+        parts: words of methods, the topmost last, with settings; what is given instead wins.
+        title: the methods in a line, with their paper.
+    """
+
+    parts: tuple[tuple[str, Mapping[str, Any]], ...]
+    title: str
+
+
+@dataclass(frozen=True)
 class Setting:
     """One thing that can be set, for whoever makes options, checks or pages of it.
 
@@ -449,7 +469,9 @@ class Setting:
         return "--" + self.key.replace("_", "-")
 
 
-def known_settings(methods: Mapping[str, type | Preset] | None = None) -> dict[str, Setting]:
+def known_settings(
+    methods: Mapping[str, type | Preset | Union] | None = None,
+) -> dict[str, Setting]:
     """Everything that can be set with these methods (kind -> settings class), by name and in order.
 
     A setting that several methods share is listed once, with the first.
@@ -462,7 +484,7 @@ def known_settings(methods: Mapping[str, type | Preset] | None = None) -> dict[s
                 key, group, info.annotation, default, info.description or "", expected_of(kind, key)
             )
     for group, kind in (methods or {}).items():
-        for setting in [] if isinstance(kind, Preset) else method_settings(group, kind):
+        for setting in [] if isinstance(kind, Preset | Union) else method_settings(group, kind):
             assert found.get(setting.key, setting).group not in ("run", "train"), setting.key
             found.setdefault(setting.key, setting)
     return found

@@ -426,7 +426,7 @@ class _Run:
             },
             "task": self.task.kind,
             "seed": self.settings.seed,
-            "method": _method(first),
+            "method": _method(first.trainee.adapter),
             "adapters": {
                 c.name: {
                     **_shape(c),
@@ -434,7 +434,9 @@ class _Run:
                     "on": [stage.method.kind for stage in c.trainee.adapter.stages[:-1]],
                     "path": str(self._target(c)),
                     "merges": all(
-                        becomes_weight(slot.method) for slot in c.trainee.adapter.slots.values()
+                        becomes_weight(slot.method)
+                        for stage in c.trainee.adapter.stages
+                        for slot in stage.slots.values()
                     ),
                 }
                 for c in self.courses
@@ -450,13 +452,15 @@ class _Run:
 def _shape(course: Course) -> dict[str, Any]:
     """What an adapter is as it stands; a method may leave less than it began with."""
     adapter = course.trainee.adapter
+    parts = adapter.parts
+    together = {"together": [_method(part) for part in parts[:-1]]} if parts[1:] else {}
     return {
         "num_parameters": adapter.num_parameters,
-        "num_places": len(adapter.slots),
-        "method": _method(course),
+        "num_places": sum(len(part.slots) for part in parts),
+        "method": _method(adapter),
+        **together,
     }
 
 
-def _method(course: Course) -> dict[str, Any]:
-    method = course.trainee.adapter.method
-    return {"kind": method.kind, **method_values(method)}
+def _method(adapter: Adapter) -> dict[str, Any]:
+    return {"kind": adapter.method.kind, **method_values(adapter.method)}
