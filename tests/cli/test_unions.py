@@ -31,7 +31,7 @@ def test_settings_go_to_the_methods_that_have_them():
     parts = ["lora", {"method": "lora", "target_modules": "mlp", "rank": 2}]
     two = found(method=parts, r=9, learning_rate=1e-3)
     assert two.below == (LoRA(r=9),) and two.method == LoRA(r=2, target_modules="mlp")
-    assert two.train.learning_rate == 1e-3 and not found(method=["lora"], r=4).below
+    assert two.train.learning_rate == 1e-3
     assert found(method=["lora-plus", "bitfit"]).train.loraplus_lr_ratio == 16
     line = {"--method": "prefix-tuning,parallel", "--num-virtual-tokens": "4"}
     flags = flag_layer(line, known_settings(WORDS))
@@ -55,7 +55,8 @@ def test_a_name_for_several():
     [
         ({"method": ["lora", "loraa"]}, "run.yaml, method 2 of the list: method is 'loraa'; did"),
         ({"method": ["lora", "mam"]}, "method is 'mam', which is several: name its parts"),
-        ({"method": []}, "method is an empty list"),
+        ({"method": []}, "method is a list of 0; name more"),
+        ({"method": ["lora"]}, "method is a list of 1; write method: lora"),
         ({"method": ["lora", {"r": 3}]}, "method 2 of the list: a mapping without `method`"),
         ({"method": ["lora", {"method": "ia3", "r": 3}]}, "r has no effect with the method ia3"),
         (

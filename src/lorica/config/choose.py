@@ -124,8 +124,9 @@ def _several(
         where = f"{origin}, method: {word}" if union else f"{origin}, method {number} of the list"
         part = _part(item, where, found, methods, problems, flat_wins=union is not None)
         parts += [part] if part else []
-    if not items:
-        problems.append(f"{origin}: method is an empty list; name a method")
+    if len(items) < 2:
+        only = f"write method: {items[0]}" if items and isinstance(items[0], str) else "name more"
+        problems.append(f"{origin}: method is a list of {len(items)}; {only}")
     for part in parts:  # a name may stand for settings of training as well
         for key in [key for key in part.given if key in known_settings()]:
             found.setdefault(key, part.given.pop(key))

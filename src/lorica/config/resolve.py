@@ -128,8 +128,6 @@ def resolve(
         found["method"] = [{"method": m.kind, **method_values(m)} for m in made], origin
     elif parts:
         found |= parts[-1].given
-        if isinstance(found.get("method", ("",))[0], list | tuple):  # a list of one
-            found["method"] = parts[-1].kind.kind, found["method"][1]
     values = {key: value for key, (value, _) in found.items()}
     origins = {key: origin for key, (_, origin) in found.items()}
     run = _build(RunConfig, values, origins, problems)
