@@ -8,6 +8,7 @@ are parts of one adapter of several methods, such as a prefix and a parallel bot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorica.attach.intervene import is_intervention
@@ -60,9 +61,14 @@ def check_union(method: Method, below: Adapter | None, together: bool) -> None:
 
 def check_stages(method: Method, below: Adapter | None) -> None:
     """Raises ConfigError where an adapter of this method cannot lie on `below`."""
-    if below is None or not (is_prompt(method) or is_intervention(method)):
+    check_methods(method, [stage.method for stage in below.stages] if below is not None else ())
+
+
+def check_methods(method: Method, lower: Sequence[Method]) -> None:
+    """Raises ConfigError where a method cannot act on top of the others."""
+    if not (is_prompt(method) or is_intervention(method)):
         return
-    taken = [stage.method for stage in below.stages if is_prompt(stage.method)]
+    taken = [one for one in lower if is_prompt(one)]
     if taken and is_prompt(method):
         raise ConfigError(
             f"{method.kind} cannot be trained on top of {taken[0].kind}: virtual tokens stand "
@@ -70,7 +76,7 @@ def check_stages(method: Method, below: Adapter | None) -> None:
             expected="at most one adapter with virtual tokens among those that act together",
             mend="train another method on top of it, or go on with its own tensors: init_adapter",
         )
-    edits = [stage.method for stage in below.stages if is_intervention(stage.method)]
+    edits = [one for one in lower if is_intervention(one)]
     if other := (edits if is_prompt(method) else taken):
         raise ConfigError(
             f"{method.kind} cannot be trained on top of {other[0].kind}: edits of hidden states "

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lorica.cli.forecast import Alternative, Forecast
     from lorica.config import Resolved
     from lorica.train.pace import Pace
+    from lorica.train.shadow import Lower
 
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
@@ -51,26 +54,50 @@ def command(
     layers = [load_yaml(file) for file in line.files]
     settings = resolve(*layers, flag_layer(line.flags, known), methods=WORDS)
     voice = Voice(quiet=json, stream=sys.stderr)
-    found = _forecast(settings, voice)
-    with voice.work("looking for cheaper settings"):
-        cheaper = alternatives(found)
-    with voice.work("timing a few steps"):
-        pace = _pace(found, probe=probe)
+    told = []
+    for title, one, lower in _runs(settings):
+        found = _forecast(one, voice, lower)
+        with voice.work("looking for cheaper settings"):
+            cheaper = alternatives(found)
+        with voice.work("timing a few steps"):
+            pace = _pace(found, probe=probe)
+        told.append(_as_dict(found, cheaper, pace))
+        if not json:
+            print("\n".join([*([title, ""] if title else []), *_lines(found, cheaper, pace)]))
+        if warning := verdict_on(found):
+            print(f"lorica: warning: {warning}", file=sys.stderr)
     if json:
-        print(jsonlib.dumps(_as_dict(found, cheaper, pace), ensure_ascii=False))
-    else:
-        print("\n".join(_lines(found, cheaper, pace)))
-    if warning := verdict_on(found):
-        print(f"lorica: warning: {warning}", file=sys.stderr)
+        fits = all(one["fits"] for one in told)
+        print(jsonlib.dumps({"fits": fits, "stages": told} if told[1:] else told[0]))
 
 
-def _forecast(settings: Resolved, voice: Any) -> Forecast:
+def _runs(settings: Resolved) -> Iterator[tuple[str, Resolved, tuple[Lower, ...]]]:
+    """(title, settings, what will lie below) of the run, or of each of its stages."""
+    from lorica.cli.start import lower_of
+
+    if not settings.stages:
+        yield "", settings, lower_of(settings)
+        return
+    from lorica.cli.stages import check_stages_of, methods_of
+    from lorica.train.shadow import Lower
+
+    check_stages_of(settings)
+    before: list[Lower] = []
+    for number, own in enumerate(settings.stages, 1):
+        first = lower_of(own)
+        together = [one for one in first if one.trains]
+        before += [one for one in first if not one.trains and number == 1]
+        kinds = " with ".join(method.kind for method in methods_of(own))
+        yield f"stage {number}: {kinds}", own, (*before, *together)
+        before += [Lower(method) for method in methods_of(own)]
+
+
+def _forecast(settings: Resolved, voice: Any, lower: tuple[Lower, ...]) -> Forecast:
     import torch
 
     from lorica.cli.forecast import forecast, shadow_of
     from lorica.cli.material import gather
     from lorica.cli.prepare import check_effects, check_start, encode, sight, tell
-    from lorica.cli.start import lower_of
     from lorica.data.screen import screen_quickly
     from lorica.data.screen_tokens import screen_tokens
 
@@ -88,7 +115,7 @@ def _forecast(settings: Resolved, voice: Any) -> Forecast:
     with voice.work("running the base without its weights"):
         shadow = shadow_of(settings, material, kind)
         encoded = encode(settings, material, shadow.model)
-        found = forecast(settings, material, shadow, encoded, lower_of(settings))
+        found = forecast(settings, material, shadow, encoded, lower)
     tell(screen_tokens(sight(found.settings, material, shadow.model, encoded[1])), settings, voice)
     return found
 

@@ -78,7 +78,12 @@ def command(
 
         execute_seeds(settings, go_on=go_on, discard=replace, **how)
         return
-    outcome = execute(settings, resume=resume, discard=replace, **how)
+    if settings.stages:
+        from lorica.cli.stages import execute_stages
+
+        outcome = execute_stages(settings, resume=resume, discard=replace, **how)
+    else:
+        outcome = execute(settings, resume=resume, discard=replace, **how)
     if not (json or quiet):
         print("\n".join(closing_lines(outcome.folder, outcome.samples)))
 

@@ -50,6 +50,7 @@ class Resolved:
         origins: name -> where its value came from: "default", "run.yaml:7", "--r", "rule: ...".
         notes: what the user should read, such as aliases that were mapped.
         below: the methods that train together with `method`, as one adapter, the lowest first.
+        stages: the settings of each stage of a run that has several; `method` is None there.
     """
 
     run: RunConfig
@@ -58,12 +59,17 @@ class Resolved:
     origins: Mapping[str, str]
     notes: tuple[str, ...] = ()
     below: tuple[Any, ...] = ()
+    stages: tuple[Resolved, ...] = ()
 
     @property
     def values(self) -> dict[str, Any]:
-        """Name -> value, of everything."""
+        """Name -> value, of everything; beside stages, of what is given for all of them."""
         found = {key: getattr(self.run, key) for key in RunConfig.model_fields}
-        found |= {key: getattr(self.train, key) for key in TrainSettings.model_fields}
+        trained = list(TrainSettings.model_fields)
+        if self.stages:  # each has a method, and defaults, of its own
+            del found["method"]
+            trained = [key for key in trained if key in self.origins]
+        found |= {key: getattr(self.train, key) for key in trained}
         return found if self.below else found | method_values(self.method)
 
     @property
@@ -88,8 +94,8 @@ class Resolved:
         values, lines = self.values, [f"version: {VERSION}"]
         own = [*RunConfig.model_fields, *TrainSettings.model_fields]
         groups = {
-            "run": list(RunConfig.model_fields),
-            "training": list(TrainSettings.model_fields),
+            "run": [key for key in RunConfig.model_fields if key in values],
+            "training": [key for key in TrainSettings.model_fields if key in values],
             f"method: {self.run.method}": [key for key in values if key not in own],
         }
         for title, keys in groups.items():
@@ -120,7 +126,9 @@ def resolve(
     problems: list[str] = []
     notes: list[str] = []
     found = _merge(stack, known_settings(methods), problems, notes)
-    parts = choose(found, methods or {}, problems)
+    staged = methods and found.get("stages", (None, ""))[0] is not None
+    stages = _stages(found, methods or {}, problems) if staged else []
+    parts = [] if staged else choose(found, methods or {}, problems)
     of_methods: list[str] = []
     made = [_made(part, of_methods) for part in parts]
     if len(made) > 1 and None not in made:  # written as settings that lead to the same again
@@ -135,17 +143,46 @@ def resolve(
     problems += of_methods
     if run is not None and train is not None:
         problems += [_placed(problem, origins) for problem in contradictions(run, train)]
+    problems = list(dict.fromkeys(problems))  # each stage finds what is wrong for all
     if problems or run is None or train is None:
         reasons = f", for {len(problems)} reasons" if len(problems) > 1 else ""
         raise ConfigError(f"the settings cannot be used{reasons}", problems=problems)
     *below, method = made or [None]
-    resolved = Resolved(run, train, method, origins, tuple(notes), tuple(below))
+    resolved = Resolved(run, train, method, origins, tuple(notes), tuple(below), tuple(stages))
     known = known_settings({part.kind.kind: part.kind for part in parts})
     for key, value in resolved.values.items():
         if key not in origins or (values[key] is None and value is not None):
             same = _plain(value) == _plain(known[key].default)
             origins[key] = "default" if same else _RULES[key]
     return resolved
+
+
+def _stages(found: Found, methods: Methods, problems: list[str]) -> list[Resolved]:
+    """The settings of every stage: those beside the list, and over them its own. What belongs to a
+    method and lies beside the list is taken out of `found`, and told.
+    """
+    entries, origin = found["stages"]
+    listed = isinstance(entries, list | tuple) and all(isinstance(e, Mapping) for e in entries)
+    if not listed or len(entries) < 2:
+        problems.append(f"{origin}: stages must be a list of at least two mappings of settings")
+        entries = []
+    for key in [key for key in found if key == "method" or key not in known_settings()]:
+        _, where = found.pop(key)
+        problems.append(f"{where}: {key} has no effect beside stages; give it to one of them")
+    common = {key: value for key, (value, _) in found.items() if key != "stages"}
+    layer = Layer("settings", common, {key: where for key, (_, where) in found.items()})
+    made = []
+    for number, entry in enumerate(entries, 1):
+        where = f"{origin}, stage {number}"
+        keys = {ALIASES.get(key, key): key for key in entry}
+        of_all = [k for k in keys if k in {*RunConfig.model_fields, "seed", "dtype"} - {"method"}]
+        problems += [f"{where}: {key} is the same for all stages; put it beside" for key in of_all]
+        own = {keys[key]: entry[keys[key]] for key in keys if key not in of_all}
+        try:
+            made.append(resolve(layer, Layer(where, own), methods=methods))
+        except ConfigError as error:
+            problems += error.problems
+    return made
 
 
 def json_schema(methods: Methods | None = None) -> dict[str, Any]:

@@ -298,6 +298,17 @@ class RunConfig(Settings):
         description="how the base is adapted; several train together as one adapter: "
         "prefix-tuning,parallel, or in YAML a list of words or of {method: word, setting: value}",
     )
+    stages: (
+        Annotated[
+            tuple[dict[str, Any], ...], Strict(False), Expects("a list of mappings of settings")
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="several trainings one after the other, each on top of the last, which it "
+        "keeps: a list of {method: word, max_steps: N, setting: value}; settings beside it are "
+        "those of all stages",
+    )
     init_adapter: PathText | None = Field(
         default=None,
         description="a trained adapter to begin from, such as that of another task: a run folder "

@@ -193,13 +193,15 @@ def _method_problems(task: Task, course: Course, settings: TrainSettings) -> lis
     """Why a method cannot learn these records in these steps."""
     problems = course.trainee.between.problems()
     bare = [i for i, e in enumerate(course.examples) if e.num_prompt <= 1]
-    for method in (stage.method for stage in course.trainee.adapter.stages):
+    adapter = course.trainee.adapter
+    trained = [part.method for part in adapter.parts]
+    for method in (stage.method for stage in adapter.stages):
         if hasattr(method, "key_values") and settings.gradient_checkpointing:
             problems.append(
                 f"gradient_checkpointing takes the cache away, and {method.kind} with it: set "
                 "gradient_checkpointing: false, or use prompt-tuning"
             )
-        if hasattr(method, "intervene") and task.kind == "causal-lm" and bare:
+        if method in trained and hasattr(method, "intervene") and task.kind == "causal-lm" and bare:
             problems.append(
                 f"{method.kind} edits prompts alone, and {len(bare):,} of the records have no "
                 f"prompt, such as number {bare[0] + 1}: give records with prompts, and train_on: "
