@@ -169,17 +169,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def folded(problems: Iterable[tuple[str, str]]) -> list[str]:
-    """(path of a place, what is wrong there) as lines: one for all places where that is the same,
-    with the first of them and what the others are called.
+    """("PATH", or "PATH (SHAPE)", what is wrong there) as lines: one for all places of a shape where
+    that is the same, with the first of them and what the others are called.
     """
-    places: dict[str, list[str]] = {}
-    for path, problem in problems:
-        places.setdefault(problem, []).append(path)
+    places: dict[tuple[str, str], list[str]] = {}
+    for place, problem in problems:
+        path, _, shape = place.partition(" ")
+        places.setdefault((f" {shape}".rstrip(), problem), []).append(path)
     lines = []
-    for problem, paths in places.items():
+    for (shape, problem), paths in places.items():
         names = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
         more = f" and {len(paths) - 1} more ({names})" if paths[1:] else ""
-        lines.append(f"{paths[0]}{more}: {problem}")
+        lines.append(f"{paths[0]}{shape}{more}: {problem}")
     return lines
 
 

@@ -135,6 +135,13 @@ def merge(
     targets = list(_targets(model, shares))
     problems = _not_weights(model, shares)
     problems += [
+        f"{name} is stacked on {stage.name}, and {stage.method.kind} is no sum of products"
+        for name in shares
+        if find(model, name).stacked
+        for stage in find(model, name).stages
+        if not all(slot.method.stacks or slot.method.replaces for slot in stage.slots.values())
+    ]
+    problems += [
         f"{name} lies below {other.name}, which would lose it; detach that, or merge it as well"
         for name in shares
         for other in adapters(model).values()

@@ -4,6 +4,11 @@ Everything an adapter does is an update beside the base, so the updates of all s
 lower ones are frozen, and act as they do in use: without dropout. Where they train together, both
 are parts of one adapter of several methods, such as a prefix and a parallel bottleneck: He et al.
 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning" (arXiv 2110.04366).
+
+Stacked adapters follow each other instead: at every place the upper one is given what the lower one
+made of the layer's output. Pfeiffer et al. 2020, "MAD-X: An Adapter-Based Framework for Multi-Task
+Cross-Lingual Transfer" (arXiv 2005.00052) put an adapter of a task on that of a language so. For
+methods that look at a layer's input alone, as LoRA, there is no difference.
 """
 
 from __future__ import annotations
@@ -20,11 +25,11 @@ if TYPE_CHECKING:
     from lorica.attach.attach import Adapter
 
 
-def lay_on(adapter: Adapter, below: Adapter, together: bool) -> None:
+def lay_on(adapter: Adapter, below: Adapter, together: bool, stacked: bool = False) -> None:
     """Let an adapter lie on top of another one of its model, which is frozen from now on, or trains
     together with it.
     """
-    adapter.on, adapter.together = below, together
+    adapter.on, adapter.together, adapter.stacked = below, together, stacked
     if not together:
         let_rest(below, True)
 
@@ -56,6 +61,20 @@ def check_union(method: Method, below: Adapter | None, together: bool) -> None:
         raise ConfigError(
             f"{busy[0]} acts between the steps of its own training, so it trains alone",
             mend="train it first, and this one on top of it: together=False",
+        )
+
+
+def check_stack(below: Adapter | None, stacked: bool) -> None:
+    """Raises ConfigError where an adapter cannot be stacked on `below`, or not laid on it."""
+    if stacked and below is None:
+        raise ConfigError(
+            "stacked=True has no effect without an adapter to follow", mend="name it: on=..."
+        )
+    if below is not None and below.on is not None and below.stacked != stacked:
+        how = "stacked" if below.stacked else "added"
+        raise ConfigError(
+            f"{below.name!r} and what lies below it are {how}, and so must be what comes on top",
+            mend=f"give stacked={below.stacked}",
         )
 
 

@@ -249,7 +249,8 @@ def route_of(adapter: Adapter, *, dropout_seed: int) -> Route:
     names, weights = tuple(stage.name for stage in adapter.stages), None
     if len(names) > 1:
         weights = torch.ones(len(names), device=next(adapter.parameters()).device)
-    return Route(names, weights, dropout_seed=dropout_seed)
+    stacked = any(stage.stacked for stage in adapter.stages)
+    return Route(names, weights, dropout_seed=dropout_seed, stacked=stacked)
 
 
 def between_of(adapter: Adapter, total: int, seed: int) -> Between:
