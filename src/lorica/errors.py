@@ -169,8 +169,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def folded(problems: Iterable[tuple[str, str]]) -> list[str]:
-    """("PATH", or "PATH (SHAPE)", what is wrong there) as lines: one for all places of a shape where
-    that is the same, with the first of them and what the others are called.
+    """What is wrong in places, as lines: one for all places of a shape where that is the same, with
+    the first of them and what the others are called.
+
+    Args:
+        problems: ("PATH" or "PATH (SHAPE)", what is wrong there).
     """
     places: dict[tuple[str, str], list[str]] = {}
     for place, problem in problems:

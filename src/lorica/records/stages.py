@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ def _only(by_adapter: Mapping[str, Any]) -> Any:
 
 def rows(found: object) -> list[list[str]]:
     """A table of the entries, its header first; empty without any."""
-    entries = [one for one in found if isinstance(one, Mapping)] if _is_list(found) else []
+    listed = found if isinstance(found, list) else []
+    entries: list[Mapping[str, Any]] = [one for one in listed if isinstance(one, Mapping)]
     if not entries:
         return []
     names = list(dict.fromkeys(name for one in entries for name in one.get("scores", {})))
@@ -62,7 +63,3 @@ def rows(found: object) -> list[list[str]]:
             ]
         )
     return table
-
-
-def _is_list(found: object) -> bool:
-    return isinstance(found, Sequence) and not isinstance(found, str)
