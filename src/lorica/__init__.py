@@ -28,6 +28,7 @@ _PUBLIC = {
     "detach": "lorica.attach.attach",
     "adapters": "lorica.attach.attach",
     "activate": "lorica.attach.activate",
+    "Stack": "lorica.attach.activate",
     "Adapter": "lorica.attach.attach",
     "survey": "lorica.attach.survey",
     # files
@@ -50,6 +51,7 @@ _PUBLIC = {
 """Public name -> the module that defines it."""
 
 if TYPE_CHECKING:  # the same for editors and type checkers; a test holds both equal
+    from lorica.attach.activate import Stack as Stack
     from lorica.attach.activate import activate as activate
     from lorica.attach.attach import Adapter as Adapter
     from lorica.attach.attach import adapters as adapters

@@ -168,6 +168,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError) and any(w in str(error) for w in words)
 
 
+def folded(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """What is wrong in places, as lines: one for all places of a shape where that is the same, with
+    the first of them and what the others are called.
+
+    Args:
+        problems: ("PATH" or "PATH (SHAPE)", what is wrong there).
+    """
+    places: dict[tuple[str, str], list[str]] = {}
+    for place, problem in problems:
+        path, _, shape = place.partition(" ")
+        places.setdefault((f" {shape}".rstrip(), problem), []).append(path)
+    lines = []
+    for (shape, problem), paths in places.items():
+        names = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+        more = f" and {len(paths) - 1} more ({names})" if paths[1:] else ""
+        lines.append(f"{paths[0]}{shape}{more}: {problem}")
+    return lines
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word closest to `word`, or None where nothing is close."""
     known = list(known)

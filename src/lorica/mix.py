@@ -26,7 +26,7 @@ from lorica.attach.layers import describe, to_stored
 from lorica.attach.site import Slot
 from lorica.attach.survey import clean, end_layer, survey
 from lorica.base.load import base_of
-from lorica.errors import ConfigError, LoricaWarning, MergeError
+from lorica.errors import ConfigError, LoricaWarning, MergeError, folded
 from lorica.methods.method import Layer, becomes_weight
 
 WARN_DAMAGE, REFUSE_DAMAGE = 0.05, 0.25
@@ -135,12 +135,19 @@ def merge(
     targets = list(_targets(model, shares))
     problems = _not_weights(model, shares)
     problems += [
+        f"{name} is stacked on {stage.name}, and {stage.method.kind} is no sum of products"
+        for name in shares
+        if find(model, name).stacked
+        for stage in find(model, name).stages
+        if not all(slot.method.stacks or slot.method.replaces for slot in stage.slots.values())
+    ]
+    problems += [
         f"{name} lies below {other.name}, which would lose it; detach that, or merge it as well"
         for name in shares
         for other in adapters(model).values()
         if other.on is not None and other.on.name == name and other.name not in shares
     ]
-    problems += [f"{t.path}: {why}" for t in targets if (why := _hindrance(t))]
+    problems += folded((t.path, why) for t in targets if (why := _hindrance(t)))
     untie, tied_problems = _ties(model, targets)  # path -> all that share it
     problems += tied_problems
     if problems:

@@ -55,6 +55,21 @@ def test_config_is_a_settings_file(lorica):
     assert "learning_rate: 0.0002" in everything
 
 
+def test_inspect_knows_what_was_trained(lorica, finished_run, stock):
+    run, adapter, base = (
+        lorica("inspect", path).out.splitlines()
+        for path in (finished_run, finished_run / "adapter", stock / "llama")
+    )
+    assert run[0] == f"run {finished_run}: finished"
+    assert run[1].startswith("adapter default: lora, ") and "14 places" in run[1]
+    assert run[-len(base) :] == base == adapter[-len(base) :]
+    assert adapter[0].startswith("adapter adapter: lora, ")
+    number = run[1].split(", ")[1]
+    assert number in adapter[0], "as many parameters as its file has"
+    found = lorica("inspect", finished_run, "--json").rows[0]["trained"]
+    assert found["status"] == "finished" and found["adapters"]["default"]["kind"] == "lora"
+
+
 def test_config_schema(lorica):
     schema = json.loads(lorica("config", "--schema").out)
     assert schema["additionalProperties"] is False and "learning_rate" in schema["properties"]

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from lorica.config import resolve
+from lorica.config.resolve import build_method
 from lorica.errors import ConfigError
 from lorica.methods import METHODS, PRESETS, WORDS, DoRA, LoRA
 
@@ -86,7 +88,7 @@ TRAINABLE = {
     **{word: [] for word in METHODS},
     "vera": ["--r", "8"],
     "hira": ["--r", "4"],
-    "road": ["--group-size", "4", "--target-modules", "attention"],
+    "road": ["--target-modules", "attention"],
     "bitfit": [],
     "pissa": [],
     "loftq": ["--loftq-iter", "2"],
@@ -143,11 +145,60 @@ def test_adalora_writes_the_ranks_of_its_budget(lorica, stock, quick):
     assert done.code == 0, done.err
     config = json.loads(Path("run/adapter/adapter_config.json").read_text())
     (adapter,) = json.loads(Path("run/run.json").read_text())["adapters"].values()
-    assert (
-        sum(map(sum, config["rank_pattern"].values())) == adapter["num_places"]
-    )  # one for each on average
+    ranks = [sum(kept) for kept in config["rank_pattern"].values()]
+    assert sum(ranks) == 14 and len(ranks) == adapter["num_places"], "one on average of 14 places"
+    tensors = load_file("run/adapter/adapter_model.safetensors")
+    assert adapter["num_parameters"] == sum(t.numel() for t in tensors.values())
+    first = json.loads(Path("run/run.json").read_text())["method"]
+    assert first["rank_pattern"] == adapter["method"]["rank_pattern"] and first["rank_pattern"]
+    card = Path("run/adapter/README.md").read_text(encoding="utf-8")
+    assert f"{adapter['num_parameters'] / 1000:.3g} K trained parameters" in card
+    assert "kept_r" not in card and "kept_r" not in Path("run/config.yaml").read_text()
     merged = lorica("merge", "run", "--output-dir", "merged")
     assert merged.code == 0, merged.err
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "more"),
+    [
+        ("kept_r", "adalora", {"kept_r": 3}),
+        ("widths", "vera", {"widths": [3, 4]}),
+        (
+            "prompt_tuning_init_ids",
+            "prompt-tuning",
+            {"prompt_tuning_init": "text", "prompt_tuning_init_ids": [3]},
+        ),
+    ],
+)
+def test_what_is_found_out_is_no_setting(lorica, name, word, more):
+    """Fields that hold what attaching or training found are in files, and are not asked for."""
+    assert name not in lorica("methods", word).out
+    with pytest.raises(ConfigError, match=f"{name} is not a setting"):
+        resolve(("run.yaml", {**NEEDED, "method": word, **more}), methods=WORDS)
+    assert getattr(build_method(METHODS[word], more), name)
+
+
+def test_road_finds_a_group_size_that_fits(lorica, stock, quick):
+    words = quick[: quick.index("--r")] + quick[quick.index("--r") + 2 :]
+    given = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", *words]
+    given += ["--method", "road", "--target-modules"]
+    done = lorica("train", *given, "attention", "--output-dir", "run")
+    assert done.code == 0, done.err
+    assert "group_size: 36, the largest below 64 that divides all outputs" in done.out
+    config = json.loads(Path("run/adapter/adapter_config.json").read_text())
+    assert config["group_size"] == 36 and config["peft_type"] == "ROAD"
+    odd = lorica("train", *given, "all-linear", "--output-dir", "other")
+    assert odd.code == 2
+    (line,) = [line for line in odd.err.splitlines() if "up_proj" in line]
+    assert "and 3 more (gate_proj, up_proj)" in line and "its 53 outputs" in line
+
+
+def test_the_head_alone_says_what_to_do_where_it_is_tied(lorica, stock):
+    refused = lorica(
+        "train", "--model", "embedded", "--data", stock / "pairs.jsonl", "--method", "head",
+        "--output-dir", "run",
+    )  # fmt: skip
+    assert refused.code == 2 and "method: lora with target_modules: lm_head" in refused.err
 
 
 def test_a_plan_knows_the_schedule_of_adalora(lorica, stock):

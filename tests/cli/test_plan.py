@@ -49,6 +49,45 @@ def test_settings_are_checked_as_for_a_run(lorica, stock):
     assert missing.code == 2 and "nowhere" in missing.err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "loreft"], "loreft edits prompts alone"),
+        (["--method", "prefix-tuning", "--gradient-checkpointing"], "takes the cache away"),
+        (["--warmup-steps", "4000"], "is more than the"),
+        (["--metrics", "foo"], "unknown metric 'foo'"),
+    ],
+    ids=["prompts", "cache", "warmup", "metrics"],
+)
+def test_what_a_run_refuses_is_refused_by_its_plan(lorica, stock, words, said):
+    data = stock / ("text.txt" if "loreft" in words else "pairs.jsonl")
+    given = ["--model", stock / "llama", "--data", data, *words]
+    planned = lorica("plan", *given, "--no-probe")
+    trained = lorica("train", *given, "--output-dir", "run")
+    assert planned.code == trained.code == 2, (planned.err, trained.err)
+    assert said in planned.err and said in trained.err
+    assert not Path("run").exists()
+
+
+def test_records_that_cannot_be_trained_on_are_refused_by_the_plan_too(lorica, stock):
+    rows = [{"text": f"a word {i}", "label": "same"} for i in range(20)]
+    Path("one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = ["--model", stock / "bert", "--data", "one.jsonl"]
+    planned, trained = lorica("plan", *given), lorica("train", *given, "--output-dir", "run")
+    assert planned.code == trained.code != 0
+    assert planned.err.splitlines()[0] == trained.err.splitlines()[0]
+
+
+def test_a_setting_with_a_line_break_stays_one_line(lorica, stock):
+    given = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", "--no-probe"]
+    done = lorica("plan", *given, "--separator", "\n\n", "--target-modules", "q_proj,v_proj")
+    lines = done.out.splitlines()
+    (line,) = [line for line in lines if line.startswith("separator ")]
+    assert line.split()[1:] == ['"\\n\\n"', "--separator"]
+    (line,) = [line for line in lines if line.startswith("target_modules ")]
+    assert "[q_proj, v_proj]" in line
+
+
 def test_a_run_keeps_its_plan(finished_run):
     found = json.loads((finished_run / "run.json").read_text(encoding="utf-8"))
     planned = found["plan"]["memory"]["total"]

@@ -254,8 +254,14 @@ def test_an_adapter_is_trained_on_top_of_another(lorica, stock, quick):
         target = [] if "--output-dir" in flags else ["--output-dir", "no"]
         refused = lorica(*words, *flags, *target)
         assert refused.code == 2 and text in refused.err, refused.err
-    planned = lorica("plan", *words[1:], "--on-adapter", "second")
-    assert planned.code == 2 and "leave on_adapter out" in planned.err
+    parts = []
+    for flags in ([], ["--on-adapter", "second"]):
+        planned = lorica("plan", *words[1:], *flags, "--no-probe", "--json")
+        assert planned.code == 0, planned.err
+        parts.append(planned.rows[0]["memory"]["parts"])
+    held = sum(f.stat().st_size for f in Path("second/adapter").rglob("*_model.safetensors"))
+    assert 0.7 * held < parts[1]["weights"] - parts[0]["weights"] <= held, "the tensors below"
+    assert parts[1]["adapter"] == parts[0]["adapter"]
     assert not Path("no").exists()
 
 

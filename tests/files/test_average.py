@@ -1,6 +1,7 @@
 """The mean of adapters: its tensors, what it keeps beside them, and what has no mean."""
 
 import json
+import warnings
 from pathlib import Path
 
 import peft
@@ -10,9 +11,9 @@ from safetensors.torch import load_file
 
 import lorica
 from architectures import ARCHITECTURES
-from lorica.errors import AdapterFileError, ConfigError
+from lorica.errors import AdapterFileError, ConfigError, LoricaWarning
 from lorica.files.average import average
-from lorica.methods import IA3, LISA, AdaLoRA, LoRA, PromptTuning, PTuning, Sparse, VeRA
+from lorica.methods import IA3, LISA, AdaLoRA, Bottleneck, LoRA, PromptTuning, PTuning, Sparse, VeRA
 
 BOTH = ("q_proj", "up_proj")
 pytestmark = [
@@ -30,6 +31,30 @@ def made(folder, method, seed, name="llama"):
             parameter += torch.randn(parameter.shape, generator=generator) / 10
     lorica.save_adapter(adapter, folder, provenance={"task": {"kind": "causal-lm"}})
     return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "warns"),
+    [
+        (LoRA(r=3, target_modules=BOTH), True),
+        (Bottleneck(reduction_factor=6), True),
+        (IA3(), False),
+        (VeRA(r=8, target_modules=BOTH), False),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_factors_that_began_apart_are_told(method, warns, tmp_path):
+    for seed in (1, 2):
+        model = ARCHITECTURES["llama"].build()
+        lorica.save_adapter(lorica.attach(model, method, name="a", seed=seed), tmp_path / str(seed))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        average([tmp_path / "1", tmp_path / "2"], tmp_path / "mean")
+    said = [str(one.message) for one in told if issubclass(one.category, LoricaWarning)]
+    assert bool(said) is warns
+    if warns:
+        assert "began apart" in said[0] and "init_adapter" in said[0]
+        assert "lorica.activate(" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +177,7 @@ def test_an_adapter_that_is_there_is_spared(tmp_path):
     ],
     ids=lambda method: method.kind,
 )
+@pytest.mark.filterwarnings("ignore:.*began apart:lorica.errors.LoricaWarning")  # so much noise
 def test_how_an_adapter_was_trained_may_differ(one, other, tmp_path):
     folders = [made(tmp_path / str(i), method, i) for i, method in enumerate((one, other))]
     average(folders, tmp_path / "mean")

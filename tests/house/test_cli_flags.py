@@ -3,12 +3,16 @@
 After a change that is meant: LORICA_WRITE_FLAGS=1 pytest tests/house/test_cli_flags.py
 """
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from house.command_line import commands
+from lorica.cli.pages import METHOD_FLAGS, settings_by_group
+from lorica.config import known_settings
+from lorica.methods import METHODS
 
 FROZEN = Path(__file__).with_name("cli_flags.txt")
 
@@ -29,6 +33,15 @@ def test_flags_are_the_frozen_ones(current):
     gone = sorted({*frozen} - {*current} - {""})
     new = sorted({*current} - {*frozen})
     assert not gone and not new, f"gone: {gone}\nnew: {new}\n{__doc__}"
+
+
+def test_help_pages_know_the_settings_of_all_methods():
+    """They are read from a file, which is written from the methods: these load torch."""
+    of_methods = {k: s for k, s in known_settings(METHODS).items() if k not in known_settings()}
+    wanted = json.dumps(settings_by_group(of_methods), indent=1) + "\n"
+    if os.environ.get("LORICA_WRITE_FLAGS"):
+        METHOD_FLAGS.write_text(wanted, encoding="utf-8")
+    assert METHOD_FLAGS.read_text(encoding="utf-8") == wanted, __doc__
 
 
 def test_the_commands_of_the_design_are_there(current):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lorica
+from lorica.cli import COMMANDS
 
 SOURCE = Path(lorica.__file__)
 
@@ -75,13 +76,16 @@ def test_the_lowest_floor_loads_no_torch(floor_0):
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_help_loads_no_torch():
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_loads_no_torch(command):
+    words = [word for word in ("lorica", command, "--help") if word]
     code = (
-        "import sys\nsys.argv = ['lorica', '--help']\nfrom lorica.cli import main\n"
+        f"import sys\nsys.argv = {words}\nfrom lorica.cli import main\n"
         "try:\n    code = main()\nexcept SystemExit as stop:\n    code = stop.code\n"
         "heavy = [m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules]\n"
         "print('LOADED', heavy, 'CODE', code or 0)"
     )
     done = python(code)
     assert "LOADED [] CODE 0" in done.stdout, done.stdout + done.stderr
-    assert "train" in done.stdout and "demo" in done.stdout
+    wanted = ("train", "demo") if not command else (f"Usage: lorica {command}",)
+    assert all(word in done.stdout for word in wanted)

@@ -56,6 +56,20 @@ def test_local_base_is_no_id_and_no_path_leaks(name):
     assert not [tag for tag in front["tags"] if tag.startswith("base_model")]
 
 
+def test_the_snippets_for_the_embedded_base_run():
+    card = model_card(manifest(base={"name": "embedded"}, task="causal-lm"), adapter="e2e")
+    _, body = parts(card)
+    assert "path/to/embedded" not in body
+    blocks = re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        made: dict = {}
+        lines = block.splitlines()
+        head = [line for line in lines if "import lorica" in line or "load_model" in line]
+        exec("\n".join(head), made)  # our own text
+        assert made.get("base", made.get("model")).config.model_type == "llama"
+
+
 def test_without_scores_nothing_is_claimed():
     front, body = parts(model_card(manifest_for("e2e"), adapter="e2e"))
     assert "model-index" not in front

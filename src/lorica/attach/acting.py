@@ -89,8 +89,7 @@ def acting(plates: Any, names: Sequence[str]) -> Acting | None:
     if route.weights is None:
         return Acting(plates.path, plates.layer, (slots[0],), None)
     columns = [route.names.index(name) for name in names]
-    table = route.weights[..., columns].tolist()
-    rows = table if route.weights.dim() == 2 else [table]
+    rows = [[row[column] for column in columns] for row in route.table]
     wrong = [row for row in rows if any(w not in (0, 1) for w in row) or sum(row) > 1]
     if wrong:
         raise ActivationError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -13,6 +14,22 @@ from torch import nn
 from lorica.attach.attach import Adapter, adapters, attached_to
 from lorica.attach.site import Plates, Route, plates_of
 from lorica.errors import ActivationError, ConfigError, nearest
+
+
+@dataclass(frozen=True, init=False)
+class Stack:
+    """Adapters that follow each other, for `activate`: at every layer each is given what the one
+    before it made of the output (Pfeiffer et al. 2020, arXiv 2005.00052).
+
+    Attributes:
+        adapters: names or handles, the first nearest to the base.
+    """
+
+    adapters: tuple[str | Adapter, ...]
+
+    def __init__(self, *adapters: str | Adapter) -> None:
+        object.__setattr__(self, "adapters", adapters)
+
 
 Mixture = str | Adapter | Mapping[str, float] | Mapping[Adapter, float] | None
 """One adapter, several by weight, or none: the base."""
@@ -65,13 +82,14 @@ class Activation:
         return {name for name, own in self._adapters_before.items() if now.get(name) is not own}
 
 
-def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture]) -> Activation:
+def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture] | Stack) -> Activation:
     """Let adapters act on everything that `model` computes from now on.
 
     Args:
         mixture: a name or handle; `{"sql": 0.7, "style": 0.3}` for the weighted sum of their
             updates, which is exact; None for the bare base. A list gives one such entry per row of
             the batch. An adapter that lies on another one brings that in with its own weight.
+            `Stack("language", "task")` for adapters that follow each other.
 
     Returns:
         an object that is also a context manager: `with activate(model, "sql"): ...` puts back what
@@ -84,12 +102,21 @@ def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture]) -> Activati
     """
     if mixture is None:
         return Activation(model, None)
+    if isinstance(mixture, Stack):
+        return Activation(model, _stack_route(model, mixture))
     rows = list(mixture) if isinstance(mixture, Sequence) and not isinstance(mixture, str) else None
     if rows == []:
         raise ConfigError("this activation is not possible", problems=["the list has no rows"])
     entries = [_weights(entry) for entry in (rows if rows is not None else [mixture])]  # pyright: ignore
     names = tuple(dict.fromkeys(name for entry in entries for name in entry))
     _check(model, names, entries)
+    if any(adapters(model)[name].stacked for name in names):
+        if rows is None and len(names) == 1 and entries[0][names[0]] == 1.0:
+            return Activation(model, _stack_route(model, Stack(*names)))
+        raise ActivationError(
+            "an adapter that is stacked on another one acts on all rows, whole and by itself",
+            mend="activate it alone, by its name",
+        )
     entries = [with_stages(model, entry) for entry in entries]
     acting = {name for entry in entries for name in entry}
     names = tuple(
@@ -104,6 +131,23 @@ def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture]) -> Activati
     device = next((t.device for slot in slots for t in slot.tensors.values()), table.device)
     table = table.to(device)
     return Activation(model, Route(names, table if rows is not None else table[0]))
+
+
+def _stack_route(model: nn.Module, stack: Stack) -> Route:
+    """The route of a stack, with what lies below its adapters."""
+    given = [one.name if isinstance(one, Adapter) else one for one in stack.adapters]
+    _check(model, tuple(given), [dict.fromkeys(given, 1.0)])
+    stages = [stage for name in given for stage in adapters(model)[name].stages]
+    names = tuple(dict.fromkeys(stage.name for stage in stages))
+    summed = [one.name for one in stages if one.on is not None and not one.stacked]
+    problems = [f"{name!r} is no sum with others any more in a stack" for name in summed]
+    if len(names) < len(stages) or len(names) < 2:
+        problems.append("a stack needs at least two different adapters")
+    if problems:
+        raise ConfigError("this stack is not possible", problems=problems)
+    held = (t for one in stages for slot in one.slots.values() for t in slot.tensors.values())
+    device = next((t.device for t in held), None)
+    return Route(names, torch.ones(len(names), device=device), stacked=True)
 
 
 def with_stages(model: nn.Module, entry: Mapping[str, float]) -> dict[str, float]:

@@ -18,12 +18,12 @@ from lorica.attach.params import select
 from lorica.attach.probe import weight_read
 from lorica.attach.prompt import is_prompt, stacks_of
 from lorica.attach.site import Slot, Status, check_unchanged, enter, is_site, leave, plates_of
-from lorica.attach.stages import check_stages, check_union, lay_on, let_rest
+from lorica.attach.stages import check_stack, check_stages, check_union, lay_on, let_rest
 from lorica.attach.survey import unwrap
 from lorica.attach.targets import resolve
 from lorica.attach.tokens import SETTING, add_rows
 from lorica.base.load import base_of
-from lorica.errors import ConfigError, TargetError, nearest
+from lorica.errors import ConfigError, TargetError, folded, nearest
 from lorica.methods.copy import Copy
 from lorica.methods.method import Layer, Method, Tensors
 from lorica.methods.patterns import unmatched_patterns
@@ -46,6 +46,8 @@ class Adapter:
         model: the model that it was put on, whose module names its files need.
         on: the adapter that it was put on top of: acting wherever this one acts.
         together: whether that one trains with this one; otherwise it is frozen.
+        stacked: whether this one is given what that one made of a layer's output; otherwise both
+            are given the base's, and what they add is summed.
         comes_along: whether it was read together with the adapter on top of it, and goes with that.
         noted: what its files said of it beside settings and tensors.
     """
@@ -59,6 +61,7 @@ class Adapter:
     began_from: dict[str, str] = field(default_factory=dict)
     on: Adapter | None = None
     together: bool = False
+    stacked: bool = False
     comes_along: bool = False
     noted: dict[str, Any] = field(default_factory=dict)
 
@@ -66,6 +69,11 @@ class Adapter:
     def stages(self) -> list[Adapter]:
         """What acts with it, the lowest first, and itself."""
         return [*(self.on.stages if self.on is not None else []), self]
+
+    @property
+    def parts(self) -> list[Adapter]:
+        """What trains as one adapter: those that train together with it, and itself, the last."""
+        return [*(self.on.parts if self.on is not None and self.together else []), self]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and tensor of everything that trains, in the order of the model."""
@@ -112,6 +120,7 @@ def attach(
     seed: int = 0,
     on: str | Adapter | None = None,
     together: bool = False,
+    stacked: bool = False,
 ) -> Adapter:
     """Put a fresh adapter on `model` and freeze the base.
 
@@ -128,6 +137,8 @@ def attach(
         on: an adapter that is to stay below this one. It is frozen until this one is detached, and
             acts wherever this one acts: the updates of both are added.
         together: train the adapter of `on` with this one, as one adapter of several methods.
+        stacked: give this one, at every layer, what the adapter of `on` made of the layer's output
+            instead of adding the updates of both.
 
     Raises:
         TargetError: a target matched nothing, or a layer cannot carry the adapter. The model is
@@ -139,6 +150,7 @@ def attach(
     below = find(model, on) if on is not None else None
     check_stages(method, below)
     check_union(method, below, together)
+    check_stack(below, stacked)
     if getattr(method, "needs_records", False):
         raise ConfigError(
             f"these settings of {method.kind} need records: the task decides its places or start",
@@ -161,7 +173,7 @@ def attach(
 
     adapter = _put(model, method, places, start, name, reason)
     if below is not None:
-        lay_on(adapter, below, together)
+        lay_on(adapter, below, together, stacked)
     return adapter
 
 
@@ -379,6 +391,7 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
     for path, (module, parameter) in targets.parameters.items():
         taken[path] = path, module, parameter
     settings = settings.over([describe(module, own) for _, module, own in taken.values()])
+    reason = "; ".join(filter(None, [targets.reason, settings.decided(method)]))
     found: Places = {p: (module, own, settings.at(n)) for p, (n, module, own) in taken.items()}
     found.update({path: (module, None, Copy()) for path, module in copied.items()})
     add_rows(model, getattr(method, SETTING, ()), found)
@@ -390,7 +403,7 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
                 f"{setting} has keys that match none of the adapted layers: {listed}",
                 mend="give names as they end in the list of adapted layers, for example 'q_proj'",
             )
-    return found, settings, targets.reason
+    return found, settings, reason
 
 
 def _prompt_places(
@@ -454,11 +467,11 @@ def _copied(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def _check_places(places: Places, method: Method) -> None:
-    problems = []
+    problems: list[tuple[str, str]] = []
     for path, (module, parameter, own) in places.items():
         if parameter is not None and module._parameters.get(parameter) is None:
             problems.append(
-                f"{path}: a parametrization computes this weight, and other code reads it"
+                (path, "a parametrization computes this weight, and other code reads it")
             )
             continue
         layer = describe(module, parameter)
@@ -467,11 +480,11 @@ def _check_places(places: Places, method: Method) -> None:
             found = found + _read_problems(own, layer, cast(Tensor, module._parameters[parameter]))
         if own.replaces and any(p is not None and p.is_meta for p in module._parameters.values()):
             found = [*found, "there are no values to copy on the meta device"]
-        problems += [f"{path} ({layer.shape}): {problem}" for problem in found]
+        problems += [(f"{path} ({layer.shape})", problem) for problem in found]
     if problems:
         raise TargetError(
             f"{method.kind} does not fit {len(problems)} of the layers",
-            problems=problems[:20],
+            problems=folded(problems)[:20],
             mend=_way_out(method),
         )
 

@@ -169,9 +169,9 @@ def edited(
                 f"was given {tuple(y.shape[:-1])}",
                 mend="activate edits of hidden states apart from virtual tokens",
             )
-        slot = plates.slots[name]
-        edit = slot.method.intervene(y, slot.tensors) * where.to(y.dtype)
-        route = plates.route
+        slot, route = plates.slots[name], plates.route
+        seen = result if route.stacked else y
+        edit = slot.method.intervene(seen, slot.tensors) * where.to(y.dtype)
         if route.weights is not None:
             edit = edit * gate(route.weights[..., [route.names.index(name)]], y).to(y.dtype)
         result = result + edit

@@ -72,9 +72,20 @@ def select(model: nn.Module, method: Selective) -> Selection:
         problems += [f"{path} is tied to another module, or read by other code" for path in left]
     selection.fresh = _fresh(found, method, selection, problems)
     if problems:
-        raise TargetError("the parameters cannot be selected", problems=problems)
+        alone = method.parameters == "head" and not selection.modules and left
+        mend = _untied(left[0]) if alone else None
+        raise TargetError("the parameters cannot be selected", problems=problems, mend=mend)
     selection.reason = _reason(method, selection, left)
     return selection
+
+
+def _untied(head: str) -> str:
+    """What to do where an output layer shares its weight, so that no copy of it can train."""
+    name = head.rpartition(".")[2]
+    return (
+        f"give it an update of its own, which leaves the shared weight alone: method: lora with "
+        f"target_modules: {name}"
+    )
 
 
 def _fits(module: nn.Module, name: str, method: Selective) -> bool:

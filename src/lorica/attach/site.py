@@ -20,7 +20,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -65,12 +65,22 @@ class Route:
         segments: instead of weights, for training: (start, end, name) over the rows of the
             flattened batch.
         dropout_seed: makes the adapters' dropout repeatable; None draws from torch's global state.
+        stacked: at every place the adapters follow each other in the order of `names`, each given
+            what the one before made of the output; else all are given the base's, and are added.
     """
 
     names: tuple[str, ...]
     weights: Tensor | None = None
     segments: tuple[tuple[int, int, str], ...] | None = None
     dropout_seed: int | None = None
+    stacked: bool = False
+
+    @cached_property
+    def table(self) -> list[list[float]]:
+        """The weights as numbers: one list for all rows, or one for each."""
+        assert self.weights is not None
+        found = self.weights.tolist()
+        return found if self.weights.dim() == 2 else [found]
 
 
 @dataclass(eq=False)
@@ -284,6 +294,9 @@ def _add_adapters(
         else:
             dropped = _dropout(x, slot.dropout, plates) if training else x
             tensors = cast(Tensors, slot.tensors)
+            if route.stacked:
+                result = slot.method.apply(dropped, result, tensors, plates.layer)
+                continue
             adapted = slot.method.apply(dropped, y, tensors, plates.layer)
         if route.weights is None:
             result = result + (adapted - y) if len(names) > 1 else adapted
@@ -421,6 +434,11 @@ def adapted_weight(module: Any, parameter: str) -> Tensor:
         raise ActivationError(
             f"{plates.path}: its weight is read as a whole, so all rows share one mixture here",
             mend="activate one mixture for all rows, or leave this layer out of target_modules",
+        )
+    if route.stacked and names[1:] and not all(plates.slots[n].method.stacks for n in names):
+        raise ActivationError(
+            f"{plates.path}: other code reads its weight, so adapters cannot follow each other",
+            mend="leave this layer out of target_modules",
         )
     result = weight
     for name in names:

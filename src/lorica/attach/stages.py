@@ -4,10 +4,16 @@ Everything an adapter does is an update beside the base, so the updates of all s
 lower ones are frozen, and act as they do in use: without dropout. Where they train together, both
 are parts of one adapter of several methods, such as a prefix and a parallel bottleneck: He et al.
 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning" (arXiv 2110.04366).
+
+Stacked adapters follow each other instead: at every place the upper one is given what the lower one
+made of the layer's output. Pfeiffer et al. 2020, "MAD-X: An Adapter-Based Framework for Multi-Task
+Cross-Lingual Transfer" (arXiv 2005.00052) put an adapter of a task on that of a language so. For
+methods that look at a layer's input alone, as LoRA, there is no difference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorica.attach.intervene import is_intervention
@@ -19,11 +25,11 @@ if TYPE_CHECKING:
     from lorica.attach.attach import Adapter
 
 
-def lay_on(adapter: Adapter, below: Adapter, together: bool) -> None:
+def lay_on(adapter: Adapter, below: Adapter, together: bool, stacked: bool = False) -> None:
     """Let an adapter lie on top of another one of its model, which is frozen from now on, or trains
     together with it.
     """
-    adapter.on, adapter.together = below, together
+    adapter.on, adapter.together, adapter.stacked = below, together, stacked
     if not together:
         let_rest(below, True)
 
@@ -58,11 +64,30 @@ def check_union(method: Method, below: Adapter | None, together: bool) -> None:
         )
 
 
+def check_stack(below: Adapter | None, stacked: bool) -> None:
+    """Raises ConfigError where an adapter cannot be stacked on `below`, or not laid on it."""
+    if stacked and below is None:
+        raise ConfigError(
+            "stacked=True has no effect without an adapter to follow", mend="name it: on=..."
+        )
+    if below is not None and below.on is not None and below.stacked != stacked:
+        how = "stacked" if below.stacked else "added"
+        raise ConfigError(
+            f"{below.name!r} and what lies below it are {how}, and so must be what comes on top",
+            mend=f"give stacked={below.stacked}",
+        )
+
+
 def check_stages(method: Method, below: Adapter | None) -> None:
     """Raises ConfigError where an adapter of this method cannot lie on `below`."""
-    if below is None or not (is_prompt(method) or is_intervention(method)):
+    check_methods(method, [stage.method for stage in below.stages] if below is not None else ())
+
+
+def check_methods(method: Method, lower: Sequence[Method]) -> None:
+    """Raises ConfigError where a method cannot act on top of the others."""
+    if not (is_prompt(method) or is_intervention(method)):
         return
-    taken = [stage.method for stage in below.stages if is_prompt(stage.method)]
+    taken = [one for one in lower if is_prompt(one)]
     if taken and is_prompt(method):
         raise ConfigError(
             f"{method.kind} cannot be trained on top of {taken[0].kind}: virtual tokens stand "
@@ -70,7 +95,7 @@ def check_stages(method: Method, below: Adapter | None) -> None:
             expected="at most one adapter with virtual tokens among those that act together",
             mend="train another method on top of it, or go on with its own tensors: init_adapter",
         )
-    edits = [stage.method for stage in below.stages if is_intervention(stage.method)]
+    edits = [one for one in lower if is_intervention(one)]
     if other := (edits if is_prompt(method) else taken):
         raise ConfigError(
             f"{method.kind} cannot be trained on top of {other[0].kind}: edits of hidden states "

@@ -48,20 +48,21 @@ def command(
         bool, typer.Option("--json", help="one JSON object on standard output")
     ] = False,
 ) -> None:
+    from lorica.cli.pages import page
+
+    if {"-h", "--help"} & {*context.args}:
+        print(page(context, settings=True), end="")
+        return
     import json as jsonlib
     import sys
 
     from lorica.cli.options import read_flags
-    from lorica.cli.pages import page
     from lorica.cli.voice import Voice
     from lorica.config import known_settings
     from lorica.errors import CheckRefused
     from lorica.methods import WORDS
 
     known = known_settings(WORDS)
-    if {"-h", "--help"} & {*context.args}:
-        print(page(context, known), end="")
-        return
     own = [option for p in context.command.params for option in p.opts]
     line = read_flags(context.args, known, [*own, "--help"], words=1)
     settings, with_model = _settings(line, known)

@@ -19,7 +19,8 @@ from lorica.methods.method import Method
 from lorica.records.phrases import count, size
 from lorica.tasks.task import Task
 from lorica.train.budget import Memory, Scoring, Work, estimate, machine_bytes, process_bytes
-from lorica.train.shadow import Request, Shadow, make_shadow, try_out
+from lorica.train.plan import courses_of
+from lorica.train.shadow import Lower, Request, Shadow, make_shadow, try_out
 from lorica.train.signals import signals_wait
 
 FAR_OVER = 1.5
@@ -34,6 +35,7 @@ class Forecast:
         settings: with what the data has decided.
         shadow: the base without weights.
         method: the adapter's settings, with the new parts of the base that must be trained too.
+        lower: the adapters below it.
         process: bytes that the process held before the run.
         machine, free: bytes of memory there, and of it free when the estimate was made.
     """
@@ -49,6 +51,7 @@ class Forecast:
     process: int
     machine: int
     free: int
+    lower: tuple[Lower, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -75,11 +78,18 @@ def request_of(settings: Resolved, material: Material, kind: str) -> Request:
 
 
 @signals_wait()
-def forecast(settings: Resolved, material: Material, shadow: Shadow, encoded: Any) -> Forecast:
+def forecast(
+    settings: Resolved,
+    material: Material,
+    shadow: Shadow,
+    encoded: Any,
+    lower: tuple[Lower, ...] = (),
+) -> Forecast:
     """Estimate a run.
 
     Args:
         encoded: (task, examples, held-out examples, settings), as `prepare` encodes them.
+        lower: the adapters below that of the run; see `cli.start.lower_of`.
 
     Raises:
         LoricaError: settings with which no run can begin.
@@ -94,11 +104,13 @@ def forecast(settings: Resolved, material: Material, shadow: Shadow, encoded: An
     new_tokens = settings.run.max_new_tokens if material.generates else 0
     work = Work(examples.examples, held_out, Scoring(tested, new_tokens=new_tokens))
     process = process_bytes() if shadow.request.device.type == "cpu" else 0
-    memory = estimate(shadow, method, task, work, settings.train, process=process)
+    with shadow.adapted(method, lower) as adapter:  # refuses what a run would refuse
+        courses_of(shadow.model, shadow.task(task), {adapter: examples}, held_out, settings.train)
+    how: dict[str, Any] = {"lower": lower, "process": process}
+    memory = estimate(shadow, method, task, work, settings.train, **how)
     machine, free = machine_bytes(shadow.request.device)
-    return Forecast(
-        settings, shadow, task, examples, held_out, method, work, memory, process, machine, free
-    )
+    parts = settings, shadow, task, examples, held_out, method, work, memory
+    return Forecast(*parts, process, machine, free, lower)
 
 
 @signals_wait()
@@ -203,6 +215,7 @@ def _again(
         found.task,
         work or found.work,
         train or found.settings.train,
+        lower=found.lower,
         process=found.process,
         training_only=True,
     )

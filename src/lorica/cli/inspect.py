@@ -1,14 +1,21 @@
-"""What a model consists of, and what each choice of targets would train. No weights are read."""
+"""What a model consists of, and what each choice of targets would train. No weights are read.
+
+Of a run folder or an adapter folder: what the adapter is, then its base.
+"""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="a folder, a hub id, or embedded")],
+    model: Annotated[
+        str, typer.Argument(help="a folder, a hub id or embedded; or a run or adapter folder")
+    ],
     task: Annotated[
         str,
         typer.Option(
@@ -29,12 +36,77 @@ def command(
     from lorica.base.load import empty_model
     from lorica.cli.kinds import checked_kind
 
-    kind = checked_kind(task, model)
+    trained = _trained(Path(model))
+    if trained:
+        model = trained["base"]
+    kind = checked_kind(trained.get("task") or task if task == "auto" else task, model)
     found = inspect(empty_model(model, task=kind, trust_remote_code=trust_remote_code), r=r)
     if json:
-        print(jsonlib.dumps({"task": kind, **found.as_dict()}))
+        own = {"trained": trained} if trained else {}
+        print(jsonlib.dumps({"task": kind, **found.as_dict(), **own}))
     else:
-        print("\n".join(_lines(found, kind)))
+        print("\n".join([*_about(trained), *_lines(found, kind)]))
+
+
+def _trained(path: Path) -> dict[str, Any]:
+    """What a run folder or an adapter folder says of itself; empty where the path is neither.
+
+    Raises:
+        AdapterFileError: nothing says what its base is.
+    """
+    from lorica.cli.opening import adapter_facts, configured_base
+    from lorica.files.adapter import CONFIG, WEIGHTS
+    from lorica.files.folder import read_json
+    from lorica.files.safetensors_file import TensorFile
+    from lorica.records.read import read_manifest
+
+    if (path / "run.json").is_file():
+        found = read_manifest(path / "run.json")
+        return {
+            "path": str(path),
+            "status": found.get("status"),
+            "base": found.get("base", {}).get("name") or _planned_base(path),
+            "task": found.get("task"),
+            "adapters": {
+                name: {"folder": own.get("path"), "kind": own.get("method", {}).get("kind"), **own}
+                for name, own in found.get("adapters", {}).items()
+            },
+        }
+    if not (path / CONFIG).is_file():
+        return {}
+    facts, config = adapter_facts(path), read_json(path / CONFIG)
+    with TensorFile(path / WEIGHTS) as file:
+        number = sum(math.prod(entry.shape) for entry in file.entries.values())
+    kind = str(config.get("peft_type") or config.get("kind")).lower()
+    own = {"folder": str(path), "kind": kind, "num_parameters": number}
+    return {
+        "path": str(path),
+        "base": facts.get("base", {}).get("name") or configured_base(path),
+        "task": facts.get("task", {}).get("kind"),
+        "adapters": {path.name: own},
+    }
+
+
+def _planned_base(path: Path) -> str:
+    """The base of a run that was stopped before it was loaded."""
+    from lorica.config import load_yaml
+
+    return str(load_yaml(path / "config.yaml").values["model"])
+
+
+def _about(trained: dict[str, Any]) -> list[str]:
+    """The adapters of a run or of an adapter folder."""
+    from lorica.records.phrases import count
+
+    if not trained:
+        return []
+    lines = [f"run {trained['path']}: {trained['status']}"] if "status" in trained else []
+    for name, own in trained["adapters"].items():
+        places = f", {count(own['num_places'])} places" if "num_places" in own else ""
+        below = "".join(f", on {kind}" for kind in own.get("on", ()))
+        size = f"{count(own['num_parameters'])} parameters{places}{below}"
+        lines.append(f"adapter {name}: {own['kind']}, {size}, in {own['folder']}")
+    return [*lines, f"base {trained['base']}:", ""]
 
 
 def _lines(found: Any, kind: str) -> list[str]:

@@ -51,17 +51,20 @@ def _words(word: str | None) -> list[str]:
 def _facts(word: str) -> dict[str, Any]:
     """What is known of one word, as JSON has it."""
     from lorica.config import Preset
-    from lorica.config.settings import method_settings
+    from lorica.config.settings import Union, method_settings
     from lorica.methods import WORDS
 
     known: Any = WORDS[word]
+    if isinstance(known, Union):
+        return _facts_of_union(word, known)
     method = known.method if isinstance(known, Preset) else known
     settings = [
         {"name": s.key, "default": _plain(s.default), "expected": s.expected, "help": s.help}
         for s in method_settings(method.kind, method)
     ]
     preset = isinstance(known, Preset)
-    stands_for, proposes = (known.values, known.proposes) if preset else ({}, {})
+    stands_for = known.values if preset else {}
+    proposes = {**getattr(method, "proposes", {}), **(known.proposes if preset else {})}
     return {
         "method": word,
         "title": known.title,
@@ -69,6 +72,24 @@ def _facts(word: str) -> dict[str, Any]:
         "stands_for": dict(stands_for),
         "proposes": {key: _plain(value) for key, value in proposes.items()},
         "settings": settings,
+    }
+
+
+def _facts_of_union(word: str, known: Any) -> dict[str, Any]:
+    """Of several methods that train together: their settings, as far as they have names apart."""
+    parts = [_facts(part) for part, _ in known.parts]
+    settings = {one["name"]: one for part in parts for one in part["settings"]}
+    for part, (_, values) in zip(parts, known.parts, strict=True):
+        for name, value in {**part["stands_for"], **values}.items():
+            settings[name] = {**settings[name], "default": _plain(value)}
+    return {
+        "method": word,
+        "title": known.title,
+        "kind": parts[-1]["kind"],
+        "parts": [part for part, _ in known.parts],
+        "stands_for": {},
+        "proposes": {},
+        "settings": list(settings.values()),
     }
 
 
@@ -92,6 +113,8 @@ def _page(one: dict[str, Any]) -> list[str]:
     from lorica.config.text import yaml_text
 
     lines = [f"{one['method']}: {one['title']}"]
+    if one.get("parts"):
+        lines.append(f"the same as method: [{', '.join(one['parts'])}], which train together")
     if one["stands_for"]:
         values = ", ".join(f"{key}: {yaml_text(v)}" for key, v in one["stands_for"].items())
         lines.append(f"the same as method: {one['kind']} with {values}")

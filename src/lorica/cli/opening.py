@@ -86,7 +86,7 @@ def open_subject(
         return Subject(path, model, None, task_of, format, system, notes)
     facts = adapter_facts(folder)
     asked, known = (_object(facts.get(key)) for key in ("task", "base"))
-    name = base or known.get("name") or _configured_base(folder)
+    name = base or known.get("name") or configured_base(folder)
     with _fitting(name, folder, known, recorded=base is None):
         kind = asked.get("kind") or known.get("task") or checked_kind(task, name)
         model = load_model(
@@ -214,7 +214,8 @@ def _take_template(model: nn.Module, folder: Path) -> None:
         base.tokenizer.chat_template = file.read_text(encoding="utf-8")
 
 
-def _configured_base(folder: Path) -> str:
+def configured_base(folder: Path) -> str:
+    """The base that an adapter's own config names. Raises AdapterFileError where it names none."""
     name = _json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not name:
         raise AdapterFileError(

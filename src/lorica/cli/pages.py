@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lorica.cli.options import choices
-from lorica.config.settings import REQUIRED, Setting
+from lorica.config.settings import REQUIRED, Setting, known_settings
 from lorica.config.words import is_list, is_mapping
 
 INDENT, WIDEST = 26, 100
@@ -17,26 +19,32 @@ HELP = ("--help, -h", "show this and end")
 Entries = Sequence[tuple[str, str]]
 
 
-def page(context: Any, settings: Mapping[str, Setting] | None = None) -> str:
+METHOD_FLAGS = Path(__file__).parent / "method_flags.json"
+"""The settings of all methods as help pages show them: title -> [flag, text]. Written from the
+methods (tests/house/test_cli_flags.py), which load torch, so that `--help` need not.
+"""
+
+
+def page(context: Any, *, settings: bool = False) -> str:
     """The help page of a command.
 
     Args:
         context: of the command that is asked.
-        settings: those that are flags of it too.
+        settings: whether those of a run are flags of it too.
     """
     width = min(shutil.get_terminal_size().columns, WIDEST)
     command = context.command
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and p.opts[0] != "--help"]
     usage = " ".join(p.name.upper() for p in arguments)
-    usage += "[SETTINGS.yaml] [--key value ...]" if settings is not None else " [OPTIONS]"
+    usage += "[SETTINGS.yaml] [--key value ...]" if settings else " [OPTIONS]"
     lines = [f"Usage: lorica {command.name} {usage.strip()}"]
     for paragraph in (command.help or "").split("\n\n"):
         lines += ["", textwrap.fill(" ".join(paragraph.split()), width, break_on_hyphens=False)]
     entries = [(p.name.upper(), p.help or "") for p in arguments]
     groups: dict[str, Entries] = {"Arguments": entries} if entries else {}
     groups["Options"] = [*map(_option, options), HELP]
-    for title, rows in {**groups, **_settings(settings or {})}.items():
+    for title, rows in {**groups, **(_of_runs() if settings else {})}.items():
         lines += ["", title]
         for flag, text in rows:
             lines += _entry(flag, text, width)
@@ -68,7 +76,12 @@ def _option(option: Any) -> tuple[str, str]:
     return flag, f"{option.help}{shown}"
 
 
-def _settings(settings: Mapping[str, Setting]) -> dict[str, list[tuple[str, str]]]:
+def _of_runs() -> dict[str, Entries]:
+    """All settings of a run, by their group."""
+    return {**settings_by_group(known_settings()), **json.loads(METHOD_FLAGS.read_bytes())}
+
+
+def settings_by_group(settings: Mapping[str, Setting]) -> dict[str, list[tuple[str, str]]]:
     """Title -> lines of the settings, by their group."""
     groups: dict[str, list[tuple[str, str]]] = {}
     titles = {"run": "What to work on", "train": "Training"}

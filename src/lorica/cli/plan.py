@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lorica.cli.forecast import Alternative, Forecast
     from lorica.config import Resolved
     from lorica.train.pace import Pace
+    from lorica.train.shadow import Lower
 
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
@@ -30,76 +33,102 @@ def command(
         bool, typer.Option("--json", help="one JSON object on standard output")
     ] = False,
 ) -> None:
+    from lorica.cli.pages import page
+
+    if {"-h", "--help"} & {*context.args}:
+        print(page(context, settings=True), end="")
+        return
     import json as jsonlib
     import sys
 
     from lorica.cli.forecast import alternatives, verdict_on, way_out
     from lorica.cli.options import read_flags
-    from lorica.cli.pages import page
     from lorica.cli.voice import Voice
     from lorica.config import known_settings, load_yaml, resolve
     from lorica.config.text import flag_layer
     from lorica.methods import WORDS
 
     known = known_settings(WORDS)
-    if {"-h", "--help"} & {*context.args}:
-        print(page(context, known), end="")
-        return
     own = [option for p in context.command.params for option in p.opts]
     line = read_flags(context.args, known, [*own, "--help"])
     layers = [load_yaml(file) for file in line.files]
     settings = resolve(*layers, flag_layer(line.flags, known), methods=WORDS)
     voice = Voice(quiet=json, stream=sys.stderr)
-    found = _forecast(settings, voice)
-    with voice.work("looking for cheaper settings"):
-        cheaper = alternatives(found)
-    with voice.work("timing a few steps"):
-        pace = _pace(found, probe=probe)
+    told = []
+    for title, one, lower in _runs(settings):
+        found = _forecast(one, voice, lower)
+        with voice.work("looking for cheaper settings"):
+            cheaper = alternatives(found)
+        with voice.work("timing a few steps"):
+            pace = _pace(found, probe=probe)
+        told.append(_as_dict(found, cheaper, pace))
+        if not json:
+            print("\n".join([*([title, ""] if title else []), *_lines(found, cheaper, pace)]))
+        if warning := verdict_on(found):
+            remedy = way_out(found)
+            text = f"{warning}; {remedy}" if remedy else warning
+            print(f"lorica: warning: {text}", file=sys.stderr)
     if json:
-        print(jsonlib.dumps(_as_dict(found, cheaper, pace), ensure_ascii=False))
-    else:
-        print("\n".join(_lines(found, cheaper, pace)))
-    if warning := verdict_on(found):
-        remedy = way_out(found)
-        text = f"{warning}; {remedy}" if remedy else warning
-        print(f"lorica: warning: {text}", file=sys.stderr)
+        fits = all(one["fits"] for one in told)
+        made = {"fits": fits, "stages": told} if told[1:] else told[0]
+        print(jsonlib.dumps(made, ensure_ascii=False))
 
 
-def _forecast(settings: Resolved, voice: Any) -> Forecast:
+def _runs(settings: Resolved) -> Iterator[tuple[str, Resolved, tuple[Lower, ...]]]:
+    """(title, settings, what will lie below) of the run, or of each of its stages."""
+    from lorica.cli.start import lower_of
+
+    if not settings.stages:
+        yield "", settings, lower_of(settings)
+        return
+    from lorica.cli.stages import check_stages_of, methods_of
+    from lorica.train.shadow import Lower
+
+    check_stages_of(settings)
+    before: list[Lower] = []
+    for number, own in enumerate(settings.stages, 1):
+        first = lower_of(own)
+        together = [one for one in first if one.trains]
+        before += [one for one in first if not one.trains and number == 1]
+        kinds = " with ".join(method.kind for method in methods_of(own))
+        yield f"stage {number}: {kinds}", own, (*before, *together)
+        before += [Lower(method) for method in methods_of(own)]
+
+
+def _forecast(settings: Resolved, voice: Any, lower: tuple[Lower, ...]) -> Forecast:
     import torch
 
     from lorica.cli.forecast import forecast, shadow_of
     from lorica.cli.material import gather
-    from lorica.cli.prepare import check_effects, encode
-    from lorica.cli.start import source_of
-    from lorica.errors import ConfigError
+    from lorica.cli.prepare import check_effects, check_start, encode, sight, tell
+    from lorica.data.screen import screen_quickly
+    from lorica.data.screen_tokens import screen_tokens
 
-    source_of(settings)  # a run refuses what is none
+    check_start(settings)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
-    if settings.run.on_adapter is not None:
-        raise ConfigError(
-            f"{settings.origins['on_adapter']}: a run on top of an adapter is not planned",
-            mend="leave on_adapter out: the plan is then that of the same run on the bare base",
-        )
     for note in settings.notes:
         voice.say(note)
     with voice.work("reading the data"):
         material = gather(settings.run, seed=settings.data_seed)
     kind = material.task(settings.run.task, settings.run.model)
     check_effects(settings, material, kind)
+    held_out = {id(part): part for part in (material.valid, material.scored) if part}
+    tell(screen_quickly(material.train, [*held_out.values()]), settings, voice)
     with voice.work("making the base without its weights"):
         shadow = shadow_of(settings, material, kind)
     encoded = encode(settings, material, shadow.model, voice)
     with voice.work("running the base without its weights"):
-        return forecast(settings, material, shadow, encoded)
+        found = forecast(settings, material, shadow, encoded, lower)
+    tell(screen_tokens(sight(found.settings, material, shadow.model, encoded[1])), settings, voice)
+    return found
 
 
 def _pace(found: Forecast, *, probe: bool) -> Pace:
     """Measured where the base can be loaded, else by the law of 4 N."""
-    from lorica.attach.attach import attach
     from lorica.attach.survey import LINEAR
     from lorica.base.load import load_model, weight_files
+    from lorica.cli.start import stacked
     from lorica.train.budget import chosen_batches
     from lorica.train.pace import by_law, probed
 
@@ -118,8 +147,7 @@ def _pace(found: Forecast, *, probe: bool) -> Pace:
         trust_remote_code=request.trust_remote_code,
         eos_token=request.eos_token,
     )
-    method = found.method.stand_in() if hasattr(found.method, "stand_in") else found.method  # type: ignore[attr-defined]
-    adapter = attach(model, method, name="timed", seed=settings.seed)
+    adapter = stacked(model, found.method, found.lower, seed=settings.seed)
     task = found.shadow.task(found.task)
     usual, _ = chosen_batches(found.work.examples, task, found.shadow, settings)
     return probed(model, adapter, found.task, [usual], settings)
@@ -203,12 +231,12 @@ def _settings(found: Forecast) -> list[dict[str, Any]]:
     """Every setting with its value and where that came from; for a default, what it does."""
     from lorica.config import known_settings
 
-    known = known_settings({found.settings.run.method: type(found.settings.method)})
+    known = known_settings({found.settings.method.kind: type(found.settings.method)})
     values, origins = found.settings.values, found.settings.origins
     return [
         {
             "key": key,
-            "value": value if isinstance(value, int | float | str | None) else str(value),
+            "value": list(value) if isinstance(value, tuple) else value,
             "origin": origins[key],
             "help": known[key].help,
         }
@@ -270,6 +298,7 @@ def _lines(found: Forecast, cheaper: list[Alternative], pace: Pace) -> list[str]
 
 def _setting_lines(found: Forecast) -> list[str]:
     """What was set or decided with its origin, then the defaults with what they do."""
+    from lorica.config.text import yaml_text
     from lorica.records.lines import aligned
 
     rows = [["setting", "value", "why"]]
@@ -277,5 +306,5 @@ def _setting_lines(found: Forecast) -> list[str]:
     for entry in sorted(entries, key=lambda e: e["origin"] == "default"):
         default = entry["origin"] == "default"
         why = f"default: {entry['help']}" if default else entry["origin"]
-        rows.append([entry["key"], str(entry["value"]), why])
+        rows.append([entry["key"], yaml_text(entry["value"]), why])
     return aligned(rows, left=("setting", "value", "why"))

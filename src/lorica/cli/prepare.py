@@ -20,7 +20,14 @@ from lorica.cli.forecast import (
     way_out,
 )
 from lorica.cli.material import Material, gather
-from lorica.cli.start import begin, begin_by_records, lay_below, source_of, waits_for_records
+from lorica.cli.start import (
+    begin,
+    begin_by_records,
+    lay_below,
+    lower_of,
+    source_of,
+    waits_for_records,
+)
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.dataset import Dataset
@@ -80,11 +87,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     Raises:
         LoricaError: settings, data or base with which no run can begin.
     """
-    if settings.run.metrics:
-        from lorica.evaluate.metrics import find_metrics
-
-        find_metrics(settings.run.metrics)  # a wrong name is told before the base is loaded
-    source = source_of(settings)
+    source = check_start(settings)
     for note in settings.notes:
         voice.say(note)
     with voice.work("reading the data"):
@@ -96,7 +99,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     kind = material.task(settings.run.task, settings.run.model)
     check_effects(settings, material, kind)
     held_out = {id(part): part for part in (material.valid, material.scored) if part}
-    _tell(screen_quickly(material.train, [*held_out.values()]), settings, voice)
+    tell(screen_quickly(material.train, [*held_out.values()]), settings, voice)
     early = foresee(settings, material, kind, voice, ignore_memory=ignore_memory)
     settings = early.settings if early else settings
     with voice.work(f"loading {settings.run.model}"):
@@ -127,14 +130,29 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
         for line in begin_from(adapter, source):
             voice.say(f"start: {line}")
     courses_of(model, task, {adapter: examples}, held_out, settings.train)  # refuses early
-    voice.say(f"targets: {adapter.reason}")
+    for part in adapter.parts:
+        voice.say(f"targets: {part.reason}")
     voice.say(f"adapter: {_size(adapter, number)}")
     voice.say(f"encoded: {encoded_statement(task, examples)}")
-    _tell(screen_tokens(_sight(settings, material, model, examples)), settings, voice)
+    tell(screen_tokens(sight(settings, material, model, examples)), settings, voice)
     metrics = list(settings.run.metrics or material.metrics(kind))
     memory = early.as_dict() if early else {}
     parts = settings, material, model, adapter, task, examples, held_out, metrics
     return Prepared(*parts, memory, begun.relevance, begun.trial)
+
+
+def check_start(settings: Resolved) -> Path | None:
+    """Refuse what no run can begin with, before anything is read; returns `source_of`.
+
+    Raises:
+        ConfigError, AdapterFileError: a metric that there is not, or a start that is none.
+    """
+    if settings.run.metrics:
+        from lorica.evaluate.metrics import find_metrics  # scikit-learn takes its time
+
+        find_metrics(settings.run.metrics)
+    waits_for_records(settings)
+    return source_of(settings)
 
 
 def anchored(settings: Resolved) -> Resolved:
@@ -165,9 +183,7 @@ def foresee(
         CheckRefused: far more memory than the machine has.
         LoricaError: records or settings with which no run can begin.
     """
-    if settings.run.on_adapter is not None:
-        voice.say("the memory of a run on top of an adapter is not estimated")
-        return None
+    lower = lower_of(settings)
     try:
         shadow = shadow_of(settings, material, kind)
     except LoricaError:  # loading the base will say it in full
@@ -175,7 +191,7 @@ def foresee(
     encoded = encode(settings, material, shadow.model, voice)
     try:
         with voice.work("estimating the memory"):
-            found = forecast(settings, material, shadow, encoded)
+            found = forecast(settings, material, shadow, encoded, lower)
     except (LoricaError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         text = next(iter(str(error).splitlines()), type(error).__name__)
         if not isinstance(error, LoricaError):  # else attaching will say it in full
@@ -189,7 +205,7 @@ def foresee(
     return found
 
 
-def _sight(settings: Resolved, material: Material, model: nn.Module, examples: Encoded) -> Sight:
+def sight(settings: Resolved, material: Material, model: nn.Module, examples: Encoded) -> Sight:
     """What `screen_tokens` looks at."""
     base = known(model)
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
@@ -203,7 +219,7 @@ def _sight(settings: Resolved, material: Material, model: nn.Module, examples: E
     )
 
 
-def _tell(findings: list[Finding], settings: Resolved, voice: Voice) -> None:
+def tell(findings: list[Finding], settings: Resolved, voice: Voice) -> None:
     """Say the warnings among the findings.
 
     Raises:
@@ -248,22 +264,33 @@ def _load(settings: Resolved, material: Material, kind: str) -> tuple[nn.Module,
         why = (
             "the base has no weights for them" if len(new) > 1 else "the base has no weights for it"
         )
-        settings = settings.decided("modules_to_save", (*given, *new), why)
+        settings = _with_modules(settings, [*given, *new], why)
     return model, settings
 
 
+def _with_modules(settings: Resolved, names: list[str], why: str) -> Resolved:
+    """The settings with modules that train whole beside the adapter: with its topmost method."""
+    if not settings.below:
+        return settings.decided("modules_to_save", names, why)
+    *parts, last = settings.run.method
+    return settings.decided("method", [*parts, {**last, "modules_to_save": names}], why)  # type: ignore[dict-item]
+
+
 def _size(adapter: Adapter, of: int) -> str:
-    method: Any = adapter.method
+    methods: list[Any] = [part.method for part in adapter.parts]
     share = adapter.num_parameters / of
-    places = f"{len(adapter.slots)} place{'s' * (len(adapter.slots) != 1)}"
+    number = sum(len(part.slots) for part in adapter.parts)
+    places = f"{number} place{'s' * (number != 1)}"
     text = f"{count(adapter.num_parameters)} parameters train in {places}"
     sizes = [
         f"{key}={getattr(method, key):g}"
+        for method in methods
         for key in ("r", "init_r", "lora_alpha", "num_virtual_tokens")
         if hasattr(method, key)
     ]
     rank = f"; {', '.join(sizes)}" if sizes else ""
-    return f"{method.kind}, {text} ({share:.2%} of the base){rank}"
+    kinds = " with ".join(method.kind for method in methods)
+    return f"{kinds}, {text} ({share:.2%} of the base){rank}"
 
 
 def check_effects(settings: Resolved, material: Material, kind: str) -> None:
@@ -302,7 +329,8 @@ def encode(
     task = make_task(settings, base)
     parts = [_encoded(task, part, settings, voice) for part in (material.train, material.valid)]
     tested = _encoded(task, material.scored, settings, voice)
-    virtual = getattr(settings.method, "num_virtual_tokens", 0)
+    methods = (*settings.below, settings.method)
+    virtual = max(getattr(method, "num_virtual_tokens", 0) for method in methods)
     limit = num_positions(model, virtual=virtual)
     if virtual and limit is not None and limit < 2:
         raise ConfigError(

@@ -29,7 +29,7 @@ from lorica.cli.voice import Voice
 from lorica.config import Resolved, load_yaml, resolve
 from lorica.errors import ConfigError, Interrupted, LoricaError
 from lorica.files.safetensors_file import write_tensors
-from lorica.methods import METHODS
+from lorica.methods import WORDS
 from lorica.records.atomic import write_file
 from lorica.records.card import write_card
 from lorica.records.folder import RELEVANCE_SCORES, RunFolder, json_text, now
@@ -199,7 +199,7 @@ class _Run:
         summary = {
             "status": "finished",
             "scores": {name: asdict(found) for name, found in scores.items()},
-            "training": report.summary(),
+            **report.outcome(),
             "resources": {
                 **report.resources,
                 "total_seconds": time.monotonic() - self.began,
@@ -208,7 +208,7 @@ class _Run:
         }
         assert self.voice.writer is not None
         self.voice.writer.finish(summary)
-        _dress(self.folder.path)
+        dress(self.folder.path)
         self.voice.display.finish(summary)
 
     @contextmanager
@@ -278,7 +278,7 @@ def _begin(folder: RunFolder, prepared: Prepared) -> None:
             write_tensors(folder.path / RELEVANCE_SCORES, prepared.relevance.groups)
 
 
-def _dress(path: Path) -> None:
+def dress(path: Path) -> None:
     """Model card and page, which say what run.json says, and the card what the adapter does."""
     from lorica.records.report import write_report
 
@@ -308,7 +308,7 @@ def finished(path: Path, settings: Resolved, voice: Voice) -> Outcome | None:
         return None
     _check_unchanged(path, settings)
     if not ((path / "report.html").is_file() and (path / "adapter" / "README.md").is_file()):
-        _dress(path)
+        dress(path)
     steps = max(found.get("training", {}).get("steps", {}).values(), default=0)
     voice.say(f"the run in {path} is finished ({steps:,} steps, ended {found.get('ended', '?')})")
     voice.say(f"for a longer one: {_another(path)} --max-steps N")
@@ -318,7 +318,7 @@ def finished(path: Path, settings: Resolved, voice: Voice) -> Outcome | None:
 def _check_unchanged(path: Path, settings: Resolved) -> None:
     """Raises ConfigError for settings that a finished run would ignore."""
     wanted = anchored(settings).values
-    had = anchored(resolve(load_yaml(path / "config.yaml"), methods=METHODS)).values
+    had = anchored(resolve(load_yaml(path / "config.yaml"), methods=WORDS)).values
     ignored = [
         f"{settings.origins[key]}: {key} is {value!r}, and the run had {had.get(key)!r}"
         for key, value in wanted.items()

@@ -47,7 +47,7 @@ def execute_seeds(
         begun = go_on and (path / "run.json").is_file()
         own = _of_seed(settings, seed, path)
         execute(
-            _over_saved(path, own) if begun else own,
+            over_saved(path, own) if begun else own,
             resume=path if begun else None,
             discard=discard,
             json=json,
@@ -98,7 +98,7 @@ def _of_seed(settings: Resolved, seed: int, path: Path) -> Resolved:
     )
 
 
-def _over_saved(path: Path, settings: Resolved) -> Resolved:
+def over_saved(path: Path, settings: Resolved) -> Resolved:
     """The settings of a run that was begun, with what data and base decided, and what is given now
     over them.
     """

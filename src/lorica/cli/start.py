@@ -18,6 +18,7 @@ from lorica.errors import ConfigError
 from lorica.files.adapter import check_folder, load_adapter
 from lorica.tasks.task import Task
 from lorica.train.choice import Relevance
+from lorica.train.shadow import Lower
 from lorica.train.starts import attach_by_records
 from lorica.train.trial import Trial, choose_top_layers
 
@@ -89,7 +90,52 @@ def waits_for_records(settings: Resolved) -> bool:
             "on_adapter acts on it",
             mend="keep one of them",
         )
+    parts = (*settings.below, method) if settings.below else ()
+    if alone := [one.kind for one in parts if hasattr(one, "between")]:
+        raise ConfigError(
+            f"{settings.origins['method']}: {alone[0]} acts between the steps of its own training, "
+            "so it trains alone",
+            mend="take it out of the list; or train it first, and the others on top: stages",
+        )
+    if any(
+        getattr(one, "needs_records", False) or (hasattr(one, "candidates") and one.candidates)
+        for one in parts
+    ):
+        raise ConfigError(
+            f"{settings.origins['method']}: a start that records decide is that of one method "
+            "alone, and here several train together",
+            mend="take that start out, or train it first, and the others on top: stages",
+        )
     return by_records or tried
+
+
+def lower_of(settings: Resolved) -> tuple[Lower, ...]:
+    """What will lie below the adapter of a run, the lowest first.
+
+    Raises:
+        AdapterFileError: on_adapter names no adapter.
+    """
+    found = [Lower(method, trains=True) for method in settings.below]
+    if settings.run.on_adapter is not None:
+        given = Path(settings.run.on_adapter)
+        found.insert(0, Lower(adapter_folder(given) or given))
+    return tuple(found)
+
+
+def stacked(model: nn.Module, method: Any, lower: Sequence[Lower], *, seed: int) -> Adapter:
+    """An adapter of a method on a model for a trial of its speed, with what will lie below it."""
+    below, together = None, False
+    for number, one in enumerate((*lower, Lower(method))):
+        name = f"timed{number}"
+        if isinstance(one.source, Path):
+            below = load_adapter(model, one.source, name=name)
+        else:
+            own: Any = one.source
+            own = own.stand_in() if hasattr(own, "stand_in") else own
+            below = attach(model, own, name=name, seed=seed, on=below, together=together)
+        together = one.trains
+    assert below is not None
+    return below
 
 
 def lay_below(settings: Resolved, model: nn.Module) -> Adapter | None:
@@ -106,8 +152,14 @@ def lay_below(settings: Resolved, model: nn.Module) -> Adapter | None:
 
 
 def begin(settings: Resolved, model: nn.Module, below: Adapter | None = None) -> Begun:
-    """An adapter that needs no records, on top of `below`."""
-    how: dict[str, Any] = {"name": ADAPTER, "seed": settings.train.seed, "on": below}
+    """An adapter that needs no records, on top of `below`, with what trains together with it."""
+    together, seed = False, settings.train.seed
+    for depth in range(len(settings.below), 0, -1):
+        method = settings.below[-depth]
+        name = f"{ADAPTER}{'.on' * depth}"  # as it will be when it is read from its files
+        below = attach(model, method, name=name, seed=seed, on=below, together=together)
+        together = True
+    how: dict[str, Any] = {"name": ADAPTER, "seed": seed, "on": below, "together": together}
     return Begun(settings, attach(model, settings.method, **how))
 
 

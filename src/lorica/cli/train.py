@@ -45,16 +45,17 @@ def command(
         bool, typer.Option("--quiet", help="say nothing but warnings and the result")
     ] = False,
 ) -> None:
-    from lorica.cli.options import read_flags
     from lorica.cli.pages import page
+
+    if {"-h", "--help"} & {*context.args}:
+        print(page(context, settings=True), end="")
+        return
+    from lorica.cli.options import read_flags
     from lorica.config import known_settings, load_yaml, resolve
     from lorica.config.text import flag_layer
     from lorica.methods import WORDS
 
     known = known_settings(WORDS)
-    if {"-h", "--help"} & {*context.args}:
-        print(page(context, known), end="")
-        return
     own = [p.opts[0] for p in context.command.params]
     line = read_flags(context.args, known, [*own, "--help"])
     layers = [load_yaml(file) for file in line.files]
@@ -77,7 +78,12 @@ def command(
 
         execute_seeds(settings, go_on=go_on, discard=replace, **how)
         return
-    outcome = execute(settings, resume=resume, discard=replace, **how)
+    if settings.stages:
+        from lorica.cli.stages import execute_stages
+
+        outcome = execute_stages(settings, resume=resume, discard=replace, **how)
+    else:
+        outcome = execute(settings, resume=resume, discard=replace, **how)
     if not (json or quiet):
         print("\n".join(closing_lines(outcome.folder, outcome.samples)))
 

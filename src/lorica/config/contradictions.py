@@ -26,7 +26,16 @@ def contradictions(run: RunConfig, train: TrainSettings) -> list[str]:
         *_base(run),
         *_paths(run),
         *_seeds(run, train),
+        *_stages(run),
     ]
+
+
+def _stages(run: RunConfig) -> Iterator[str]:
+    for key in ("seeds", "init_adapter") if run.stages is not None else ():
+        if getattr(run, key) is not None:
+            yield f"{key} is for a run of one stage; take it out, or train stages by on_adapter"
+    if run.stages is not None and run.data == "-":
+        yield "data is standard input, which can be read once; every stage reads the records"
 
 
 def _seeds(run: RunConfig, train: TrainSettings) -> Iterator[str]:

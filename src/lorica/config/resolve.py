@@ -16,17 +16,18 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from lorica.config.choose import Found, Methods, Part, choose
 from lorica.config.contradictions import contradictions
 from lorica.config.names import ALIASES, NO_TWIN, SECRET_KEY, SECRET_VALUE
 from lorica.config.settings import (
     REQUIRED,
-    Preset,
     RunConfig,
     Setting,
     Settings,
     TrainSettings,
     known_settings,
-    method_settings,
+    method_fields,
+    method_values,
 )
 from lorica.config.text import Layer, yaml_text
 from lorica.config.words import is_mapping, problem_of, shown
@@ -48,6 +49,8 @@ class Resolved:
         method: the settings object of the method, which is the method; None without methods.
         origins: name -> where its value came from: "default", "run.yaml:7", "--r", "rule: ...".
         notes: what the user should read, such as aliases that were mapped.
+        below: the methods that train together with `method`, as one adapter, the lowest first.
+        stages: the settings of each stage of a run that has several; `method` is None there.
     """
 
     run: RunConfig
@@ -55,13 +58,19 @@ class Resolved:
     method: Any
     origins: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    below: tuple[Any, ...] = ()
+    stages: tuple[Resolved, ...] = ()
 
     @property
     def values(self) -> dict[str, Any]:
-        """Name -> value, of everything."""
+        """Name -> value, of everything; beside stages, of what is given for all of them."""
         found = {key: getattr(self.run, key) for key in RunConfig.model_fields}
-        found |= {key: getattr(self.train, key) for key in TrainSettings.model_fields}
-        return found | _method_values(self.method)
+        trained = list(TrainSettings.model_fields)
+        if self.stages:  # each has a method, and defaults, of its own
+            del found["method"]
+            trained = [key for key in trained if key in self.origins]
+        found |= {key: getattr(self.train, key) for key in trained}
+        return found if self.below else found | method_values(self.method)
 
     @property
     def data_seed(self) -> int:
@@ -76,18 +85,19 @@ class Resolved:
         """
         kept = {name: v for name, v in self.values.items() if self.origins[name] != "default"}
         layer = Layer("settings", kept, {name: self.origins[name] for name in kept})
-        methods = {self.run.method: type(self.method)} if self.method is not None else {}
+        methods = {m.kind: type(m) for m in (*self.below, self.method) if m is not None}
         made = resolve(layer, Layer(f"rule: {reason}", {key: value}), methods=methods)
         return dataclasses.replace(made, notes=self.notes)
 
     def to_yaml(self) -> str:
         """YAML that resolves to the same settings, every line with the origin of its value."""
-        groups = {
-            "run": list(RunConfig.model_fields),
-            "training": list(TrainSettings.model_fields),
-            f"method: {self.run.method}": list(_method_values(self.method)),
-        }
         values, lines = self.values, [f"version: {VERSION}"]
+        own = [*RunConfig.model_fields, *TrainSettings.model_fields]
+        groups = {
+            "run": [key for key in RunConfig.model_fields if key in values],
+            "training": [key for key in TrainSettings.model_fields if key in values],
+            f"method: {self.run.method}": [key for key in values if key not in own],
+        }
         for title, keys in groups.items():
             lines += ["", f"# {title}"] if keys else []
             for key in keys:
@@ -98,7 +108,7 @@ class Resolved:
 
 def resolve(
     *layers: Layer | tuple[str, Mapping[str, Any]],
-    methods: Mapping[str, type | Preset] | None = None,
+    methods: Methods | None = None,
 ) -> Resolved:
     """Put layers of settings together; later ones win.
 
@@ -116,23 +126,30 @@ def resolve(
     problems: list[str] = []
     notes: list[str] = []
     found = _merge(stack, known_settings(methods), problems, notes)
-    kind = _choose(found, methods or {}, problems)
-    known = known_settings({kind.kind: kind} if kind else {})
-    for key in [key for key in found if key not in known]:
-        _, origin = found.pop(key)
-        if kind:  # without one, the method itself is the problem
-            problems.append(f"{origin}: {key} has no effect with the method {kind.kind}")
+    staged = methods and found.get("stages", (None, ""))[0] is not None
+    stages = _stages(found, methods or {}, problems) if staged else []
+    parts = [] if staged else choose(found, methods or {}, problems)
+    of_methods: list[str] = []
+    made = [_made(part, of_methods) for part in parts]
+    if len(made) > 1 and None not in made:  # written as settings that lead to the same again
+        origin = found["method"][1]
+        found["method"] = [{"method": m.kind, **method_values(m)} for m in made], origin
+    elif parts:
+        found |= parts[-1].given
     values = {key: value for key, (value, _) in found.items()}
     origins = {key: origin for key, (_, origin) in found.items()}
     run = _build(RunConfig, values, origins, problems)
     train = _build(TrainSettings, values, origins, problems)
-    method = _build_method(kind, values, origins, problems) if kind else None
+    problems += of_methods
     if run is not None and train is not None:
         problems += [_placed(problem, origins) for problem in contradictions(run, train)]
+    problems = list(dict.fromkeys(problems))  # each stage finds what is wrong for all
     if problems or run is None or train is None:
         reasons = f", for {len(problems)} reasons" if len(problems) > 1 else ""
         raise ConfigError(f"the settings cannot be used{reasons}", problems=problems)
-    resolved = Resolved(run, train, method, origins, tuple(notes))
+    *below, method = made or [None]
+    resolved = Resolved(run, train, method, origins, tuple(notes), tuple(below), tuple(stages))
+    known = known_settings({part.kind.kind: part.kind for part in parts})
     for key, value in resolved.values.items():
         if key not in origins or (values[key] is None and value is not None):
             same = _plain(value) == _plain(known[key].default)
@@ -140,7 +157,35 @@ def resolve(
     return resolved
 
 
-def json_schema(methods: Mapping[str, type | Preset] | None = None) -> dict[str, Any]:
+def _stages(found: Found, methods: Methods, problems: list[str]) -> list[Resolved]:
+    """The settings of every stage: those beside the list, and over them its own. What belongs to a
+    method and lies beside the list is taken out of `found`, and told.
+    """
+    entries, origin = found["stages"]
+    listed = isinstance(entries, list | tuple) and all(isinstance(e, Mapping) for e in entries)
+    if not listed or len(entries) < 2:
+        problems.append(f"{origin}: stages must be a list of at least two mappings of settings")
+        entries = []
+    for key in [key for key in found if key == "method" or key not in known_settings()]:
+        _, where = found.pop(key)
+        problems.append(f"{where}: {key} has no effect beside stages; give it to one of them")
+    common = {key: value for key, (value, _) in found.items() if key != "stages"}
+    layer = Layer("settings", common, {key: where for key, (_, where) in found.items()})
+    made = []
+    for number, entry in enumerate(entries, 1):
+        where = f"{origin}, stage {number}"
+        keys = {ALIASES.get(key, key): key for key in entry}
+        of_all = [k for k in keys if k in {*RunConfig.model_fields, "seed", "dtype"} - {"method"}]
+        problems += [f"{where}: {key} is the same for all stages; put it beside" for key in of_all]
+        own = {keys[key]: entry[keys[key]] for key in keys if key not in of_all}
+        try:
+            made.append(resolve(layer, Layer(where, own), methods=methods))
+        except ConfigError as error:
+            problems += error.problems
+    return made
+
+
+def json_schema(methods: Methods | None = None) -> dict[str, Any]:
     """The JSON Schema (2020-12) of a settings file, by which editors complete and check.
 
     Nothing is required in it: what a file leaves out may stand on the command line.
@@ -167,9 +212,6 @@ def json_schema(methods: Mapping[str, type | Preset] | None = None) -> dict[str,
         "properties": properties,
         "additionalProperties": False,
     }
-
-
-Found = dict[str, tuple[Any, str]]
 
 
 def _merge(
@@ -236,43 +278,6 @@ def _hides_secret(name: str, value: object, key: str | None, known: Mapping[str,
     return bool(SECRET_VALUE.search(json.dumps(value, default=str, ensure_ascii=False)))
 
 
-def _choose(found: Found, methods: Mapping[str, type | Preset], problems: list[str]) -> Any:
-    if not methods:
-        return None
-    word, origin = found.get("method", (RunConfig.model_fields["method"].default, "default"))
-    if isinstance(word, str) and word in methods:
-        chosen = methods[word]
-        return _unfold(word, chosen, found, problems) if isinstance(chosen, Preset) else chosen
-    if isinstance(word, Mapping):
-        del found["method"]  # told here, in full
-        lines = "; ".join(f"{key}: {yaml_text(_plain(value))}" for key, value in word.items())
-        problems.append(
-            f"{origin}: method is a section here, but settings lie flat: write method: "
-            f"{next(iter(methods))}, and at the top level {lines}"
-        )
-        return None
-    near = nearest(str(word), methods)
-    hint = f"did you mean {near}?" if near else f"there are: {', '.join(methods)}"
-    problems.append(f"{origin}: method is {word!r}; {hint}")
-    return None
-
-
-def _unfold(word: str, preset: Preset, found: Found, problems: list[str]) -> Any:
-    """Put what a name stands for in its place; what was given besides must not contradict it."""
-    _, origin = found["method"]
-    for key, value in preset.values.items():
-        given, where = found.get(key, (value, ""))
-        if given != value and key != "loraplus_lr_ratio":  # which is how much, not whether
-            problems.append(f"{where}: {key}={given} contradicts method={word}: {key}={value}")
-        found.setdefault(key, (value, f"{origin}, method: {word}"))
-    for key, value in preset.proposes.items():
-        if key != "epochs" or "max_steps" not in found:  # the first to be reached would end the run
-            found.setdefault(key, (value, f"{origin}, method: {word}"))
-    kind: Any = preset.method
-    found["method"] = kind.kind, f"{origin}, method: {word}"
-    return kind
-
-
 def _build(
     kind: type[Settings], values: Mapping[str, Any], origins: Mapping[str, str], problems: list[str]
 ) -> Any:
@@ -283,13 +288,20 @@ def _build(
         return None
 
 
+def _made(part: Part, problems: list[str]) -> Any:
+    """The settings object of one method of a run."""
+    values = {key: value for key, (value, _) in part.given.items()}
+    origins = {key: origin for key, (_, origin) in part.given.items()}
+    return _build_method(part.kind, values, origins, problems)
+
+
 def build_method(kind: Any, values: Mapping[str, Any]) -> Any:
     """The settings object of a method (its class is `kind`) from values as JSON has them.
 
     Raises:
         ConfigError: unknown names, wrong types, values out of range; all at once.
     """
-    known = {setting.key for setting in method_settings(kind.kind, kind)}
+    known = {setting.key for setting, _ in method_fields(kind.kind, kind)}
     problems = [
         f"{str(key)[:60]} is not a setting of {kind.kind}" for key in values if key not in known
     ]
@@ -304,7 +316,7 @@ def _build_method(
 ) -> Any:
     """The method's settings object: types by its annotations here, ranges by the class itself."""
     given, wrong = {}, []
-    for setting in method_settings(kind.kind, kind):
+    for setting, _ in method_fields(kind.kind, kind):
         if setting.key not in values:
             if setting.default is REQUIRED:
                 wrong.append(f"{setting.key} is missing; it is {setting.help}")
@@ -339,16 +351,6 @@ def _placed(problem: str, origins: Mapping[str, str]) -> str:
     if problem.startswith(f"{key} is missing"):
         return f"{problem}; give it as --{key.replace('_', '-')}"
     return f"{origins[key]}: {problem}" if key in origins else problem
-
-
-def _method_values(method: Any) -> dict[str, Any]:
-    if method is None:
-        return {}
-    return {
-        field.name: getattr(method, field.name)
-        for field in dataclasses.fields(method)
-        if field.init
-    }
 
 
 def _plain(value: Any) -> Any:

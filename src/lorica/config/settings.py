@@ -29,6 +29,9 @@ from lorica.errors import ConfigError, nearest
 DEFAULT_EPOCHS = 3.0
 DEFAULT_DECAY_RATIO = 0.2
 
+STATE = "state"
+"""Marks a field of a method in its metadata that is no setting: see `methods.method.state`."""
+
 REQUIRED = object()
 """The default of a setting that has none."""
 
@@ -298,7 +301,25 @@ class RunConfig(Settings):
     output_dir: PathText | None = Field(
         default=None, description="folder of the run; null: a new folder under runs/"
     )
-    method: Word = Field(default="lora", description="how the base is adapted")
+    method: Annotated[
+        Word | Annotated[tuple[Word | dict[str, Any], ...], Strict(False)],
+        Expects("a method, or a list of methods"),
+    ] = Field(
+        default="lora",
+        description="how the base is adapted; several train together as one adapter: "
+        "prefix-tuning,parallel, or in YAML a list of words or of {method: word, setting: value}",
+    )
+    stages: (
+        Annotated[
+            tuple[dict[str, Any], ...], Strict(False), Expects("a list of mappings of settings")
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="several trainings one after the other, each on top of the last, which it "
+        "keeps: a list of {method: word, max_steps: N, setting: value}; settings beside it are "
+        "those of all stages",
+    )
     init_adapter: PathText | None = Field(
         default=None,
         description="a trained adapter to begin from, such as that of another task: a run folder "
@@ -430,6 +451,19 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Union:
+    """A name for several methods that train together as one adapter, such as mam.
+
+    Attributes:
+        parts: words of methods, the topmost last, with settings; what is given instead wins.
+        title: the methods in a line, with their paper.
+    """
+
+    parts: tuple[tuple[str, Mapping[str, Any]], ...]
+    title: str
+
+
+@dataclass(frozen=True)
 class Setting:
     """One thing that can be set, for whoever makes options, checks or pages of it.
 
@@ -462,7 +496,9 @@ class Setting:
         return "--" + self.key.replace("_", "-")
 
 
-def known_settings(methods: Mapping[str, type | Preset] | None = None) -> dict[str, Setting]:
+def known_settings(
+    methods: Mapping[str, type | Preset | Union] | None = None,
+) -> dict[str, Setting]:
     """Everything that can be set with these methods (kind -> settings class), by name and in order.
 
     A setting that several methods share is listed once, with the first.
@@ -475,27 +511,43 @@ def known_settings(methods: Mapping[str, type | Preset] | None = None) -> dict[s
                 key, group, info.annotation, default, info.description or "", expected_of(kind, key)
             )
     for group, kind in (methods or {}).items():
-        for setting in [] if isinstance(kind, Preset) else method_settings(group, kind):
+        for setting in [] if isinstance(kind, Preset | Union) else method_settings(group, kind):
             assert found.get(setting.key, setting).group not in ("run", "train"), setting.key
             found.setdefault(setting.key, setting)
     return found
 
 
 def method_settings(group: str, kind: type) -> list[Setting]:
-    """The settings of one method: the fields of its dataclass."""
+    """The settings of one method: the fields of its dataclass, but for those that are state."""
+    return [setting for setting, is_state in method_fields(group, kind) if not is_state]
+
+
+def method_fields(group: str, kind: type) -> list[tuple[Setting, bool]]:
+    """The fields of a method's dataclass as its files have them, and whether each is state."""
     annotations = typing.get_type_hints(kind, include_extras=True)
     return [
-        _setting(
-            field.name,
-            group,
-            annotations[field.name],
-            _default(field),
-            str(field.metadata.get("help", "")),
-            describe(annotations[field.name]),
+        (
+            _setting(
+                field.name,
+                group,
+                annotations[field.name],
+                _default(field),
+                str(field.metadata.get("help", "")),
+                describe(annotations[field.name]),
+            ),
+            STATE in field.metadata,
         )
         for field in dataclasses.fields(kind)
         if field.init
     ]
+
+
+def method_values(method: Any) -> dict[str, Any]:
+    """Name -> value of the settings of a method; empty for None."""
+    if method is None:
+        return {}
+    fields = [f for f in dataclasses.fields(method) if f.init and STATE not in f.metadata]
+    return {field.name: getattr(method, field.name) for field in fields}
 
 
 def _setting(

@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from lorica.attach.attach import Adapter, attach_tensors, detach
-from lorica.attach.stages import check_stages, check_union, lay_on
+from lorica.attach.stages import check_stack, check_stages, check_union, lay_on
 from lorica.base.load import base_of
 from lorica.errors import AdapterFileError, LoricaWarning
 from lorica.files import native, peft, peft_kinds, peft_prompts
@@ -94,7 +94,7 @@ def save_adapter(
         if (below := adapter.on) is not None:
             save_adapter(below, temporary / BELOW, provenance=below.noted)
             on = {"method": below.method.kind, "digest": digest_of(temporary / BELOW)}
-            facts["on"] = {**on, "together": adapter.together}
+            facts["on"] = {**on, "together": adapter.together, "stacked": adapter.stacked}
         write_file(temporary / PROVENANCE, _json(facts))
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -262,7 +262,9 @@ def _load(
         found = layout.read(model, raw, file, folder)
     together = below is not None and facts["on"].get("together") is True
     check_stages(found.method, below)
+    stacked = below is not None and facts["on"].get("stacked") is True
     check_union(found.method, below, together)
+    check_stack(below, stacked)
     adapter = attach_tensors(
         model,
         found.method,
@@ -275,7 +277,7 @@ def _load(
     adapter.base = {**{k: str(v) for k, v in from_file.items() if v}, **adapter.base}
     adapter.noted = facts
     if below is not None:
-        lay_on(adapter, below, together)
+        lay_on(adapter, below, together, stacked)
     return adapter
 
 

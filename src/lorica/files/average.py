@@ -17,13 +17,15 @@ import hashlib
 import json
 import math
 import shutil
+import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorica.errors import AdapterFileError, ConfigError
+from lorica.errors import AdapterFileError, ConfigError, LoricaWarning
 from lorica.files.adapter import CARD, CONFIG, PROVENANCE, WEIGHTS, check_folder, read_facts
 from lorica.files.folder import new_folder, read_json
 from lorica.files.safetensors_file import TensorFile, write_tensors
@@ -41,6 +43,8 @@ _FREE |= {"relevance_records"}
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _BESIDE += ("chat_template.jinja",)
 _SHOWN, _WIDE = 10, 80
+ALIKE = 0.3
+"""Cosine below which factors have nothing in common."""
 
 
 def average(
@@ -62,6 +66,8 @@ def average(
         ConfigError: fewer than two folders, or weights that are no shares of 1.
         AdapterFileError: the folders differ in kind, places, shapes or base; all differences at
             once. Nothing was written.
+
+    Warns where adapters began apart, so that the mean of their factors means nothing.
     """
     paths = [Path(folder) for folder in folders]
     shares = _shares(paths, weights)
@@ -80,6 +86,7 @@ def average(
             files.append(TensorFile(path / WEIGHTS))
         _refuse_differing(paths, configs, facts, files)
         tensors = {name: _mean(name, files, shares, paths) for name in files[0].entries}
+        _warn_if_apart(paths, files)
     finally:
         for file in files:
             file.close()
@@ -205,6 +212,36 @@ def _mean(
         )
     total = sum(share * one.double() for share, one in zip(shares, read, strict=True))
     return torch.as_tensor(total).to(read[0].dtype)
+
+
+def _warn_if_apart(paths: Sequence[Path], files: Sequence[TensorFile]) -> None:
+    """Warn where the factors of products have nothing in common, so that their mean means nothing.
+
+    Factors that began alike still point the same way after training, at least one of each product;
+    those of different seeds are at right angles.
+    """
+    places: dict[str, list[str]] = {}
+    for name, entry in files[0].entries.items():
+        if len(entry.shape) > 1:
+            places.setdefault(name.removesuffix(".weight").rpartition(".")[0], []).append(name)
+    products = [names for names in places.values() if len(names) > 1]
+    for path, file in zip(paths[1:], files[1:], strict=True):
+        alike = [max(_cosine(files[0].read(n), file.read(n)) for n in ns) for ns in products]
+        if alike and (middle := statistics.median(alike)) < ALIKE:
+            warnings.warn(
+                f"{path} and {paths[0]} began apart: their factors are at right angles (cosine "
+                f"{middle:.2f} in the median of {len(alike)} places), and the mean of factors is "
+                "then not the mean of what they do; begin all from one adapter (init_adapter), or "
+                "mix them exactly: lorica.activate(model, {name: weight, ...})",
+                LoricaWarning,
+                stacklevel=3,
+            )
+
+
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    if not one.is_floating_point():
+        return 1.0
+    return torch.cosine_similarity(one.double().flatten(), other.double().flatten(), dim=0).item()
 
 
 def _provenance(paths: Sequence[Path], shares: Sequence[float], first: Mapping[str, Any]) -> str:

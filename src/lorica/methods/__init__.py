@@ -1,6 +1,6 @@
 """Methods: settings, tensors, arithmetic and merged form of one way to adapt a layer each."""
 
-from lorica.config.settings import Preset
+from lorica.config.settings import Preset, Union
 from lorica.methods.adalora import AdaLoRA
 from lorica.methods.bottleneck import Bottleneck, Compacter
 from lorica.methods.dora import DoRA
@@ -119,7 +119,18 @@ PRESETS = {
 }
 """A method's own name -> the settings of another one that it is."""
 
-WORDS: dict[str, type | Preset] = {**METHODS, **PRESETS}
+UNIONS = {
+    "mam": Union(
+        (
+            ("prefix-tuning", {"num_virtual_tokens": 30}),
+            ("parallel", {"reduction_factor": 2}),
+        ),
+        "a prefix and bottlenecks beside feed-forward (arXiv 2110.04366)",
+    ),
+}
+"""A name for methods that train together as one adapter."""
+
+WORDS: dict[str, type | Preset | Union] = {**METHODS, **PRESETS, **UNIONS}
 """Every word that `method` takes in YAML and on the command line."""
 
 __all__ = [
@@ -127,6 +138,7 @@ __all__ = [
     "LISA",
     "METHODS",
     "PRESETS",
+    "UNIONS",
     "WORDS",
     "AdaLoRA",
     "Bottleneck",

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from lorica.methods.between import Between, Held
-from lorica.methods.method import Layer, Method, Tensors, numeric_problems, setting
+from lorica.methods.method import Layer, Method, Tensors, numeric_problems, setting, state
 from lorica.methods.patterns import pattern_value
 from lorica.methods.placed import rank_problems, scale_problems
 from lorica.methods.update import WeightUpdate, matrix_shape
@@ -67,10 +67,14 @@ class AdaLoRA(WeightUpdate):
     rank_pattern: Mapping[str, int] = setting(
         {}, "ranks that are decided already: {suffix or pattern: at most init_r}"
     )
-    kept_r: int | None = setting(None, "rank where rank_pattern names none; null: init_r")
+    kept_r: int | None = state(None)
+    """The rank where rank_pattern names none; None: init_r."""
 
     kind: ClassVar[str] = "adalora"
     title: ClassVar[str] = "LoRA that gives its ranks to where they count (arXiv 2303.10512)"
+    proposes: ClassVar[Mapping[str, Any]] = {"learning_rate": 2e-3}
+    """All three factors begin small, so steps move the weight less than LoRA's: the paper has 5e-4
+    to 2.2e-3 in thousands of steps (table 8)."""
     stacks: ClassVar[bool] = True
 
     @property

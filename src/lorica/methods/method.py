@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lorica.config.settings import STATE
+
 Tensors = dict[str, Tensor]
 """The tensors of one adapter at one place, by the method's own names ("A", "B", ...)."""
 
@@ -119,6 +121,13 @@ def setting(default: Any, text: str, **more: Any) -> Any:
     if isinstance(default, dict):
         return field(default_factory=dict, metadata={"help": text}, **more)
     return field(default=default, metadata={"help": text}, **more)
+
+
+def state(default: Any) -> Any:
+    """A field of a method's dataclass that no setting of a run is: found out when the adapter is
+    made or when its training ends, and kept in its files.
+    """
+    return field(default=default, metadata={STATE: True})
 
 
 def numeric_problems(settings: object, ranges: dict[str, tuple[float, float]]) -> list[str]:

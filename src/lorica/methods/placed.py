@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -22,6 +22,8 @@ class MethodSettings:
     kind: ClassVar[str]
     title: ClassVar[str]
     """The method in a line, with its paper: what `lorica methods` prints."""
+    proposes: ClassVar[Mapping[str, Any]] = {}
+    """Settings of training that suit it better than the defaults; what is given instead wins."""
     replaces: ClassVar[bool] = False
     stacks: ClassVar[bool] = False
     frozen: ClassVar[frozenset[str]] = frozenset()
@@ -79,6 +81,10 @@ class Placed(MethodSettings):
     def over(self, layers: Sequence[Layer]) -> Self:
         """The settings when all layers of the adapter are known."""
         return self
+
+    def decided(self, given: Self) -> str:
+        """What `over` has made of the settings that were `given`, where the user should know."""
+        return ""
 
     def _canonical(self) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorica.errors import ConfigError
-from lorica.methods.method import Layer, Tensors, setting
+from lorica.methods.method import Layer, Tensors, setting, state
 from lorica.methods.virtual import VirtualTokens, embedded
 
 _STARTS = ("sample_vocab", "random", "text")
@@ -33,9 +33,8 @@ class PromptTuning(VirtualTokens):
     prompt_tuning_init_text: str | None = setting(
         None, "the text for prompt_tuning_init: text; repeated or cut to the number of tokens"
     )
-    prompt_tuning_init_ids: tuple[int, ...] = setting(
-        (), "token ids of that text; empty: found when it is put on a model"
-    )
+    prompt_tuning_init_ids: tuple[int, ...] = state(())
+    """The token ids of that text; empty: found when it is put on a model."""
 
     kind: ClassVar[str] = "prompt-tuning"
     title: ClassVar[str] = "trained embeddings in front of the input (arXiv 2104.08691)"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorica.methods.method import Layer, Tensors, numeric_problems, setting
+from lorica.methods.method import Layer, Tensors, numeric_problems, setting, state
 from lorica.methods.placed import rank_problems
 from lorica.methods.update import WeightUpdate, matrix_shape
 
@@ -34,9 +34,8 @@ class VeRA(WeightUpdate):
     vera_dropout: float = setting(0.0, "share of a layer's input dropped, in training")
     d_initial: float = setting(0.1, "start of the vector between the factors")
     projection_prng_key: int = setting(0, "seed of the frozen random pair")
-    widths: tuple[int, int] = setting(
-        (0, 0), "widest input and output of the adapted layers; 0: found when it is put on a model"
-    )
+    widths: tuple[int, int] = state((0, 0))
+    """The widest input and output of the adapted layers; 0: found when it is put on a model."""
 
     kind: ClassVar[str] = "vera"
     title: ClassVar[str] = "vectors around one frozen random product (arXiv 2310.11454)"

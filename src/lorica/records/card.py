@@ -29,6 +29,8 @@ AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
+EMBEDDED = "embedded"
+"""The base that travels with lorica, and is nowhere else."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~&])")
 
@@ -60,7 +62,6 @@ def model_card(manifest: Mapping, *, adapter: str, for_peft: bool = True) -> str
     matter = _front_matter(manifest, adapter, for_peft)
     front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
     scores = scores_of(manifest, adapter)
-    below = ", ".join(manifest.get("adapters", {}).get(adapter, {}).get("on") or ())
     public = {**manifest, "base": {**manifest.get("base", {}), "name": _public_name(manifest)}}
     parts = [
         f"---\n{front}---",
@@ -68,10 +69,10 @@ def model_card(manifest: Mapping, *, adapter: str, for_peft: bool = True) -> str
         _introduction(manifest, adapter),
         *(_score_part(manifest, scores) if scores else []),
         "## How to use it",
-        _for_peft(public, below, for_peft),
+        _for_peft(public, adapter, for_peft),
         f"With Lorica:\n\n```python\n{lorica_snippet(public, 'path/to/this/folder', adapter)}\n```",
         "## How it was trained",
-        _table(("setting", "value"), _settings(manifest), code=1),
+        _table(("setting", "value"), _settings(manifest, adapter), code=1),
         *_data_part(manifest),
         "## With what",
         _table(
@@ -89,6 +90,15 @@ def scores_of(manifest: Mapping, adapter: str) -> Mapping[str, Mapping]:
 
 def peft_snippet(manifest: Mapping, folder: str) -> str:
     """Python that loads the adapter with PEFT and transformers."""
+    if base_name(manifest) == EMBEDDED:
+        return (
+            "import lorica\n"
+            "from peft import PeftModel\n"
+            "from transformers import AutoTokenizer\n\n"
+            f"base = {_load_model(manifest)}\n"
+            f"model = PeftModel.from_pretrained(base, {_python(folder)})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({_python(folder)})"
+        )
     auto = AUTO_CLASSES.get(str(manifest.get("task")), "AutoModel")
     labels = manifest.get("num_labels")
     argument = (
@@ -105,15 +115,20 @@ def peft_snippet(manifest: Mapping, folder: str) -> str:
 
 def lorica_snippet(manifest: Mapping, folder: str, adapter: str) -> str:
     """Python that loads the adapter with Lorica."""
-    task = manifest.get("task")
-    argument = f", task={_python(str(task))}" if task else ""
     return (
         "import lorica\n\n"
-        f"model = lorica.load_model({_python(base_name(manifest))}{argument})\n"
+        f"model = {_load_model(manifest)}\n"
         f"lorica.load_adapter(model, {_python(folder)}, name={_python(adapter)})\n"
         f"with lorica.activate(model, {{{_python(adapter)}: 1.0}}):\n"
         "    ..."
     )
+
+
+def _load_model(manifest: Mapping) -> str:
+    """The call that loads the base with Lorica."""
+    task = manifest.get("task")
+    argument = f", task={_python(str(task))}" if task else ""
+    return f"lorica.load_model({_python(base_name(manifest))}{argument})"
 
 
 def merges(manifest: Mapping, adapter: str) -> bool:
@@ -136,12 +151,18 @@ def escaped(text: object) -> str:
     return _MARKDOWN.sub(r"\\\1", line)
 
 
-def _for_peft(manifest: Mapping, below: str, for_peft: bool) -> str:
+def _for_peft(manifest: Mapping, adapter: str, for_peft: bool) -> str:
     """How PEFT loads the adapter, or why it should not."""
-    if below:
+    own = manifest.get("adapters", {}).get(adapter, {})
+    kinds = list(own.get("on") or ())
+    first = len(kinds) - len(own.get("together") or ())
+    if kinds:
+        other = f"on top of another adapter ({escaped(', '.join(kinds[:first]))})" * (first > 0)
+        beside = f"together with another adapter ({escaped(', '.join(kinds[first:]))})"
+        how = " and ".join(filter(None, [other, beside * (first < len(kinds))]))
         return (
-            f"It was trained on top of another adapter ({escaped(below)}), which lies in the "
-            "folder `on` and acts with it: Lorica loads both, and PEFT would load this one alone."
+            f"It was trained {how}, which lies in the folder `on` and acts with it: Lorica loads "
+            "both, and PEFT would load this one alone."
         )
     return (
         f"With PEFT:\n\n```python\n{peft_snippet(manifest, 'path/to/this/folder')}\n```" * for_peft
@@ -149,7 +170,6 @@ def _for_peft(manifest: Mapping, below: str, for_peft: bool) -> str:
 
 
 def _front_matter(manifest: Mapping, adapter: str, for_peft: bool) -> dict:
-    method = str(manifest.get("method", {}).get("kind", "lora"))
     front: dict = {}
     if _is_hub_id(base_name(manifest)):  # the hub refuses a path here
         front["base_model"] = base_name(manifest)
@@ -161,7 +181,8 @@ def _front_matter(manifest: Mapping, adapter: str, for_peft: bool) -> dict:
     if manifest.get("license"):
         front["license"] = str(manifest["license"])
     named = [f"base_model:adapter:{base_name(manifest)}"] if "base_model" in front else []
-    front["tags"] = [*named, method, "lorica", "transformers"]
+    kinds = dict.fromkeys([*_kinds_beside(manifest, adapter), _kind(manifest)])
+    front["tags"] = [*named, *kinds, "lorica", "transformers"]
     results = _results(manifest, adapter)
     if tag and results:
         dataset = _data_name(manifest)
@@ -180,6 +201,16 @@ def _results(manifest: Mapping, adapter: str) -> list[dict]:
     ]
 
 
+def _kind(manifest: Mapping) -> str:
+    return str(manifest.get("method", {}).get("kind", "lora"))
+
+
+def _kinds_beside(manifest: Mapping, adapter: str) -> list[str]:
+    """The methods that train together with the adapter's own."""
+    own = manifest.get("adapters", {}).get(adapter, {})
+    return [str(part.get("kind")) for part in own.get("together") or ()]
+
+
 def _is_hub_id(name: str) -> bool:
     """Two parts, as an id of the hub has, that do not look like a folder beside the run."""
     return bool(_HUB_ID.fullmatch(name)) and not name.startswith(
@@ -192,13 +223,15 @@ def _public_name(manifest: Mapping) -> str:
     in a card.
     """
     name = base_name(manifest)
-    return name if _is_hub_id(name) else f"path/to/{PurePosixPath(name.replace(chr(92), '/')).name}"
+    if name == EMBEDDED or _is_hub_id(name):
+        return name
+    return f"path/to/{PurePosixPath(name.replace(chr(92), '/')).name}"
 
 
 def _introduction(manifest: Mapping, adapter: str) -> str:
     base = manifest.get("base", {})
     own = manifest.get("adapters", {}).get(adapter, {})
-    method = str(manifest.get("method", {}).get("kind", "lora"))
+    method = " with ".join([*_kinds_beside(manifest, adapter), _kind(manifest)])
     shown = _public_name(manifest).removeprefix("path/to/")
     words = f"An adapter ({escaped(method)}) for the base model {escaped(shown)}"
     details = []
@@ -240,10 +273,13 @@ def _score_part(manifest: Mapping, scores: Mapping[str, Mapping]) -> list[str]:
     ]
 
 
-def _settings(manifest: Mapping) -> list[tuple[str, str]]:
+def _settings(manifest: Mapping, adapter: str) -> list[tuple[str, str]]:
     plan = {k: v for k, v in dict(manifest.get("plan", {})).items() if not isinstance(v, Mapping)}
     settings = {**dict(manifest.get("method", {})), **manifest.get("settings", {}), **plan}
     rows = [(key, _value(value)) for key, value in settings.items() if value is not None]
+    for part in manifest.get("adapters", {}).get(adapter, {}).get("together") or ():
+        named = ((f"{part.get('kind')}: {key}", value) for key, value in part.items())
+        rows += [(name, _value(v)) for name, v in named if v is not None and ": kind" not in name]
     if "seed" not in settings and manifest.get("seed") is not None:
         rows.append(("seed", str(manifest["seed"])))
     seconds = manifest.get("resources", {}).get("seconds")

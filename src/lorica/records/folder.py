@@ -8,6 +8,7 @@ relevance.json  how much each layer matters, where records decided about the ada
                 relevance.safetensors, the scores of single neurons or heads
 adapter/        the adapter (adapters/NAME/ where a run trains several)
 checkpoints/    report.html     .lock
+stages/1/ ...   the run folder of every stage, where a run has several
 """
 
 import contextlib
@@ -31,10 +32,11 @@ from lorica.records.atomic import sync_folder, write_file
 CONFIG, MANIFEST, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVENTS, SAMPLES, REPORT, LOCK = "events.jsonl", "samples.jsonl", "report.html", ".lock"
 ADAPTER, ADAPTERS, CHECKPOINTS = "adapter", "adapters", "checkpoints"
+STAGES = "stages"
 RELEVANCE, RELEVANCE_SCORES = "relevance.json", "relevance.safetensors"
 LAYOUT = (
     *(MANIFEST, CONFIG, METRICS, EVENTS, SAMPLES, RELEVANCE, RELEVANCE_SCORES, REPORT),
-    *(ADAPTER, ADAPTERS, CHECKPOINTS),
+    *(ADAPTER, ADAPTERS, CHECKPOINTS, STAGES),
 )
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

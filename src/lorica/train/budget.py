@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lorica.attach.activate import Activation
 from lorica.attach.attach import Adapter
 from lorica.attach.middle import middle_of
-from lorica.attach.site import Route, plates_of
+from lorica.attach.site import plates_of
 from lorica.base.load import weight_files
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
@@ -34,13 +34,13 @@ from lorica.methods.method import Method
 from lorica.methods.update import matrix_shape
 from lorica.tasks.task import Batch, answering, by_length
 from lorica.train.course import GROUP
-from lorica.train.engine import Engine, at_rest, between_of, resting
+from lorica.train.engine import Engine, at_rest, between_of, resting, route_of
 from lorica.train.frozen import states_bytes
 from lorica.train.ledger import Event, Ledger, most_alive, renumbered, resident
 from lorica.train.measure import memory_bytes
 from lorica.train.optim import check_optim, moment_sizes
 from lorica.train.plan import total_steps
-from lorica.train.shadow import Shadow
+from lorica.train.shadow import Lower, Shadow
 
 EPOCHS_SEEN = 3
 """Epochs whose batches are looked through for the largest: the order differs in each."""
@@ -140,6 +140,7 @@ def estimate(
     work: Work,
     settings: TrainSettings,
     *,
+    lower: Sequence[Lower] = (),
     process: int | None = None,
     training_only: bool = False,
 ) -> Memory:
@@ -148,6 +149,7 @@ def estimate(
     Args:
         method: the adapter's settings.
         task: of the run; it is not changed.
+        lower: the adapters below it, the lowest first.
         process: bytes that the process holds without the run; None: measured now.
         training_only: leave loading, scoring and evaluation out, for a comparison.
 
@@ -157,11 +159,12 @@ def estimate(
     gpu = shadow.request.device.type == "cuda"
     held = 0 if gpu else process_bytes() if process is None else process
     own = shadow.task(task)
-    with shadow.adapted(method) as adapter, _engine(shadow.model, own, settings) as engine:
+    with shadow.adapted(method, lower) as adapter, _engine(shadow.model, own, settings) as engine:
         check_optim(adapter.named_parameters(), settings)
         runner = _Runner(shadow, engine, adapter, total_steps(len(work.examples), settings))
-        weights = _bytes_of([*shadow.model.parameters(), *shadow.model.buffers()])
         trained = _bytes_of(adapter.parameters())
+        weights = _bytes_of([*shadow.model.parameters(), *shadow.model.buffers()])
+        weights += _bytes_of(_held(adapter)) - trained
         best = trained if settings.keep_best and work.held_out else 0
         states = _kept_states(shadow.model, adapter, work.examples, settings)
         steady = held + weights + states + trained + best
@@ -236,6 +239,9 @@ class _Runner:
         if problems := self.between.problems():
             raise ConfigError("the method cannot run so", problems=problems)
         self.resting = at_rest(adapter, self.between, 0)
+        self.route = route_of(adapter, dropout_seed=0)
+        if self.route.weights is not None:
+            _ = self.route.table  # no numbers can be read where tensors are fake
         self.model: Any = shadow.model
         self.vocabulary = self.model.config.get_text_config().vocab_size
 
@@ -359,13 +365,13 @@ class _Runner:
         """A ledger for which base and adapter are there already."""
         ledger = Ledger(self.vocabulary)
         with self.shadow.mode:
-            for tensor in (*self.model.parameters(), *self.model.buffers(), *self._parameters()):
+            for tensor in (*self.model.parameters(), *self.model.buffers(), *_held(self.adapter)):
                 ledger.take(tensor)
         ledger.forget()
         return ledger
 
     def _active(self) -> Activation:
-        return Activation(self.model, Route((self.adapter.name,), dropout_seed=0))
+        return Activation(self.model, self.route)
 
     def _collate(self, block: Sequence[Example]) -> Batch:
         return self.task.collate([block], self.model)
@@ -422,6 +428,12 @@ def _engine(model: nn.Module, task: Any, settings: TrainSettings) -> Iterator[En
         yield engine
     finally:
         engine.close()
+
+
+def _held(adapter: Adapter) -> list[Tensor]:
+    """All tensors of an adapter and of those below it, whether they train or not."""
+    slots = [slot for stage in adapter.stages for slot in stage.slots.values()]
+    return [tensor for slot in slots for tensor in slot.tensors.values()]
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:

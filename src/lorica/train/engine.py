@@ -210,22 +210,17 @@ class Engine:
         first = trainees[0]
         seed = derive_seed(first.settings.seed, first.step, micro)
         torch.manual_seed(seed)  # dropout of the base; where there is any, no pass is shared
-        names = tuple(t.adapter.name for t in trainees)
-        segments = None
+        route = route_of(first.adapter, dropout_seed=seed)  # with stages it has the pass for itself
         if len(trainees) > 1:
+            names = tuple(t.adapter.name for t in trainees)
             segments = tuple(
                 (a, b, name) for (a, b), name in zip(batch.rows or (), names, strict=True)
             )
-        stages, weights = first.adapter.stages, None
-        if len(stages) > 1:  # then it has the pass for itself
-            device = next(first.adapter.parameters()).device
-            names = tuple(stage.name for stage in stages)
-            weights = torch.ones(len(names), device=device)
-        route = Route(names, weights, segments, dropout_seed=seed)
+            route = Route(names, None, segments, dropout_seed=seed)
         skipped = self.skipping(blocks, batch)
         with skipped, self.running(), Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
-            if new := set(names) - self._checked:
+            if new := set(route.names) - self._checked:
                 self._refuse_unvisited(new, batch)
             shares = [loss / t.labels for loss, t in zip(losses, totals, strict=True)]
             torch.stack(shares).sum().backward()
@@ -266,6 +261,15 @@ class _Totals:
     tokens: int = 0
     suspects: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+
+
+def route_of(adapter: Adapter, *, dropout_seed: int) -> Route:
+    """The route of an adapter that has a pass for itself, with what lies below it."""
+    names, weights = tuple(stage.name for stage in adapter.stages), None
+    if len(names) > 1:
+        weights = torch.ones(len(names), device=next(adapter.parameters()).device)
+    stacked = any(stage.stacked for stage in adapter.stages)
+    return Route(names, weights, dropout_seed=dropout_seed, stacked=stacked)
 
 
 def between_of(adapter: Adapter, total: int, seed: int) -> Between:

@@ -52,6 +52,7 @@ def identity(
             digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
             settings = {"kind": stage.method.kind, **asdict(stage.method)}  # type: ignore[call-overload]
             trains = "together" if any(True for _ in stage.parameters()) else "frozen"
+            trains += " stacked" * adapter.stacked
             found[f"{stage.name}, below {name}"] = f"{trains} {_text(settings)} {digest}"
         found[f"places of {name}"] = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
         found[f"records per step of {name}"] = _records_per_step(course)

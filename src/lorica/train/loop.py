@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter
 from lorica.base.load import base_of
 from lorica.config import TrainSettings
+from lorica.config.settings import method_values
 from lorica.errors import Interrupted, LoricaError, NonFiniteError, TrainingError
 from lorica.files.adapter import save_adapter
 from lorica.methods.method import becomes_weight
@@ -55,6 +56,7 @@ class TrainReport:
         seconds: spent in optimizer steps, over all tries of a resumed run.
         tokens_per_second, peak_memory_bytes: of the run.
         resources: these and what else run.json says of them.
+        adapters: what each is in the end: num_parameters, num_places, method; for run.json.
     """
 
     steps: dict[str, int]
@@ -67,11 +69,22 @@ class TrainReport:
     tokens_per_second: float
     peak_memory_bytes: int
     resources: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """The outcome as plain values, for run.json."""
         names = ("steps", "loss", "eval_loss", "best_step", "stopped")
         return {name: getattr(self, name) for name in names}
+
+    def outcome(self) -> dict[str, Any]:
+        """The entries of run.json that are known when training is over."""
+        first = next(iter(self.adapters.values()))
+        return {
+            "method": first["method"],
+            "adapters": self.adapters,
+            "training": self.summary(),
+            "resources": self.resources,
+        }
 
 
 def train(
@@ -199,8 +212,7 @@ class _Run:
             self.recorder.finish({"status": "failed", "error": f"{kind}{error}"})
             raise
         if make is None:
-            outcome = {"resources": report.resources, "training": report.summary()}
-            self.recorder.finish({"status": "finished", **outcome})
+            self.recorder.finish({"status": "finished", **report.outcome()})
         return report
 
     def _train(self, stop: Stop) -> TrainReport:
@@ -368,6 +380,7 @@ class _Run:
             seconds=seconds,
             tokens_per_second=tokens / seconds if seconds else 0.0,
             peak_memory_bytes=memory_bytes(),
+            adapters={c.name: _shape(c) for c in self.courses},
         )
         files = [f for folder in folders.values() for f in folder.glob("*.safetensors")]
         report.resources.update(
@@ -422,17 +435,17 @@ class _Run:
             },
             "task": self.task.kind,
             "seed": self.settings.seed,
-            "method": _method(first),
+            "method": _method(first.trainee.adapter),
             "adapters": {
                 c.name: {
-                    "num_parameters": c.trainee.adapter.num_parameters,
-                    "num_places": len(c.trainee.adapter.slots),
+                    **_shape(c),
                     "reason": c.trainee.adapter.reason,
-                    "method": _method(c),
                     "on": [stage.method.kind for stage in c.trainee.adapter.stages[:-1]],
                     "path": str(self._target(c)),
                     "merges": all(
-                        becomes_weight(slot.method) for slot in c.trainee.adapter.slots.values()
+                        becomes_weight(slot.method)
+                        for stage in c.trainee.adapter.stages
+                        for slot in stage.slots.values()
                     ),
                 }
                 for c in self.courses
@@ -445,6 +458,18 @@ class _Run:
         }
 
 
-def _method(course: Course) -> dict[str, Any]:
-    method = course.trainee.adapter.method
-    return {"kind": method.kind, **asdict(method)}  # type: ignore[call-overload]
+def _shape(course: Course) -> dict[str, Any]:
+    """What an adapter is as it stands; a method may leave less than it began with."""
+    adapter = course.trainee.adapter
+    parts = adapter.parts
+    together = {"together": [_method(part) for part in parts[:-1]]} if parts[1:] else {}
+    return {
+        "num_parameters": adapter.num_parameters,
+        "num_places": sum(len(part.slots) for part in parts),
+        "method": _method(adapter),
+        **together,
+    }
+
+
+def _method(adapter: Adapter) -> dict[str, Any]:
+    return {"kind": adapter.method.kind, **method_values(adapter.method)}

@@ -191,19 +191,22 @@ def _settings_problems(
 
 def _method_problems(task: Task, course: Course, settings: TrainSettings) -> list[str]:
     """Why a method cannot learn these records in these steps."""
-    method = course.trainee.adapter.method
     problems = course.trainee.between.problems()
-    if hasattr(method, "key_values") and settings.gradient_checkpointing:
-        problems.append(
-            f"gradient_checkpointing takes the cache away, and {method.kind} with it: set "
-            "gradient_checkpointing: false, or use prompt-tuning"
-        )
     bare = [i for i, e in enumerate(course.examples) if e.num_prompt <= 1]
-    if hasattr(method, "intervene") and task.kind == "causal-lm" and bare:
-        problems.append(
-            f"{method.kind} edits prompts alone, and {len(bare):,} of the records have no prompt, "
-            f"such as number {bare[0] + 1}: give records with prompts, and train_on: completion"
-        )
+    adapter = course.trainee.adapter
+    trained = [part.method for part in adapter.parts]
+    for method in (stage.method for stage in adapter.stages):
+        if hasattr(method, "key_values") and settings.gradient_checkpointing:
+            problems.append(
+                f"gradient_checkpointing takes the cache away, and {method.kind} with it: set "
+                "gradient_checkpointing: false, or use prompt-tuning"
+            )
+        if method in trained and hasattr(method, "intervene") and task.kind == "causal-lm" and bare:
+            problems.append(
+                f"{method.kind} edits prompts alone, and {len(bare):,} of the records have no "
+                f"prompt, such as number {bare[0] + 1}: give records with prompts, and train_on: "
+                "completion"
+            )
     return problems
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lorica.base.load import Base, choose_dtype, empty_model, load_tokenizer, mi
 from lorica.config import TrainSettings
 from lorica.data.encode import IGNORED, Example
 from lorica.errors import LoricaError
+from lorica.files.adapter import load_adapter
 from lorica.methods import LoRA
 from lorica.methods.method import Method
 from lorica.tasks import CausalLM, Seq2Seq
@@ -62,6 +64,19 @@ class Request:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@dataclass(frozen=True)
+class Lower:
+    """An adapter that is to lie below that of a run.
+
+    Attributes:
+        source: its folder, or the method of one that is still to be made.
+        trains: whether it trains with the one on top of it; else it is frozen.
+    """
+
+    source: Path | Method
+    trains: bool = False
+
+
 @dataclass(eq=False)
 class Shadow:
     """A base without numbers.
@@ -94,17 +109,44 @@ class Shadow:
         return own
 
     @contextmanager
-    def adapted(self, method: Method) -> Iterator[Adapter]:
-        """The shadow with an adapter on it, for a while. Raises what `attach` raises."""
-        if hasattr(method, "stand_in"):  # what needs records or numbers is as large without
-            method = method.stand_in()  # type: ignore[attr-defined]
-        with self.mode:
-            adapter = attach(self.model, method, name="planned")
+    def adapted(self, method: Method, lower: Sequence[Lower] = ()) -> Iterator[Adapter]:
+        """The shadow with an adapter on it, for a while, and below it what is to lie there.
+
+        Raises:
+            LoricaError: what `attach` and `load_adapter` raise.
+        """
+        stack: list[Adapter] = []
         try:
-            yield adapter
+            for one in (*lower, Lower(method)):
+                stack.append(self._lay(one, stack, lower))
+            yield stack[-1]
         finally:
             with self.mode:
-                detach(self.model, adapter)
+                for adapter in reversed(stack):
+                    detach(self.model, adapter)
+
+    def _lay(self, one: Lower, stack: Sequence[Adapter], lower: Sequence[Lower]) -> Adapter:
+        """Put the next adapter on top of those that are there."""
+        name = f"planned{len(stack)}"
+        if isinstance(one.source, Path):
+            return self._read(one.source, name)
+        method = one.source
+        if hasattr(method, "stand_in"):  # what needs records or numbers is as large without
+            method = method.stand_in()  # type: ignore[attr-defined]
+        on, together = (stack[-1], lower[len(stack) - 1].trains) if stack else (None, False)
+        with self.mode:
+            return attach(self.model, method, name=name, on=on, together=together)
+
+    def _read(self, folder: Path, name: str) -> Adapter:
+        """An adapter from its folder, of whose tensors only the sizes are kept."""
+        adapter = load_adapter(self.model, folder, name=name)
+        for stage in adapter.stages:
+            for slot in stage.slots.values():
+                slot.tensors = {
+                    key: nn.Parameter(self.mode.from_tensor(tensor.detach()), tensor.requires_grad)
+                    for key, tensor in slot.tensors.items()
+                }
+        return adapter
 
 
 def make_shadow(request: Request) -> Shadow:
