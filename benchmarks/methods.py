@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +34,23 @@ from peft_words import PEFT_WORDS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tasks", nargs="*", choices=[*SETS, []])
+    parser.add_argument("tasks", nargs="*", help=", ".join(SETS))
     parser.add_argument("--side", choices=["lorica", "peft"], default="lorica")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all that it has")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared/data")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--page", action="store_true", help="write docs/methods.md and end")
-    for one in fields(Budget):
+    parser.add_argument("--page", action="store_true", help="write docs/methods.md in the end")
+    for one in fields(Budget):  # each has its default in methods_plan.SETS
         many = isinstance(one.default, tuple)
         kind = type(one.default[0]) if many else type(one.default)
         name = f"--{one.name.replace('_', '-')}"
-        parser.add_argument(name, type=kind, default=one.default, nargs="+" if many else None)
+        parser.add_argument(name, type=kind, nargs="+" if many else None)
     options = parser.parse_args()
     given = {one.name: getattr(options, one.name) for one in fields(Budget)}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    budget = Budget(**given)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     for task in options.tasks:
-        measure(task, budget, options)
-    if options.page or options.tasks:
+        measure(task, replace(SETS[task].budget, **given), options)
+    if options.page:
         write_page()
 
 
@@ -67,9 +66,7 @@ def measure(task: str, budget: Budget, options: argparse.Namespace) -> None:
         write_figures(task, budget, folder)
 
 
-def run(
-    task: str, name: str, budget: Budget, options: argparse.Namespace, folder: Path
-) -> None:
+def run(task: str, name: str, budget: Budget, options: argparse.Namespace, folder: Path) -> None:
     """The runs of one method by one side, unless they are there already."""
     own = folder_of(folder, name)
     job = job_of(task, name, budget, options.data.resolve(), folder / "records")
@@ -83,7 +80,7 @@ def run(
         "job": asdict(job),
         "tuning": str(folder / "records/tuning.jsonl"),
         "rates": rates,
-        "seeds": list(budget.seeds),
+        "seeds": list(budget.peft_seeds if options.side == "peft" else budget.seeds),
     }
     done = own / f"{options.side}.json"
     if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["group"] == group:

