@@ -57,9 +57,7 @@ def main() -> None:
 def measure(task: str, budget: Budget, options: argparse.Namespace) -> None:
     """All methods of one side on one task."""
     folder = (options.output_dir / task).resolve()
-    for name in words(task):
-        if options.methods and name not in options.methods:
-            continue
+    for name in options.methods or words(task):
         if options.side == "peft" and name not in PEFT_WORDS:
             continue
         run(task, name, budget, options, folder)

@@ -122,7 +122,7 @@ class Budget:
     num_train: int = 200
     num_tuning: int = 100
     num_test: int = 400
-    max_steps: int = 80
+    max_steps: int = 50
     batch_size: int = 8
     seeds: tuple[int, ...] = (0, 1, 2)
     peft_seeds: tuple[int, ...] = (0,)
