@@ -34,6 +34,10 @@ class Pair:
     kinds: tuple[str, ...] = tuple(PLACES)
 
 
+_PLAIN = ("linear", "GPT-2's Conv1D")
+_CONVOLVED = ("linear", "conv1d", "conv2d", "grouped conv2d")
+
+
 def _lora(**settings: Any) -> Pair:
     def theirs(targets: list[str]) -> peft.PeftConfig:
         if targets[0].startswith("experts"):
@@ -50,35 +54,43 @@ PAIRS: dict[str, Pair] = {
     "dora": Pair(
         lambda targets: DoRA(r=3, lora_alpha=5, target_modules=targets),
         lambda targets: peft.LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=targets),
+        (*_PLAIN, "embedding", "conv1d", "conv2d"),
     ),
     "adalora": Pair(
         lambda targets: AdaLoRA(init_r=3, target_r=2, lora_alpha=5, target_modules=targets),
         lambda targets: peft.AdaLoraConfig(
             init_r=3, target_r=2, lora_alpha=5, total_step=9, target_modules=targets
         ),
+        (*_PLAIN, "conv2d"),
     ),
     "vera": Pair(
         lambda targets: VeRA(r=16, target_modules=targets),
         lambda targets: peft.VeraConfig(r=16, target_modules=targets),
+        _PLAIN,
     ),
     "loha": Pair(
         lambda targets: LoHa(r=3, lora_alpha=5, target_modules=targets),
         lambda targets: peft.LoHaConfig(r=3, alpha=5, target_modules=targets),
+        _CONVOLVED,
     ),
     "lokr": Pair(
         lambda targets: LoKr(r=2, lora_alpha=5, target_modules=targets),
         lambda targets: peft.LoKrConfig(r=2, alpha=5, target_modules=targets),
+        _CONVOLVED,
     ),
     "hira": Pair(
         lambda targets: HiRA(r=3, target_modules=targets),
         lambda targets: peft.HiraConfig(r=3, target_modules=targets),
+        _PLAIN,
     ),
     "ia3": Pair(
         lambda targets: IA3(target_modules=targets, feedforward_modules=targets[1:]),
         lambda targets: peft.IA3Config(target_modules=targets, feedforward_modules=targets[1:]),
+        _PLAIN,
     ),
     "road": Pair(
         lambda targets: RoAd(group_size=4, target_modules=targets),
         lambda targets: peft.RoadConfig(variant="road_1", group_size=4, target_modules=targets),
+        ("linear",),
     ),
 }
