@@ -6,7 +6,7 @@
 
 The bases are the real MiniLM encoder (22.7 M parameters) with a new head, which trains in full
 beside every method, and a Llama of 260 K parameters. The learning rate of a method is the best of
-three by the loss on other training records, and both sides use it; nothing else is tuned. The
+three, or of up to five where it was the last of them, by the loss on other training records, and both sides use it; nothing else is tuned. The
 budget is that of `methods_plan.Budget`: small, so that every method can have it.
 
 A method's runs by one side are one process. What ended is kept: the same command goes on where it
@@ -78,6 +78,7 @@ def run(task: str, name: str, budget: Budget, options: argparse.Namespace, folde
         "job": asdict(job),
         "tuning": str(folder / "records/tuning.jsonl"),
         "rates": rates,
+        "most": 1 if options.side == "peft" else budget.most_rates,
         "seeds": list(budget.peft_seeds if options.side == "peft" else budget.seeds),
     }
     done = own / f"{options.side}.json"

@@ -117,6 +117,7 @@ class Budget:
         seeds: of the scored runs; the first of them chooses the learning rate as well.
         peft_seeds: of the runs of PEFT.
         factors: the learning rates tried, as multiples of the method's middle one.
+        most_rates: where the best is the last of them, further ones are tried, up to so many.
     """
 
     num_train: int = 200
@@ -127,6 +128,7 @@ class Budget:
     seeds: tuple[int, ...] = (0, 1, 2)
     peft_seeds: tuple[int, ...] = (0,)
     factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
+    most_rates: int = 5
     num_threads: int = 1
 
 
