@@ -6,8 +6,9 @@
 
 The bases are the real MiniLM encoder (22.7 M parameters) with a new head, which trains in full
 beside every method, and a Llama of 260 K parameters. The learning rate of a method is the best of
-three, or of up to five where it was the last of them, by the loss on other training records, and both sides use it; nothing else is tuned. The
-budget is that of `methods_plan.Budget`: small, so that every method can have it.
+three by the loss on other training records, and further ones are tried where it was the last of
+them; both sides use it, and nothing else is tuned. The budget is that of `methods_plan`: small, so
+that every method can have it.
 
 A method's runs by one side are one process. What ended is kept: the same command goes on where it
 was stopped, and the figures are written after every process.
@@ -25,10 +26,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from jobs import HERE
+from jobs import HERE, machine, versions, write_result
 from methods_page import write_page
 from methods_plan import METHODS, SETS, Budget, job_of, words
-from methods_score import folder_of, write_figures
+from methods_score import figures
 from peft_words import PEFT_WORDS
 
 
@@ -93,6 +94,34 @@ def run(task: str, name: str, budget: Budget, options: argparse.Namespace, folde
     if code:
         text = (own / f"{options.side}.log").read_text(encoding="utf-8")
         print(f"failed with {code}:\n{text[-1500:]}", flush=True)
+
+
+def folder_of(folder: Path, name: str) -> Path:
+    """Where the runs of a method lie."""
+    return folder / name.replace(": ", "-").replace(" ", "-")
+
+
+def write_figures(task: str, budget: Budget, folder: Path) -> None:
+    """Write results/methods-TASK.json from all runs that have ended."""
+    found: dict[str, dict[str, dict]] = {}
+    for name in words(task):
+        for side in ("lorica", "peft"):
+            path = folder_of(folder, name) / f"{side}.json"
+            if path.is_file():
+                found.setdefault(name, {})[side] = json.loads(path.read_text(encoding="utf-8"))
+    where = machine(budget.num_threads)
+    del where["load_at_start"]  # of this moment, which says nothing of the runs
+    result = {
+        "title": SETS[task].title,
+        "metric": SETS[task].metric,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": where,
+        "versions": versions(),
+        "budget": asdict(budget),
+        "methods": figures(found),
+        "not_run": [name for name in words(task) if name not in found],
+    }
+    write_result(f"methods-{task}", result)
 
 
 def start(side: str, path: Path, num_threads: int) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jobs import RESULTS
-from methods_plan import SETS
 from methods_plot import svg
 from methods_words import ADVICE, HEAD, properties
 
@@ -29,12 +28,10 @@ COLUMNS = (
 
 
 def load() -> dict[str, dict[str, Any]]:
-    """Task -> its figures, in the order of the table of tasks."""
-    paths = {task: RESULTS / f"methods-{task}.json" for task in SETS}
+    """Task -> its figures."""
     return {
-        task: json.loads(path.read_text(encoding="utf-8"))
-        for task, path in paths.items()
-        if path.is_file()
+        path.stem.removeprefix("methods-"): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(RESULTS.glob("methods-*.json"), reverse=True)
     }
 
 
@@ -65,7 +62,7 @@ def section(task: str, figures: Mapping[str, Any]) -> list[str]:
         f"## {figures['title']}",
         "",
         f"{budget['num_train']} training records, {budget['max_steps']} steps of "
-        f"{budget['batch_size']}; the rate is the best of three by the loss on "
+        f"{budget['batch_size']}; the rate is the best of three to five by the loss on "
         f"{budget['num_tuning']} other records with the first seed; scored on "
         f"{budget['num_test']} test records with seeds {_listed(budget['seeds'])}. "
         + ("Loss in nats per token of the first reference: lower is better." if loss else ""),
@@ -79,6 +76,8 @@ def section(task: str, figures: Mapping[str, Any]) -> list[str]:
         methods.items(), key=lambda item: item[1]["sides"]["lorica"]["score"] * (1 if loss else -1)
     )
     lines += [_line(name, own, lora, loss) for name, own in ranked]
+    if figures["not_run"]:
+        lines += ["", f"Not run here: {_listed(figures['not_run'])}."]
     lines += ["", _where(figures), "", "### Told apart from LoRA", "", *_apart(methods, loss)]
     lines += ["", "### Relevance beside chance", "", *_relevance(methods, loss)]
     lines += ["", "### Beside PEFT", "", *_peers(methods, loss, budget), ""]
@@ -170,8 +169,8 @@ def _peers(methods: Mapping[str, Any], loss: bool, budget: Mapping[str, Any]) ->
     if not rows:
         return ["Not run on this task."]
     lines = [
-        f"PEFT and the Trainer of transformers, the same rate, seeds {_listed(budget['peft_seeds'])}"
-        "; Lorica's figures are those of the same seeds.",
+        f"PEFT and the Trainer of transformers at the same rate; seeds "
+        f"{_listed(budget['peft_seeds'])}, and Lorica's score is of the same.",
         "",
         "| method | Lorica | PEFT | step, Lorica s | step, PEFT s | MiB, Lorica | MiB, PEFT |",
         "|---|---|---|---|---|---|---|",

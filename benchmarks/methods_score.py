@@ -8,47 +8,13 @@ seeds this is a little narrow: three draws from three seeds vary by two thirds o
 
 from __future__ import annotations
 
-import json
 import statistics
-import time
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jobs import RESULTS, machine, versions, write_result
-from methods_plan import METHODS, SETS, Budget, words
 
 DRAWS = 4000
 REFERENCE = "lora"
-
-
-def folder_of(folder: Path, name: str) -> Path:
-    """Where the runs of a method lie."""
-    return folder / name.replace(": ", "-").replace(" ", "-")
-
-
-def write_figures(task: str, budget: Budget, folder: Path) -> None:
-    """Write results/methods-TASK.json from all runs of this budget that have ended."""
-    found: dict[str, dict[str, dict]] = {}
-    for name in words(task):
-        for side in ("lorica", "peft"):
-            path = folder_of(folder, name) / f"{side}.json"
-            if path.is_file():
-                found.setdefault(name, {})[side] = json.loads(path.read_text(encoding="utf-8"))
-    name = f"methods-{task}"
-    result = {
-        "title": SETS[task].title,
-        "metric": SETS[task].metric,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(budget.num_threads),
-        "versions": versions(),
-        "budget": asdict(budget),
-        "methods": figures(found),
-    }
-    del result["machine"]["load_at_start"]  # of the collection, which says nothing
-    write_result(name, result)
-    assert (RESULTS / f"{name}.json").is_file()
 
 
 def figures(found: dict[str, dict[str, dict]]) -> dict[str, dict[str, Any]]:
@@ -60,7 +26,7 @@ def figures(found: dict[str, dict[str, dict]]) -> dict[str, dict[str, Any]]:
     drawn = Draws(found)
     return {
         name: {
-            "word": METHODS[name].word,
+            "word": sides["lorica"]["group"]["job"]["method"],
             "settings": sides["lorica"]["group"]["job"]["method_settings"],
             "learning_rate": sides["lorica"]["learning_rate"],
             "tuning": sides["lorica"]["tuning"],

@@ -16,10 +16,10 @@ page is written by `python benchmarks/methods.py --page` from `benchmarks/result
 which the same script measures: every method on the same records and steps.
 
 **Read it with its limits.** The budget is small, so that every method can have it on a laptop: 200
-training records, some tens of steps, one model of each kind, three seeds. A learning rate is the
-best of three a factor of three apart, so a method may be one such step away from its best. What
-needs long training (virtual tokens, AdaLoRA's schedule, LISA) is at a disadvantage here, and
-nothing here says what a model of seven billion parameters does.
+training records, some tens of steps, one model of each kind, three seeds. Learning rates are tried
+a factor of three apart, with one seed, and up to five of them. What needs long training (virtual
+tokens, AdaLoRA's schedule, LISA) is at a disadvantage here, and nothing here says what a model of
+seven billion parameters does.
 
 - A **score** is the mean over seeds. Its interval is a bootstrap over test records and seeds
   together (4,000 draws), since both could have been others; three seeds make it a little narrow.

@@ -85,7 +85,7 @@ class Runs:
                     self.best = found
             best = min(self.tried, key=lambda rate: self.tried[rate])
             if not waiting and 1 < len(self.tried) < self.group["most"]:
-                if best == max(self.tried):
+                if best == max(self.tried) and best * 3 <= 1:  # the highest that there is
                     waiting = [float(f"{best * 3:g}")]
                 elif best == min(self.tried):
                     waiting = [float(f"{best / 3:g}")]
