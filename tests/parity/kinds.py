@@ -81,12 +81,12 @@ PAIRS: dict[str, Pair] = {
     "hira": Pair(
         lambda targets: HiRA(r=3, target_modules=targets),
         lambda targets: peft.HiraConfig(r=3, target_modules=targets),
-        _PLAIN,
+        (*_PLAIN, "embedding", "conv1d", "conv2d"),
     ),
     "ia3": Pair(
         lambda targets: IA3(target_modules=targets, feedforward_modules=targets[1:]),
         lambda targets: peft.IA3Config(target_modules=targets, feedforward_modules=targets[1:]),
-        _PLAIN,
+        (*_PLAIN, "conv2d", "grouped conv2d"),
     ),
     "road": Pair(
         lambda targets: RoAd(group_size=4, target_modules=targets),

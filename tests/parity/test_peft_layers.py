@@ -1,14 +1,15 @@
 """Methods on all kinds of layers that PEFT has them on: outputs, gradients, files both ways."""
 
-from contextlib import nullcontext
+import json
 
 import peft
 import pytest
+import torch
 
 from architectures import ARCHITECTURES
 from lorica.attach.attach import attach
 from lorica.errors import AdapterFileError, TargetError
-from lorica.files.adapter import load_adapter
+from lorica.files.adapter import load_adapter, save_adapter
 from parity.kinds import PAIRS, PLACES
 from parity.measured import TOLERANCE, ours_first, theirs_first
 
@@ -31,21 +32,34 @@ def test_the_same_outputs_and_gradients_and_files_both_ways(word, kind, tmp_path
     assert ours_first(name, PAIRS[word].ours(targets), tmp_path) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("word", "kind", "ours"),
-    [
-        ("hira", "embedding", True),
-        ("hira", "conv2d", True),
-        ("ia3", "conv2d", True),
-        ("dora", "grouped conv2d", False),
-    ],
-)
-def test_what_is_not_exchanged_is_refused_by_name(word, kind, ours, tmp_path):
-    """PEFT has it there, and Lorica has it with files of its own, or not."""
-    name, targets = PLACES[kind]
-    theirs = peft.get_peft_model(ARCHITECTURES[name].build(), PAIRS[word].theirs(targets))
+def test_what_lorica_does_not_have_is_refused_by_name(tmp_path):
+    name, targets = PLACES["grouped conv2d"]
+    pair = PAIRS["dora"]
+    theirs = peft.get_peft_model(ARCHITECTURES[name].build(), pair.theirs(targets))
     theirs.save_pretrained(str(tmp_path))
-    with pytest.raises(AdapterFileError, match=targets[0]):
+    with pytest.raises(AdapterFileError, match="conv3: DoRA has no length per output"):
         load_adapter(ARCHITECTURES[name].build(), tmp_path)
-    with nullcontext() if ours else pytest.raises(TargetError):
-        attach(ARCHITECTURES[name].build(), PAIRS[word].ours(targets))
+    with pytest.raises(TargetError):
+        attach(ARCHITECTURES[name].build(), pair.ours(targets))
+
+
+@pytest.mark.parametrize("word", ["hira", "adalora"])
+def test_what_peft_cannot_have_is_written_in_our_layout(word, tmp_path):
+    """Neither of them works there in PEFT on a convolution in groups."""
+    name, targets = PLACES["grouped conv2d"]
+    adapter = attach(ARCHITECTURES[name].build(), PAIRS[word].ours(targets))
+    save_adapter(adapter, tmp_path)
+    assert "peft_type" not in json.loads((tmp_path / "adapter_config.json").read_text())
+    again = load_adapter(ARCHITECTURES[name].build(), tmp_path)
+    assert again.slots.keys() == adapter.slots.keys()
+
+
+def test_the_embedding_that_peft_repeats_must_be_that_of_the_base(tmp_path):
+    name, targets = PLACES["embedding"]
+    theirs = peft.get_peft_model(ARCHITECTURES[name].build(), PAIRS["hira"].theirs(targets))
+    theirs.save_pretrained(str(tmp_path))
+    base = ARCHITECTURES[name].build()
+    with torch.no_grad():
+        base.get_input_embeddings().weight[5, 3] += 1
+    with pytest.raises(AdapterFileError, match="had other weights there"):
+        load_adapter(base, tmp_path)
