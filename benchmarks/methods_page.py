@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs import RESULTS
 from methods_plot import svg
-from methods_words import ADVICE, HEAD, properties
+from methods_words import HEAD, advice, properties
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/methods.md"
@@ -47,7 +47,9 @@ def write_page() -> None:
 
 def page(found: Mapping[str, dict[str, Any]]) -> str:
     """The whole page."""
-    parts = [HEAD, ADVICE, "\n".join(properties())]
+    of_base = json.loads((RESULTS / "e2e.json").read_text(encoding="utf-8"))
+    base_loss = of_base["sides"]["lorica"][0]["base_scores"]["loss"]["value"]
+    parts = [HEAD, "\n".join(advice(found, base_loss)), "\n".join(properties())]
     parts += ["\n".join(section(task, figures)) for task, figures in found.items()]
     return "\n".join(parts)
 
@@ -140,8 +142,8 @@ def _apart(methods: Mapping[str, Any], loss: bool) -> list[str]:
         f"- worse: {_listed(found['worse']) or 'none'}",
         f"- within the noise of records and seeds: {_listed(found['level']) or 'none'}",
         "",
-        f"Of {sum(map(len, found.values()))} comparisons at 95 %, one in twenty would come out so "
-        "by chance.",
+        f"Of {sum(map(len, found.values()))} comparisons at 95 %, about one in twenty would leave "
+        "out 0 by chance alone: what lies close to it is no finding.",
     ]
 
 
@@ -170,7 +172,9 @@ def _peers(methods: Mapping[str, Any], loss: bool, budget: Mapping[str, Any]) ->
         return ["Not run on this task."]
     lines = [
         f"PEFT and the Trainer of transformers at the same rate; seeds "
-        f"{_listed(budget['peft_seeds'])}, and Lorica's score is of the same.",
+        f"{_listed(budget['peft_seeds'])}, and Lorica's score is of the same. Starts are each "
+        "library's own: PEFT's virtual tokens begin as noise of size 1, Lorica's as tokens of the "
+        "vocabulary or as faint noise. Equal starts give equal outputs ([beside PEFT](parity.md)).",
         "",
         "| method | Lorica | PEFT | step, Lorica s | step, PEFT s | MiB, Lorica | MiB, PEFT |",
         "|---|---|---|---|---|---|---|",
