@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -102,7 +102,8 @@ def write_lines(path: str | Path, rows: Iterable[dict]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:  # another may be reading it
+        path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -124,20 +125,45 @@ def memory_bytes(what: str = "VmHWM") -> int:
 
 
 class Clock:
-    """Named wall-clock times: `with clock("train"): ...`."""
+    """Named times: `with clock("train"): ...`.
+
+    Attributes:
+        seconds: on the wall.
+        cpu_seconds: of all threads of this process. They tell what a run costs on a machine that
+            others use too.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
 
     def __call__(self, name: str) -> "Clock":
         self.name = name
         return self
 
     def __enter__(self) -> None:
-        self.start = time.perf_counter()
+        self.start = time.perf_counter(), time.process_time()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds[self.name] = round(time.perf_counter() - self.start, 3)
+        wall, cpu = self.start
+        self.seconds[self.name] = round(time.perf_counter() - wall, 3)
+        self.cpu_seconds[self.name] = round(time.process_time() - cpu, 3)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A side after its training.
+
+    Attributes:
+        predict: (records, whether the adapter acts) -> a line for each record: nll, num_tokens,
+            output.
+        result: times, memory, sizes, losses.
+        adapter: folder of the adapter as the side writes it.
+    """
+
+    predict: Callable[[list[dict], bool], list[dict]]
+    result: dict
+    adapter: Path
 
 
 def read_job() -> tuple[Job, Path]:
@@ -172,6 +198,18 @@ def run_side(side: str, job: Job, *, niceness: int = 0) -> dict:
     seconds = {name: round(value, 1) for name, value in result["seconds"].items()}
     print(f"[{side}] {seconds}, peak {result['peak_memory_bytes'] / 2**20:.0f} MiB", flush=True)
     return result | {"folder": str(folder)}
+
+
+def write_run(side: str, job: Job, folder: Path, trained: Trained, clock: Clock) -> None:
+    """Predict the test records, and write what `run_side` reads."""
+    test = read_lines(job.test)
+    with clock("predict"):
+        write_lines(folder / "tuned.jsonl", trained.predict(test, True))
+    if job.predict_base:
+        with clock("predict_base"):
+            write_lines(folder / "base.jsonl", trained.predict(test, False))
+    result = {"side": side, "seconds": clock.seconds, **trained.result}
+    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 def examples_digest(examples: Iterable[tuple[Sequence[int], object]]) -> str:

@@ -3,17 +3,27 @@
 python benchmarks/ours.py job.json         (see jobs.Job; e2e.py and glue.py write the job)
 """
 
-import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import Clock, Job, examples_digest, memory_bytes, read_job, read_lines, write_lines
+from jobs import (
+    Clock,
+    Job,
+    Trained,
+    examples_digest,
+    memory_bytes,
+    read_job,
+    read_lines,
+    write_run,
+)
 
 import lorica
 from lorica.base.load import base_of
 from lorica.config import Preset
 from lorica.methods import WORDS
+from lorica.methods.method import is_chosen
 from lorica.tasks import CausalLM
 from lorica.tasks.task import Task
 from lorica.train.loop import default_task
@@ -44,7 +54,9 @@ def method_of(job: Job):
     if job.method == "lora":
         sizes = ("r", "lora_alpha", "lora_dropout", "target_modules")
         values |= {name: getattr(job, name) for name in sizes}
-    values |= job.method_settings | {"modules_to_save": tuple(job.modules_to_save)}
+    values |= job.method_settings
+    if job.modules_to_save:
+        values |= {"modules_to_save": tuple(job.modules_to_save)}
     own = {f.name for f in fields(kind)}
     of_training = {key: value for key, value in values.items() if key not in own}
     return kind(**{key: value for key, value in values.items() if key in own}), of_training
@@ -52,15 +64,19 @@ def method_of(job: Job):
 
 def main() -> None:
     job, folder = read_job()
+    clock = Clock()
+    write_run("lorica", job, folder, trained(job, folder, clock), clock)
+
+
+def trained(job: Job, folder: Path, clock: Clock) -> Trained:
+    """Train the adapter of a job in `folder`/run."""
     torch.set_num_threads(job.num_threads)
     torch.manual_seed(job.seed)  # a new head is started at random
-    clock = Clock()
     with clock("load"):
         model = lorica.load_model(
             job.model, task=job.task, dtype=job.dtype, labels=tuple(job.labels), device="cpu"
         )
         method, of_training = method_of(job)
-        adapter = lorica.attach(model, method, name="tuned", seed=job.seed)
     settings = lorica.TrainSettings(
         **of_training,
         learning_rate=job.learning_rate,
@@ -75,25 +91,25 @@ def main() -> None:
         dtype=job.dtype,
     )
     task = task_of(model, job, settings)
+    with clock("start"):  # with what records decide
+        adapter = attached(model, method, task, job)
     memory_before = memory_bytes("VmRSS")
     with clock("train"):  # reading and encoding included
         data = lorica.read(job.train)
         lorica.train(model, {adapter: data}, settings, output_dir=folder / "run", task=task)
     peak = memory_bytes()
 
-    test = read_lines(job.test)
-    with clock("predict"), lorica.activate(model, {adapter.name: 1.0}):
-        tuned = task.predict(model, test, batch_size=PREDICT_BATCH)
-    write_lines(folder / "tuned.jsonl", map(line, tuned))
-    if job.predict_base:
-        with clock("predict_base"), lorica.activate(model, None):
-            base = task.predict(model, test, batch_size=PREDICT_BATCH)
-        write_lines(folder / "base.jsonl", map(line, base))
+    def predict(records: list[dict], tuned: bool) -> list[dict]:
+        how: dict[str, Any] = {"batch_size": PREDICT_BATCH}
+        if job.task == "causal-lm" and not job.max_new_tokens:
+            how["generate"] = False
+        with lorica.activate(model, {adapter.name: 1.0} if tuned else None):
+            return [line(one) for one in task.predict(model, records, **how)]
+
     examples = task.encode(data)
     rows = read_lines(folder / "run/metrics.jsonl")
     result = {
-        "side": "lorica",
-        "seconds": clock.seconds,
+        "cpu_seconds": clock.cpu_seconds,
         "peak_memory_bytes": peak,
         "memory_before_bytes": memory_before,
         "num_trainable": adapter.num_parameters,
@@ -102,7 +118,15 @@ def main() -> None:
         "mean_length": sum(len(one.input_ids) for one in examples) / len(examples),
         "losses": [[row["step"], row["loss"]] for row in rows if row.get("loss") is not None],
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return Trained(predict, result, folder / "run/adapter")
+
+
+def attached(model, method, task: Task, job: Job):
+    """The adapter on the model; what is chosen about it, by the training records."""
+    if not is_chosen(method):
+        return lorica.attach(model, method, name="tuned", seed=job.seed)
+    examples = task.encode(lorica.read(job.train)).examples
+    return lorica.attach_by_records(model, method, task, examples, name="tuned", seed=job.seed)[0]
 
 
 def line(prediction) -> dict:

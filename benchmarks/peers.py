@@ -7,7 +7,7 @@ AdamW of the Trainer. Only the encoding is spelled out here, so that both sides 
 BOS, prompt, completion, EOS, with the loss on completion and EOS.
 """
 
-import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +15,15 @@ import torch
 from jobs import (
     Clock,
     Job,
+    Trained,
     examples_digest,
     memory_bytes,
     read_job,
     read_lines,
-    write_lines,
+    write_run,
 )
 from peft import (
+    AdaLoraConfig,
     HiraConfig,
     IA3Config,
     LNTuningConfig,
@@ -29,17 +31,23 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    RoadConfig,
     VeraConfig,
     get_peft_model,
 )
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -86,6 +94,12 @@ def load(job: Job):
 
 CONFIGS = {
     "lora": (LoraConfig, {}),
+    "rslora": (LoraConfig, {"use_rslora": True}),
+    "adalora": (AdaLoraConfig, {}),
+    "road": (RoadConfig, {}),
+    "prompt-tuning": (PromptTuningConfig, {}),
+    "p-tuning": (PromptEncoderConfig, {}),
+    "prefix-tuning": (PrefixTuningConfig, {}),
     "dora": (LoraConfig, {"use_dora": True}),
     "pissa": (LoraConfig, {"init_lora_weights": "pissa"}),
     "olora": (LoraConfig, {"init_lora_weights": "olora"}),
@@ -99,21 +113,45 @@ CONFIGS = {
 """Word of Lorica -> PEFT's config and what the word says in it."""
 
 
+VIRTUAL = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)
+
+
 def config_of(job: Job) -> PeftConfig:
     """PEFT's config of the job."""
     kind, values = CONFIGS[job.method]
     given = {"r": job.r, "lora_alpha": job.lora_alpha, "lora_dropout": job.lora_dropout}
     given = given if job.method == "lora" else {}
-    given |= {"target_modules": job.target_modules, **values, **job.method_settings}
+    if kind not in VIRTUAL:
+        given["target_modules"] = job.target_modules
+        given["modules_to_save"] = job.modules_to_save or None
+    given |= {**values, **job.method_settings}
     if kind in (LoHaConfig, LoKrConfig) and "lora_alpha" in given:
         given["alpha"] = given.pop("lora_alpha")
+    if kind is AdaLoraConfig:
+        given["total_step"] = job.max_steps
+    if kind is IA3Config:
+        given |= SCALED[job.task]
+    if kind is PromptEncoderConfig:
+        given |= {"encoder_hidden_size": AutoConfig.from_pretrained(job.model).hidden_size}
     if kind is LNTuningConfig:
-        given["target_modules"] = ["LayerNorm"]
-    return kind(
-        task_type="CAUSAL_LM" if job.task == "causal-lm" else "SEQ_CLS",
-        modules_to_save=job.modules_to_save or None,
-        **given,
-    )
+        given["target_modules"] = NORMS[job.task]
+    return kind(task_type="CAUSAL_LM" if job.task == "causal-lm" else "SEQ_CLS", **given)
+
+
+SCALED: dict[str, dict] = {
+    "causal-lm": {
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
+    "text-classification": {
+        "target_modules": ["key", "value", "output.dense"],
+        "exclude_modules": ["attention.output.dense"],
+        "feedforward_modules": ["output.dense"],
+    },
+}
+"""What Lorica's IA3 finds by itself."""
+NORMS = {"causal-lm": ["input_layernorm", "post_attention_layernorm", "norm"]}
+NORMS["text-classification"] = ["LayerNorm"]
 
 
 def arguments(job: Job, folder: Path) -> TrainingArguments:
@@ -144,7 +182,7 @@ def predict_text(model, tokenizer, rows: list[dict], job: Job) -> list[dict]:
     for start in range(0, len(rows), PREDICT_BATCH):
         part = rows[start : start + PREDICT_BATCH]
         likelihoods = completion_likelihoods(model, tokenizer, part, job)
-        texts = generate(model, tokenizer, part, job)
+        texts = generate(model, tokenizer, part, job) if job.max_new_tokens else [None] * len(part)
         found += [
             {"nll": nll, "num_tokens": count, "output": text}
             for (nll, count), text in zip(likelihoods, texts, strict=True)
@@ -156,7 +194,8 @@ def completion_likelihoods(model, tokenizer, rows, job: Job) -> list[tuple[float
     collate = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
     batch = collate([encode_completion(tokenizer, row, job) for row in rows])
     labels = batch.pop("labels")[:, 1:]
-    logits = model(**batch).logits[:, :-1]
+    width = batch["input_ids"].shape[1]
+    logits = model(**batch).logits[:, -width:-1]  # PEFT keeps those of virtual tokens in front
     nll = cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
     return list(zip(nll.tolist(), (labels != -100).sum(1).tolist(), strict=True))
 
@@ -202,11 +241,15 @@ def predict_label(model, tokenizer, rows: list[dict], job: Job) -> list[dict]:
 
 def main() -> None:
     job, folder = read_job()
-    torch.set_num_threads(job.num_threads)
     clock = Clock()
+    write_run("peft", job, folder, trained(job, folder, clock), clock)
+
+
+def trained(job: Job, folder: Path, clock: Clock) -> Trained:
+    """Train the adapter of a job, and write it to `folder`/adapter."""
+    torch.set_num_threads(job.num_threads)
     causal = job.task == "causal-lm"
     encode = encode_completion if causal else encode_label
-    predict = predict_text if causal else predict_label
     set_seed(job.seed)
     with clock("load"):
         model, tokenizer = load(job)
@@ -221,23 +264,22 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
         if causal
         else DataCollatorWithPadding(tokenizer),
+        callbacks=[Reallocation(model)] if job.method == "adalora" else None,
     )
     with clock("train"):
         trainer.train()
     peak = memory_bytes()
     model.save_pretrained(folder / "adapter")
     model.eval()
-    test = read_lines(job.test)
-    with clock("predict"):
-        write_lines(folder / "tuned.jsonl", predict(model, tokenizer, test, job))
-    if job.predict_base:
-        with clock("predict_base"), model.disable_adapter():
-            write_lines(folder / "base.jsonl", predict(model, tokenizer, test, job))
+
+    def predict(records: list[dict], tuned: bool) -> list[dict]:
+        how = predict_text if causal else predict_label
+        with nullcontext() if tuned else model.disable_adapter():
+            return how(model, tokenizer, records, job)
+
     logged = [row for row in trainer.state.log_history if "loss" in row]
-    mean_length = float(np.mean([len(row["input_ids"]) for row in rows]))
     result = {
-        "side": "peft",
-        "seconds": clock.seconds,
+        "cpu_seconds": clock.cpu_seconds,
         "peak_memory_bytes": peak,
         "memory_before_bytes": memory_before,
         "num_trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -245,10 +287,20 @@ def main() -> None:
         "examples_digest": examples_digest(
             (row["input_ids"], row["labels"] if causal else [row["labels"]]) for row in rows
         ),
-        "mean_length": mean_length,
+        "mean_length": float(np.mean([len(row["input_ids"]) for row in rows])),
         "losses": [[row["step"], row["loss"]] for row in logged],
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return Trained(predict, result, folder / "adapter")
+
+
+class Reallocation(TrainerCallback):
+    """What PEFT's documentation of AdaLoRA asks for between the step and `zero_grad`."""
+
+    def __init__(self, model) -> None:
+        self.model = model
+
+    def on_optimizer_step(self, args, state, control, **_):
+        self.model.base_model.update_and_allocate(state.global_step + 1)
 
 
 if __name__ == "__main__":

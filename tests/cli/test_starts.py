@@ -55,6 +55,24 @@ def test_scores_of_neurons_are_kept(lorica, stock, quick):
     assert again.code == 0 and "is finished" in again.out
 
 
+def test_what_needs_all_weights_and_no_records_is_chosen_as_well(lorica, stock, quick):
+    """The largest weights of all layers together, not some of each by chance."""
+    flags = dict(zip(quick[::2], quick[1::2], strict=True))
+    del flags["--r"]
+    words = [part for pair in flags.items() for part in pair]
+    done = lorica(
+        "train", "--model", stock / "llama", "--data", stock / "pairs.jsonl", *words, "--method",
+        "sparse", "--selection", "magnitude", "--density", "0.01", "--output-dir", "run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = json.loads(Path("run/relevance.json").read_text())
+    weights = load_file(stock / "llama/model.safetensors")
+    sizes = torch.cat([weights[f"{p['path']}.weight"].abs().flatten() for p in found["places"]])
+    limit = sizes.sort(descending=True).values[round(0.01 * len(sizes)) - 1]
+    for place in found["places"]:
+        assert place["chosen"] == int((weights[f"{place['path']}.weight"].abs() >= limit).sum())
+
+
 def test_the_same_records_and_seed_resume_to_the_same_start(lorica, stock, quick):
     words = ["train", "--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
     words += ["--method", "lora-ga", "--output-dir", "run", "--quiet"]
@@ -188,9 +206,10 @@ def test_an_adapter_begins_from_another(lorica, stock, quick, finished_run):
         ["--method", "eva"],
         ["--method", "lora-ga"],
         ["--method", "sparse"],
+        ["--method", "sparse", "--selection", "magnitude", "--granularity", "row"],
         ["--method", "few-sample", "--seeds", "0,1"],
     ],
-    ids=lambda words: words[1],
+    ids=lambda words: "-".join(words[1::2]),
 )
 def test_a_plan_needs_no_records_to_choose_by(lorica, stock, words):
     done = lorica(

@@ -7,7 +7,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
 
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
@@ -17,6 +16,7 @@ from lorica.files.adapter import load_adapter, save_adapter
 from lorica.files.peft_config import OTHER_KINDS
 from lorica.files.peft_kinds import KINDS
 from lorica.methods import IA3, AdaLoRA, DoRA, HiRA, LoHa, LoKr, LoRA, RoAd, VeRA
+from parity.measured import TOLERANCE, error, logits, ours_first, stir, theirs_first
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
@@ -132,73 +132,20 @@ CASES: dict[str, tuple[str, Any, Any]] = {
 every = pytest.mark.parametrize("case", CASES)
 
 
-def stir(parameters: Any) -> None:
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-
-
-def logits(name: str, model: nn.Module, core: nn.Module) -> Tensor:
-    arch = ARCHITECTURES[name]
-    return arch.logits(model(**arch.sample(core, 2, 7)))
-
-
-def same(one: Tensor, other: Tensor) -> None:
-    error = (one - other).abs().max().item()
-    assert error <= 1e-5 * max(1.0, one.abs().max().item()), error
-
-
 @every
 def test_theirs_read_by_us_and_written_again(case, tmp_path):
     name, _, config = CASES[case]
-    base = ARCHITECTURES[name].build()
-    theirs = peft.get_peft_model(base, config).eval()
-    stir(p for p in theirs.parameters() if p.requires_grad)
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    expected = logits(name, theirs, base)
-    model = ARCHITECTURES[name].build()
-    adapter = load_adapter(model, tmp_path / "theirs", name="a")
-    with activate(model, "a"):
-        actual = logits(name, model, model)
-    same(actual, expected)
-    same_gradients(adapter, actual, theirs, expected)
-    save_adapter(adapter, tmp_path / "ours")
-    again = ARCHITECTURES[name].build()
-    back = peft.PeftModel.from_pretrained(again, str(tmp_path / "ours")).eval()
-    same(logits(name, back, again), expected)
-
-
-def same_gradients(adapter: Any, actual: Tensor, theirs: nn.Module, expected: Tensor) -> None:
-    """The same set of gradients, whatever their names and shapes."""
-    actual.square().sum().backward()
-    expected.square().sum().backward()
-    ours = [p.grad for p in adapter.parameters()]
-    their = [p.grad for p in theirs.parameters() if p.requires_grad]
-    assert all(g is not None for g in ours) and len(ours) == len(their)
-    one = sorted(float(g.double().norm()) for g in ours)  # type: ignore[union-attr]
-    other = sorted(float(g.double().norm()) for g in their)  # type: ignore[union-attr]
-    for a, b in zip(one, other, strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-4 * other[-1])
+    found = theirs_first(name, config, tmp_path)
+    assert found.outputs <= TOLERANCE and found.returned <= TOLERANCE, found
+    assert found.gradients <= TOLERANCE, found
 
 
 @every
 def test_ours_read_by_them(case, tmp_path):
     name, method, _ = CASES[case]
-    model = ARCHITECTURES[name].build()
-    adapter = attach(model, method, name="a")
-    stir(adapter.parameters())
-    with torch.no_grad(), activate(model, "a"):
-        expected = logits(name, model, model)
-    with torch.no_grad(), activate(model, None):
-        assert (expected - logits(name, model, model)).abs().max() > 1e-3
-    save_adapter(adapter, tmp_path / "ours")
-    base = ARCHITECTURES[name].build()
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")).eval()
-    with torch.no_grad():
-        same(logits(name, theirs, base), expected)
+        assert ours_first(name, method, tmp_path) <= TOLERANCE
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -215,7 +162,7 @@ def test_what_began_from_the_weight_is_plain_lora_of_twice_the_rank(init, rslora
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "ours")).eval()
     assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["r"] == 6
     with torch.no_grad():
-        same(logits("llama", theirs, base), expected)
+        assert error(logits("llama", theirs, base), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -169,8 +169,9 @@ def test_what_cannot_be_chosen_is_refused():
     model, task, examples = causal_setup(4)
     with pytest.raises(ConfigError, match="need records to choose by, and there are none"):
         attach_by_records(model, Sparse(**BASE), task, [])
-    with pytest.raises(ConfigError, match="settings of sparse need records"):
-        lorica.attach(model, Sparse(**BASE))
+    for more in ({}, {"selection": "magnitude"}, {"selection": "random", "granularity": "row"}):
+        with pytest.raises(ConfigError, match="settings of sparse need records or all weights"):
+            lorica.attach(model, Sparse(**BASE, **more))  # `start` would draw single entries
     tiny = Sparse(density=1e-4, granularity="module", **BASE)
     with pytest.raises(ConfigError, match="not one module"):
         attach_by_records(model, tiny, task, examples)

@@ -25,7 +25,7 @@ from lorica.attach.tokens import SETTING, add_rows
 from lorica.base.load import base_of
 from lorica.errors import ConfigError, TargetError, folded, nearest
 from lorica.methods.copy import Copy
-from lorica.methods.method import Layer, Method, Tensors
+from lorica.methods.method import Layer, Method, Tensors, is_chosen
 from lorica.methods.patterns import unmatched_patterns
 from lorica.methods.selective import Selective
 
@@ -151,9 +151,10 @@ def attach(
     check_stages(method, below)
     check_union(method, below, together)
     check_stack(below, stacked)
-    if getattr(method, "needs_records", False):
+    if is_chosen(method):
         raise ConfigError(
-            f"these settings of {method.kind} need records: the task decides its places or start",
+            f"these settings of {method.kind} need records or all weights together: they decide "
+            "its places or start",
             mend="use lorica.attach_by_records(model, method, task, examples)",
         )
     if isinstance(method, Selective) and method.candidates:

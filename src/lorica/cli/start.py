@@ -16,6 +16,7 @@ from lorica.config import Resolved
 from lorica.data.encode import Example
 from lorica.errors import ConfigError
 from lorica.files.adapter import check_folder, load_adapter
+from lorica.methods.method import is_chosen
 from lorica.tasks.task import Task
 from lorica.train.choice import Relevance
 from lorica.train.shadow import Lower
@@ -57,8 +58,8 @@ def source_of(settings: Resolved) -> Path | None:
         for name in ("init_lora_weights", "prompt_tuning_init", "reinit_top_layers")
         if hasattr(method, name) and getattr(method, name) != _default(method, name)
     ]
-    if getattr(method, "needs_records", False) and not undone:
-        undone = ["a start that records decide"]
+    if is_chosen(method) and not undone:
+        undone = ["a start that is chosen"]
     if undone:
         raise ConfigError(
             f"{settings.origins['init_adapter']}: init_adapter would undo {' and '.join(undone)}",
@@ -74,13 +75,13 @@ def _default(method: Any, name: str) -> Any:
 
 
 def waits_for_records(settings: Resolved) -> bool:
-    """Whether the records are needed before there can be an adapter.
+    """Whether something is chosen before there can be an adapter, most often by the records.
 
     Raises:
-        ConfigError: they would decide about the bare base, and another adapter acts on it.
+        ConfigError: it would decide about the bare base, and another adapter acts on it.
     """
     method: Any = settings.method
-    by_records = bool(getattr(method, "needs_records", False))
+    by_records = is_chosen(method)
     anew = bool(getattr(method, "reinit_top_layers", 0))
     tried = bool(getattr(method, "candidates", ()))
     if settings.run.on_adapter is not None and (by_records or anew or tried):

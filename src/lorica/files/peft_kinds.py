@@ -72,6 +72,7 @@ class Kind:
         fixed: keys that are written besides.
         prefix: in front of our name of a tensor, in the key.
         has_exclusion: whether PEFT's config knows exclude_modules.
+        has_groups: whether it has the method on grouped convolutions.
     """
 
     method: type
@@ -81,6 +82,13 @@ class Kind:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = ""
     has_exclusion: bool = True
+    has_groups: bool = True
+
+    def sits_on(self, module: nn.Module | None) -> bool:
+        """Whether PEFT has it on a layer."""
+        return isinstance(module, self.layers) and (
+            self.has_groups or getattr(module, "groups", 1) == 1
+        )
 
 
 _LYCORIS = {
@@ -126,13 +134,14 @@ KINDS: dict[str, Kind] = {
     ),
     "HIRA": Kind(
         HiRA,
-        _PLAIN,
+        (*_PLAIN, nn.Conv1d, nn.Conv2d, nn.Embedding),
         {"r": "r", "hira_dropout": "hira_dropout"},
         {"rank_pattern": {}},
         {"init_weights": True, **_LAYERS_CHOSEN},
         "hira_",
+        has_groups=False,
     ),
-    "IA3": Kind(IA3, _PLAIN, {}, {}, {"init_ia3_weights": True}, "ia3_"),
+    "IA3": Kind(IA3, (*_PLAIN, nn.Conv2d), {}, {}, {"init_ia3_weights": True}, "ia3_"),
     "ROAD": Kind(
         RoAd,
         (nn.Linear,),
@@ -148,6 +157,7 @@ KINDS: dict[str, Kind] = {
         peft_ranks.OTHER_VARIANTS,
         _LAYERS_CHOSEN,
         "lora_",
+        has_groups=False,
     ),
 }
 _TRANSPOSING = ("ADALORA", "VERA", "HIRA", "IA3")
@@ -170,7 +180,7 @@ def fits(adapter: Adapter) -> bool:
         return False
     modules, (_, kind) = modules_of(adapter.model), found
     own = {path for path, slot in adapter.slots.items() if not isinstance(slot.method, Copy)}
-    layers = all(path and isinstance(modules.get(path), kind.layers) for path in own)
+    layers = all(path and kind.sits_on(modules.get(path)) for path in own)
     if not layers or not own:
         return False
     transposed = {isinstance(modules[path], Conv1D) for path in own}
@@ -208,7 +218,9 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         layer = describe(modules[path])
         for key, tensor in slot.tensors.items():
             shape = _file_shape(name, key, tensor, layer, slot.method)
-            tensors[f"{PREFIX}{path}.{kind.prefix}{key}"] = _plain(tensor).reshape(shape)
+            tensors[f"{PREFIX}{path}.{_file_name(kind, key, layer)}"] = _plain(tensor).reshape(
+                shape
+            )
     if name == "VERA":
         method: Any = adapter.method
         pair = projection(method.projection_prng_key, method.r, *method.widths)
@@ -267,13 +279,24 @@ def _feedforward(names: list[str], scaled: list[str], own: list[str]) -> dict[st
     return {"target_modules": sorted(own), "feedforward_modules": sorted(scaled)}
 
 
+def _file_name(kind: Kind, key: str, layer: Layer) -> str:
+    """PEFT's name of one of our tensors."""
+    of_table = "embedding_" if kind.method is HiRA and layer.kind == "embedding" else ""
+    return f"{kind.prefix}{of_table}{key}"
+
+
 def _file_shape(name: str, key: str, tensor: Tensor, layer: Layer, method: Any) -> tuple[int, ...]:
     """PEFT's shape of one of our tensors."""
     shape = tuple(tensor.shape)
+    kernel = layer.kernel_size
+    if name == "IA3" and kernel:
+        return (1, *shape, *(1 for _ in kernel))
     if name == "IA3":
         return (1, *shape) if method.on_input else (*shape, 1)
-    if name == "LOKR" and key == "w2" and layer.kernel_size:
-        return (shape[0], -1, *layer.kernel_size)
+    if kernel and ((name == "LOKR" and key == "w2") or (name == "HIRA" and key == "A")):
+        return (shape[0], -1, *kernel)
+    if kernel and name == "HIRA":
+        return (*shape, *(1 for _ in kernel))
     return shape
 
 
@@ -361,7 +384,7 @@ class _Plan:
             for key, entry in file.entries.items()
             if key.removeprefix(PREFIX).rpartition(".")[0] not in given_up
         }
-        shared = self._shared(file, entries)
+        shared = self._shared(file, entries) | self._repeated(file, entries)
         paths = self._paths(entries)
         layers = [describe(self.modules[path]) for path in paths]
         self.method = self.method.over(layers)
@@ -375,7 +398,7 @@ class _Plan:
         strange += [path for path in given_up if path not in self.modules]
         self.problems += [f"rank_pattern: {path} is no layer of the file" for path in strange]
         for path, module in self.modules.items():
-            absent = isinstance(module, self.kind.layers) and path not in self.places
+            absent = self.kind.sits_on(module) and path not in self.places
             if absent and path not in given_up and self.config.selects(path):
                 self.problems.append(f"{PREFIX}{path}: its tensors are missing from the file")
 
@@ -405,6 +428,19 @@ class _Plan:
         )
         return set(keys)
 
+    def _repeated(self, file: TensorFile, entries: Mapping[str, tuple[int, ...]]) -> set[str]:
+        """The base's embeddings, which PEFT writes beside adapters on them: they must be ours."""
+        found = set()
+        for key, shape in entries.items():
+            path, mark, _ = key.removeprefix(PREFIX).rpartition(".base_layer.weight")
+            if not mark or not isinstance(self.modules.get(path), nn.Embedding):
+                continue
+            own = cast(Tensor, self.modules[path]._parameters["weight"]).detach().cpu()
+            if shape != own.shape or not torch.equal(file.read(key).to(own.dtype), own):
+                self.problems.append(f"{key}: the base of this adapter had other weights there")
+            found.add(key)
+        return found
+
     def _paths(self, entries: Mapping[str, tuple[int, ...]]) -> list[str]:
         """The layers that the file has tensors for, in the order of the model."""
         found = set()
@@ -415,7 +451,7 @@ class _Plan:
         return [
             path
             for path, module in self.modules.items()
-            if path in found and isinstance(module, self.kind.layers)
+            if path in found and self.kind.sits_on(module)
         ]
 
     def _layer(self, path: str, layer: Layer, entries: Mapping[str, tuple[int, ...]]) -> None:
@@ -429,7 +465,7 @@ class _Plan:
         self.places[path] = self.modules[path], None, own
         self.wanted[path] = {}
         for name, tensor in wanted.items():
-            key = f"{PREFIX}{path}.{self.kind.prefix}{name}"
+            key = f"{PREFIX}{path}.{_file_name(self.kind, name, layer)}"
             shape = _file_shape(self.name, name, tensor, layer, own)
             expected = tuple(tensor.reshape(shape).shape)
             if key not in entries:

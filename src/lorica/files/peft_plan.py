@@ -201,6 +201,8 @@ def _plan_pair(
         found.misshapen.append(
             f"{keys['m']}: {shapes[keys['m']]}, but the base needs {spot.magnitude_shape}"
         )
+    elif "m" in keys and getattr(modules[spot.core], "groups", 1) > 1:
+        found.unexpected.append(f"{stem}: DoRA has no length per output of a grouped convolution")
     else:
         found.factors[spot.path] = spot, dict(keys)
         method = config.method_at(spot.matched)

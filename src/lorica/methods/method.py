@@ -116,6 +116,13 @@ def becomes_weight(method: Method) -> bool:
     return method.replaces or hasattr(method, "delta") or hasattr(method, "merged_bias")
 
 
+def is_chosen(method: object) -> bool:
+    """Whether its places or tensors are chosen before it is attached, from records or from all
+    weights together; `train.starts` does so.
+    """
+    return any(getattr(method, name, False) for name in ("needs_records", "needs_choice"))
+
+
 def setting(default: Any, text: str, **more: Any) -> Any:
     """A field of a method's dataclass, with the line that help and documentation show."""
     if isinstance(default, dict):

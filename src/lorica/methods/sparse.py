@@ -54,6 +54,13 @@ class Sparse(WeightUpdate):
         return self.selection in ("fisher", "gradient", "gradient-weight", "gradient-input")
 
     @property
+    def needs_choice(self) -> bool:
+        """Whether the entries are chosen over all layers together. Single ones by chance need no
+        choice: `start` draws them.
+        """
+        return self.selection != "random" or self.granularity != "weight"
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether the choice sums up a gradient of every weight."""
         return self.needs_records
@@ -64,8 +71,8 @@ class Sparse(WeightUpdate):
         return self.relevance_records
 
     def stand_in(self) -> Self:
-        """Settings of the same size that need no records."""
-        return replace(self, selection="random") if self.needs_records else self
+        """Settings of about the same size of which nothing is chosen."""
+        return replace(self, selection="random", granularity="weight")
 
     def sized(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """The settings at a place whose tensors have these shapes."""
