@@ -17,6 +17,7 @@ from lorica.attach.attach import attach
 from lorica.data.encode import Example
 from lorica.methods import LoRA, LoRAFA
 from lorica.tasks import CausalLM
+from lorica.train.engine import Engine
 from train.words import WordTokenizer
 
 # No two of these are equal, so a tensor is known by its shape.
@@ -48,12 +49,12 @@ def kept(T: int, dtype: torch.dtype, *, freezes_A: bool = False) -> list[Kept]:
     wide, inputs = torch.float32, not freezes_A
     rectangle = (DOCUMENTS, HEADS, LENGTH, WIDTH)
     return [
-        Kept("S = x A^T of each linear layer", (T, R), dtype, 7),
+        Kept("S = x A^T of each linear layer", (R, T), dtype, 7),
         Kept("inputs of q, k, v and of gate, up", (1, T, D), dtype, 2 * inputs),
         Kept("input of o", (1, T, HEADS * WIDTH), dtype, 1 * inputs),
         Kept("input of down", (1, T, F), dtype, 1 * inputs),
-        Kept("SwiGLU: gate, silu(gate), up", (1, T, F), dtype, 3),
-        Kept("norms: their inputs", (1, T, D), wide, 2),
+        Kept("SwiGLU: gate, up", (1, T, F), dtype, 2),
+        Kept("norms: their inputs", (1, T, D), dtype, 2),
         Kept("norms: one number for each row", (1, T, 1), wide, 2),
         Kept("attention: queries and outputs", rectangle, dtype, 2),
         Kept("attention: keys and values", (DOCUMENTS, KV, LENGTH, WIDTH), dtype, 2),
@@ -116,7 +117,7 @@ def saved(layers: int, dtype: torch.dtype, method: LoRA) -> tuple[Counter, int, 
 
     model.train()
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with activate(model, adapter), task.running(model), hooks:
+    with activate(model, adapter), Engine(model, task).running(), hooks:
         (loss,) = task.losses(model, batch)
     shapes = Counter((tuple(t.shape), t.dtype) for t in found.values())
     size = sum(t.untyped_storage().nbytes() for t in found.values())
