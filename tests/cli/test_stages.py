@@ -185,6 +185,12 @@ def test_what_cannot_be_stages_is_refused_before_anything_is_written(lorica, giv
     assert not Path("run/run.json").exists() and not Path("run/config.yaml").exists()
 
 
+def test_records_are_checked_as_the_stages_read_them(lorica, given):
+    done = lorica("check", "run.yaml", "--json")
+    assert done.code == 0, done.err
+    assert done.rows[0]["num_records"] > 0 and done.rows[0]["task"] == "causal-lm"
+
+
 def test_a_plan_of_stages_counts_what_lies_below(lorica, given):
     done = lorica("plan", "run.yaml", "--no-probe", "--json")
     assert done.code == 0, done.err

@@ -96,10 +96,11 @@ def _settings(line: Any, known: Any) -> tuple[Resolved, bool]:
     given = {name for layer in layers for name in layer.values}
     if "data" not in given:
         raise ConfigError("there is nothing to check", mend="lorica check DATA --model MODEL")
-    if with_model := "model" in given:
-        return resolve(*layers, methods=WORDS), with_model
-    stand_in = Layer("no model", {"model": "embedded"})  # a run needs one; it is not looked at
-    return resolve(stand_in, *layers, methods=WORDS), with_model
+    if not (with_model := "model" in given):  # a run needs one; it is not looked at
+        layers.insert(0, Layer("no model", {"model": "embedded"}))
+    settings = resolve(*layers, methods=WORDS)
+    first = settings.stages[0] if settings.stages else settings  # all stages read the same records
+    return first, with_model
 
 
 class _Found:
