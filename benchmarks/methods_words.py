@@ -118,7 +118,7 @@ def advice(found: Mapping[str, Any], base_loss: float) -> list[str]:
         f"{score(e2e, 'sparse: random', 'sparse: fisher', 'sparse: gradient-weight')}; on SST-2: "
         f"{score(sst2, 'sparse: random', 'sparse: fisher', 'sparse: gradient-weight')}. On SST-2 "
         "the gradients are those of a head that was not trained yet. Run `selection: random` "
-        "beside every other; sparse steps also cost more than LoRA's.",
+        "beside every other; on MiniLM a sparse step also costs more than LoRA's.",
         f"- **Run several seeds.** At the rate that was best with the first, a seed of "
         f"`sparse: fisher` ended at {worst:.2f} on SST-2, which is chance.",
         "",
