@@ -92,11 +92,12 @@ def advice(found: Mapping[str, Any], base_loss: float) -> list[str]:
         f"{loss:.2f} at {float(rate):.2g}" for rate, loss in e2e["lora"]["tuning"].items()
     )
     worst = min(side(sst2, "sparse: fisher")["by_seed"])
+    near = ("full", "lisa", "loha", "hira", "dora", "lora", "adalora", "pissa", "lora-plus")
     return [
         "## In short",
         "",
         "- **Begin with `lora`.** It becomes a weight, PEFT reads it, and it mixes and trains "
-        f"beside others in one product. On E2E: {score(e2e, 'full', 'lisa', 'loha', 'hira', 'dora', 'lora', 'adalora', 'pissa', 'lora-plus')}; "
+        f"beside others in one product. On E2E: {score(e2e, *near)}; "
         "what is ahead beyond the noise trains at least twice as many parameters. "
         f"DoRA takes {ratio(sst2, 'dora', 'step_seconds')} times as long for a step on MiniLM.",
         f"- **Look for the rate before the method.** LoRA's loss on the tuning records of E2E: "
