@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -64,8 +65,8 @@ class Draws:
             num_records, np.full(num_records, 1 / num_records), size=DRAWS
         ).astype(np.float64)
         self.drawn = {
-            key: self._drawn(values, np.random.default_rng(number))
-            for number, (key, values) in enumerate(self.seen.items(), 1)
+            key: self._drawn(values, np.random.default_rng(crc32(" ".join(key).encode())))
+            for key, values in self.seen.items()
         }
 
     def _drawn(self, values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
