@@ -210,9 +210,6 @@ class Lorica:
         self._train([record], batch_size=1, max_steps=1, gradient_checkpointing=True)
 
 
-# --- PEFT -----------------------------------------------------------------------------------------
-
-
 def with_peft(job: Job, model: Any, *, cast: bool) -> Any:
     """PEFT's LoRA; `cast` is its default of adapters in float32 above a base in bfloat16."""
     from peft import LoraConfig, get_peft_model
@@ -336,9 +333,6 @@ def batches_of(job: Job) -> Iterator[list[dict]]:
         for chosen in batches(job.lengths, **how):
             yield [rows[i] for i in chosen]
         epoch += 1
-
-
-# --- both measurements ----------------------------------------------------------------------------
 
 
 def longest(fits: Callable[[int], bool], most: int, *, start: int, near: float = 0.05) -> int:
