@@ -8,7 +8,6 @@ peak memory; for `context` the longest document that one step of training could 
 """
 
 import gc
-import importlib.util
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_attention import attention_of
 from jobs import memory_bytes
 from speed_sides import flat, padded
 from torch import Tensor
@@ -210,9 +210,6 @@ class Lorica:
         self._train([record], batch_size=1, max_steps=1, gradient_checkpointing=True)
 
 
-# --- PEFT -----------------------------------------------------------------------------------------
-
-
 def with_peft(job: Job, model: Any, *, cast: bool) -> Any:
     """PEFT's LoRA; `cast` is its default of adapters in float32 above a base in bfloat16."""
     from peft import LoraConfig, get_peft_model
@@ -336,39 +333,6 @@ def batches_of(job: Job) -> Iterator[list[dict]]:
         for chosen in batches(job.lengths, **how):
             yield [rows[i] for i in chosen]
         epoch += 1
-
-
-def attention_of(device: str) -> str:
-    """The fastest attention over packed documents that transformers can be given here."""
-    if device == "cpu":
-        return "sdpa"
-    if importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attention_2"
-    return register_varlen()
-
-
-def register_varlen() -> str:
-    """Torch's own flash attention over documents, for where the flash-attn package is missing."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register("varlen", varlen)
-    AttentionMaskInterface.register("varlen", lambda **_: None)
-    return "varlen"
-
-
-def varlen(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **given: Any
-) -> tuple[Tensor, None]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # (tokens, heads, width)
-    ends, longest = given["cu_seq_lens_q"], given["max_length_q"]
-    how = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-    return varlen_attn(q, k, v, ends, ends, longest, longest, **how)[None], None  # type: ignore[index]
-
-
-# --- both measurements ----------------------------------------------------------------------------
 
 
 def longest(fits: Callable[[int], bool], most: int, *, start: int, near: float = 0.05) -> int:

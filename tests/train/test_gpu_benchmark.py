@@ -18,10 +18,11 @@ def scripts():
     """The two scripts, imported as they import each other."""
     sys.path.append(str(BENCHMARKS))
     try:
+        import gpu_attention
         import gpu_sides
         import gpu_train
 
-        yield argparse.Namespace(train=gpu_train, sides=gpu_sides)
+        yield argparse.Namespace(train=gpu_train, sides=gpu_sides, attention=gpu_attention)
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -65,14 +66,14 @@ def test_attention_over_documents_as_the_tuned_side_calls_it(scripts):
     """Without values: a CPU has no kernel for it, but torch knows what one takes and gives."""
     job = scripts.train.job_of(scripts.train.TINY, argparse.Namespace(tiny=True))
     job.device = "meta"
-    model = scripts.sides.make_model(job, scripts.sides.register_varlen())
+    model = scripts.sides.make_model(job, scripts.attention.register_varlen())
     assert model.config._attn_implementation == "varlen"
     q, k, v = (
         torch.zeros(1, heads, 12, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)
     )
     ends = torch.zeros(3, dtype=torch.int32, device="meta")
     documents = {"cu_seq_lens_q": ends, "max_length_q": 7}
-    out, weights = scripts.sides.varlen(None, q, k, v, None, scaling=0.25, **documents)
+    out, weights = scripts.attention.varlen(None, q, k, v, None, scaling=0.25, **documents)
     assert out.shape == (1, 12, 4, 16) and weights is None
 
 
