@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lorica.config.settings import Union
 from lorica.files import peft_kinds, peft_prompts
 from lorica.methods import WORDS, LoRA, Selective
 from lorica.methods.method import becomes_weight
@@ -42,6 +43,8 @@ def properties() -> list[str]:
     ]
     groups: dict[tuple[str, str, str], list[str]] = {}
     for word, known in WORDS.items():
+        if isinstance(known, Union):  # several methods in one
+            continue
         method: Any = getattr(known, "method", known)
         key = (_merges(method), _read_by_peft(method), "yes" if _stacks(method) else "no")
         groups.setdefault(key, []).append(word)

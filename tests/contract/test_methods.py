@@ -25,7 +25,7 @@ from lorica.attach.site import Route
 from lorica.errors import ActivationError, MergeError, TargetError
 from lorica.methods import METHODS as EVERY
 from lorica.methods.copy import Copy
-from lorica.methods.method import Method
+from lorica.methods.method import STATE, Method
 
 METHODS: dict[str, Any] = {kind: m for kind, m in EVERY.items() if hasattr(m, "apply")}
 """Those that sit on layers; selections of the base's own parameters are in attach/test_params."""
@@ -729,7 +729,8 @@ def test_the_settings_object_is_the_method(kind):
     assert method.kind == kind and isinstance(method, Method)
     assert dataclasses.is_dataclass(method)
     for field in dataclasses.fields(method):
-        assert field.metadata.get("help"), field.name
+        is_state = bool(field.metadata.get(STATE))  # no setting of a run
+        assert bool(field.metadata.get("help")) is not is_state, field.name
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(method, field.name, None)
     assert method == copy.deepcopy(method)

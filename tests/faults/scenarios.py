@@ -26,6 +26,7 @@ from lorica.cli import prepare as preparing
 from lorica.cli import run as running
 from lorica.config import TrainSettings
 from lorica.errors import LoricaError, NonFiniteError, OutOfMemory, RunLocked
+from lorica.records import report
 from lorica.records.folder import RunFolder
 from lorica.records.write import RunRecorder
 from lorica.tasks.causal_lm import CausalLM
@@ -129,7 +130,7 @@ PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "scoring the tuned": lambda send: _at(
         running, "predictions", send, when=lambda model, adapter, *rest: adapter is not None
     ),
-    "report": lambda send: _at(running, "write_report", send),
+    "report": lambda send: _at(report, "write_report", send),
 }
 """Phase of a run -> lays the trap that sends the signal in it."""
 
@@ -256,7 +257,7 @@ def capped_memory(own: Rig, shares: list[float]) -> Counted:
 
     def measured() -> None:
         before = _virtual_bytes()
-        real = running._dress
+        real = running.dress
 
         def dressed(path: Path) -> None:
             real(path)
@@ -264,7 +265,7 @@ def capped_memory(own: Rig, shares: list[float]) -> Counted:
             peak = next(int(line.split()[1]) * 1024 for line in lines if "VmPeak" in line)
             note.write_text(str(peak - before))
 
-        running._dress = dressed
+        running.dress = dressed
 
     assert rig.finished(own.words(own.folder()), own.output, before=measured).code == 0
     needed, found = int(note.read_text()), Counted()

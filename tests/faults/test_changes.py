@@ -31,6 +31,8 @@ OTHER = {
     "early_stopping_patience": 3,
     "decay_ratio": 0.3,
     "max_length": 48,
+    "optim": "adamw_8bit",
+    "reuse_frozen_layers": "memory",
 }
 BASIC = {"learning_rate": 1e-3, "max_steps": 9}
 
