@@ -112,3 +112,15 @@ def test_a_terminal(stock, quick, tmp_path, colour):
     assert text.rstrip().endswith("lorica merge run --output-dir FOLDER")
     assert "\x1b[?25h" in text, "the cursor comes back"
     assert ("\x1b[32m" in text or "\x1b[1;3" in text) is (colour is None)
+
+
+def test_the_memory_of_a_small_run_is_what_was_planned(tmp_path, stock):
+    """Libraries that are imported late are part of it: they are most of what a small run adds."""
+    words = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", "--max-steps", 3]
+    command = ["train", *map(str, words), "--output-dir", str(tmp_path / "run")]
+    running = process(command, cwd=tmp_path)
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    found = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))
+    planned = found["resources"]["planned_memory_bytes"]
+    assert found["resources"]["peak_memory_bytes"] == pytest.approx(planned, rel=0.12)

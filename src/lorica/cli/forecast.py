@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -103,6 +104,9 @@ def forecast(
     tested = task.encode(material.scored).examples if material.scored else []
     new_tokens = settings.run.max_new_tokens if material.generates else 0
     work = Work(examples.examples, held_out, Scoring(tested, new_tokens=new_tokens))
+    if tested:  # what scores brings libraries of its own, which count too
+        for name in ("metrics", "compare"):
+            import_module(f"lorica.evaluate.{name}")
     process = process_bytes() if shadow.request.device.type == "cpu" else 0
     with shadow.adapted(method, lower) as adapter:  # refuses what a run would refuse
         courses_of(shadow.model, shadow.task(task), {adapter: examples}, held_out, settings.train)
