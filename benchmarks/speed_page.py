@@ -85,7 +85,8 @@ def workload(found: dict[str, Any]) -> list[str]:
         "",
         f"Limit {found['limit_tokens_per_second']:,.0f} tokens/s at "
         f"{found['matrix_rate'] / 1e9:,.0f} GFLOP/s. Over {found['losses']['steps']} steps the "
-        f"loss curves of both differ by at most {found['losses']['largest_difference']:.0e}.",
+        f"loss curves of both differ by at most {found['losses']['largest_difference']:.0e}. "
+        f"{found['rounds']} rounds of {found['steps']} steps.",
         "",
         "| side | tokens/s | slowest to fastest | of the limit | peak memory | Lorica is |",
         "|---|---|---|---|---|---|",
@@ -129,8 +130,7 @@ def main() -> None:
     parts = [HEAD]
     if found := read("train_speed"):
         parts.append(
-            f"## Training\n\n{described(found)}; {found['dtype']}; {found['rounds']} rounds of "
-            f"{found['steps']} steps.\n"
+            f"## Training\n\n{described(found)}; {found['dtype']}. Not measured on a GPU.\n"
         )
         parts += ["\n".join(workload(one)) for one in found["workloads"]]
     if found := read("growth"):

@@ -209,16 +209,16 @@ class Side:
         self.process.wait(timeout=60)
 
 
-def matrix_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a 2048 x 2048 product, the best of a few."""
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations per second of a product of square matrices, the best of four."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     a @ b
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
         a @ b
         best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
+    return 2 * size**3 / best
 
 
 def same_losses(folder: Path, num_threads: int) -> dict:
@@ -309,7 +309,8 @@ def main() -> None:
     parser.add_argument("--name", default="train_speed", help="name of the result")
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
-    options.bf16 = matrix_rate(torch.bfloat16) > matrix_rate(torch.float32)
+    # small: without hardware for it, bfloat16 is a hundred times slower
+    options.bf16 = matrix_rate(torch.bfloat16, 256) > matrix_rate(torch.float32, 256)
     known = workloads(options.data)
     result = {
         "machine": machine(options.num_threads),
@@ -321,6 +322,7 @@ def main() -> None:
     }
     for name in options.workloads or known:
         found = measure(name, known[name], options)
+        found |= {"rounds": options.rounds, "steps": options.steps}
         show(found)
         result["workloads"].append(found)
     write_result(options.name, result)
