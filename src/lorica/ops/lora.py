@@ -117,9 +117,14 @@ def _add_product(
     """y += scale * (x A^T) B^T in place; returns S, (R, T), gated where there is a gate."""
     S_RT = _thin(A_RI.to(y_TO.dtype), x_TI.to(y_TO.dtype)).to(y_TO.dtype)  # autocast narrows it
     if gate is not None:
-        S_RT = S_RT * (gate.t() if gate.dim() == 2 else gate[:, None]).to(S_RT.dtype)
+        S_RT = S_RT * _by_rank(gate).to(S_RT.dtype)
     y_TO.addmm_(S_RT.t(), B_OR.to(y_TO.dtype).t(), alpha=scale if gate is None else 1.0)
     return S_RT
+
+
+def _by_rank(gate: Tensor) -> Tensor:
+    """A gate (R,) or (rows, R) as (R, 1) or (R, rows), to multiply S or dS."""
+    return gate.t() if gate.dim() == 2 else gate[:, None]
 
 
 def _thin(thin_RI: Tensor, rows_TI: Tensor) -> Tensor:
@@ -194,10 +199,7 @@ class _LoraLinear(torch.autograd.Function):
             g_seg = g_TO[a:b]
             wants_A, wants_B = ctx.needs_input_grad[6 + 2 * i : 8 + 2 * i]
             dS_RT = _thin(B_OR.to(g.dtype).t(), g_seg).to(g.dtype)
-            if gate is None:
-                dS_RT = dS_RT.mul_(scale)
-            else:
-                dS_RT = dS_RT.mul_((gate.t() if gate.dim() == 2 else gate[:, None]).to(g.dtype))
+            dS_RT = dS_RT.mul_(scale if gate is None else _by_rank(gate).to(g.dtype))
             dA = dB = None
             if wants_A:
                 assert x_TI is not None
