@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import transformers
@@ -13,6 +14,8 @@ from torch import nn
 
 from lorica.data.encode import Example
 from lorica.tasks.task import Task, answering, by_length
+
+_STATUS = Path("/proc/self/status")
 
 
 def mean_loss(
@@ -42,6 +45,21 @@ def memory_bytes() -> int:
     """Peak memory of the process so far: of the GPU where one is used, else resident memory."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    return _high_water_mark() or _max_rss()
+
+
+def _high_water_mark() -> int | None:
+    """Peak resident memory as Linux keeps it for this program; None elsewhere.
+
+    `ru_maxrss` is no such figure there: a child begins with that of the process that started it.
+    """
+    if not _STATUS.is_file():
+        return None
+    lines = _STATUS.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM:")), None)
+
+
+def _max_rss() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
