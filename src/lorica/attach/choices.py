@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from lorica.attach.families import FAMILIES
 from lorica.attach.survey import Place, Role, Survey, ends, suffix_of
-from lorica.methods.ia3 import ATTENTION_OUTPUT, FEEDFORWARD, KEY_VALUE, NOT_FEEDFORWARD
 from lorica.methods.gated import QUERY_VALUE
+from lorica.methods.ia3 import ATTENTION_OUTPUT, FEEDFORWARD, KEY_VALUE, NOT_FEEDFORWARD
 
 CHOICES = (
     "auto",
