@@ -172,8 +172,8 @@ def _means(plates: Any, each: Tensor, texts: Texts) -> Tensor:
 
 def _unclear(plates: Any, each: Tensor) -> ActivationError:
     return ActivationError(
-        f"{plates.path} was given {tuple(each.shape[:-1])} tokens, which are not those of the batch: "
-        "the text that each belongs to cannot be seen there",
+        f"{plates.path} was given {tuple(each.shape[:-1])} tokens, which are not those of the "
+        "batch: the text that each belongs to cannot be seen there",
         mend="leave this layer out with exclude_modules",
     )
 
