@@ -27,8 +27,8 @@ from lorica.tasks.documents import NAME, lay_out
 from lorica.tasks.probe import attention
 from train.words import WordTokenizer, examples
 
-PREFIX = GatedPrefixTuning(num_virtual_tokens=3)
-PARTS = {
+PREFIX: Any = GatedPrefixTuning(num_virtual_tokens=3)
+PARTS: dict[str, Any] = {
     "lora": GatedLoRA(r=3),
     "houlsby": GatedBottleneck(reduction_factor=6, layout="houlsby"),
     "beside": GatedBottleneck(reduction_factor=6, layout="parallel", adapter_scaling=2),
@@ -90,7 +90,7 @@ def test_the_update_is_multiplied_by_the_mean_over_the_prompt(part, told):
     model = ARCHITECTURES["llama"].build()
     adapter = stirred(attach(model, PARTS[part], name="a"))
     path, slot = list(adapter.slots.items())[-1]
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Any] = []
     layer = model.get_submodule(path)
     plain = ARCHITECTURES["llama"].build().get_submodule(path)
     handle = layer.register_forward_hook(lambda m, args, y: seen.append((args[0], y)))
@@ -135,7 +135,8 @@ def test_a_prefix_is_what_plain_prefix_tuning_has_when_each_layer_is_multiplied(
         handle.remove()
     gates = [mean_gate(caught[p], adapter.slots[p].tensors, (7, 7, 7)) for p in places]
     plain = ARCHITECTURES[name].build()
-    other = attach(plain, PrefixTuning(num_virtual_tokens=3), name="b")
+    method: Any = PrefixTuning(num_virtual_tokens=3)
+    other = attach(plain, method, name="b")
     flat = adapter.slots[stack].tensors["prefix"].detach()
     for row in range(3):
         share = torch.tensor([layer[row] for layer in gates]).repeat_interleave(
@@ -230,7 +231,7 @@ def test_recomputed_layers_have_the_same_gradients():
 
 def test_what_is_generated_does_not_move_the_gate():
     """With a cache, as if every step without one had been told where the prompt ends."""
-    model = ARCHITECTURES["llama"].build()
+    model: Any = ARCHITECTURES["llama"].build()
     unipelt(model)
     inputs = inputs_of("llama", model)
     inputs["attention_mask"][1, :3] = 0
@@ -364,8 +365,9 @@ def test_what_cannot_act_is_refused():
         said("llama", model, **inputs)
     with pytest.raises(MergeError, match="load it beside the base"):
         lorica.merge(model, {"u": 1.0})
+    prompt: Any = PromptTuning(num_virtual_tokens=2)
     with pytest.raises(ConfigError, match="virtual tokens would be among them"):
-        attach(model, PromptTuning(num_virtual_tokens=2), name="p", on="u")
+        attach(model, prompt, name="p", on="u")
     head = attach(model, GatedLoRA(r=2, target_modules=("lm_head",)), name="head")
     task = CausalLM.of(WordTokenizer(), packing=True)
     with activate(model, head), pytest.raises(ActivationError, match="lm_head was given"):
