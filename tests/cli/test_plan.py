@@ -52,7 +52,7 @@ def test_settings_are_checked_as_for_a_run(lorica, stock):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--method", "loreft"], "loreft edits prompts alone"),
+        (["--method", "loreft"], "loreft looks at prompts alone"),
         (["--method", "prefix-tuning", "--gradient-checkpointing"], "takes the cache away"),
         (["--warmup-steps", "4000"], "is more than the"),
         (["--metrics", "foo"], "unknown metric 'foo'"),

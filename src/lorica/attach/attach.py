@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.attach.fresh import fresh_parameters
+from lorica.attach.gates import attentions_of, is_gated, stack_of
 from lorica.attach.intervene import blocks_of, is_intervention
 from lorica.attach.layers import describe
 from lorica.attach.params import select
@@ -165,7 +166,7 @@ def attach(
     places, method, reason = places_of(model, method)
 
     def start(path: str, own: Method, layer: Layer) -> Tensors:
-        if is_prompt(own) and path != next(iter(places)):
+        if is_prompt(own) and layer.kind == "model" and path != next(iter(places)):
             return {}  # the decoder, which looks at what the encoder makes of them
         generator = _generator(seed, path)
         if isinstance(own, Copy) and own.fresh:
@@ -393,7 +394,11 @@ def _places(model: nn.Module, method: Method) -> tuple[Places, Method, str]:
         taken[path] = path, module, parameter
     settings = settings.over([describe(module, own) for _, module, own in taken.values()])
     reason = "; ".join(filter(None, [targets.reason, settings.decided(method)]))
-    found: Places = {p: (module, own, settings.at(n)) for p, (n, module, own) in taken.items()}
+    found: Places = {}
+    if is_gated(settings):
+        stacks = stack_of(model, settings)
+        found.update({path: (stack, None, settings) for path, stack in stacks.items()})
+    found.update({p: (module, own, settings.at(n)) for p, (n, module, own) in taken.items()})
     found.update({path: (module, None, Copy()) for path, module in copied.items()})
     add_rows(model, getattr(method, SETTING, ()), found)
     for setting in ("rank_pattern", "alpha_pattern"):
@@ -415,7 +420,8 @@ def _prompt_places(
         base = base_of(model)
         method = method.told(base.tokenizer.encode if base and base.tokenizer else None)
     stacks = stacks_of(model, method)
-    found: Places = {path: (stack, None, method) for path, stack in stacks.items()}
+    inside = attentions_of(model, method) if is_gated(method) else {}
+    found: Places = {path: (m, None, method) for path, m in {**stacks, **inside}.items()}
     found.update({path: (module, None, Copy()) for path, module in copied.items()})
     where = " and ".join(type(stack).__name__ for stack in stacks.values())
     return found, method, f"{method.num_virtual_tokens} virtual tokens in front of {where}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from lorica.attach.families import FAMILIES
 from lorica.attach.survey import Place, Role, Survey, ends, suffix_of
+from lorica.methods.gated import QUERY_VALUE
 from lorica.methods.ia3 import ATTENTION_OUTPUT, FEEDFORWARD, KEY_VALUE, NOT_FEEDFORWARD
 
 CHOICES = (
@@ -19,6 +20,7 @@ CHOICES = (
     "attention",
     "mlp",
     "key-value-feedforward",
+    "query-value",
     "block-outputs",
     "feedforward-outputs",
 )
@@ -79,6 +81,7 @@ def choose(found: Survey, word: str, picked: Picked) -> None:
 
 _PARTS: dict[str, dict[Role, tuple[str, ...]]] = {
     "key-value-feedforward": {"attention": KEY_VALUE, "mlp": FEEDFORWARD},
+    "query-value": {"attention": QUERY_VALUE},
     "block-outputs": {"attention": ATTENTION_OUTPUT, "mlp": FEEDFORWARD},
     "feedforward-outputs": {"mlp": FEEDFORWARD},
 }

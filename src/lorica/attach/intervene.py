@@ -1,12 +1,10 @@
 """Edits of hidden states behind blocks, at the first and the last tokens of every prompt.
 
 The blocks are sites, and so is the stack of layers around them, which holds no tensors: where the
-prompts are can only be seen from what the stack is given (masks, the layout of documents, whether a
-cache is filled already) and from what the task told (`base.batch`). It is written down once for a
-forward pass, for its blocks and for a recomputation of them. A call without a cache, of which no
-task told anything, is taken as one prompt.
+prompts are can only be seen from what the stack is given (`attach.texts`). It is written down once
+for a forward pass, for its blocks and for a recomputation of them.
 
-Legend: B rows, L tokens of a row, T tokens of a flat row of documents, H width.
+Legend: B rows, L tokens of a row, H width.
 """
 
 from __future__ import annotations
@@ -14,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorica.attach.prompt import stacks_of
-from lorica.attach.stack import takes
 from lorica.attach.targets import spans
+from lorica.attach.texts import texts_of
 from lorica.errors import ActivationError, TargetError
 
 
@@ -81,66 +78,16 @@ def locate(
     Raises:
         ActivationError: what the task told does not fit what the stack is given.
     """
-    values = {**dict(zip(takes(module), args, strict=False)), **kwargs}
-    cache = values.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
+    texts = texts_of(module, plates.path, plates.status.prompts, args, kwargs)
+    if texts is None:
         return {}
-    given = values.get("input_ids")
-    given = values["inputs_embeds"] if given is None else given
-    told = plates.status.prompts
-    if told is not None and max(told) <= 1:
-        raise ActivationError(
-            f"{plates.path}: the records have no prompt, and only prompts are edited",
-            mend="give records with prompts, and train_on: completion",
-        )
-    if "documents" in values:
-        place, sizes = _in_documents(values, told, given.device)
-    else:
-        place, sizes = _in_rows(plates.path, values.get("attention_mask"), told, given)
+    place, sizes = texts.place, texts.sizes
     found = {}
     for name in names:
         own: Any = plates.slots[name].method
         near = (place < own.prefix_positions) | (place >= sizes - own.suffix_positions)
-        found[name] = (near & (place >= 0) & (place < sizes)).unsqueeze(-1)
+        found[name] = (near & texts.prompts).unsqueeze(-1)
     return found
-
-
-def _in_rows(
-    path: str, mask: Tensor | None, told: Sequence[int] | None, given: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The number of every token in its record (B, L), -1 for padding; sizes of prompts (B, 1)."""
-    if mask is not None and mask.dim() != 2:
-        raise ActivationError(
-            f"{path}: prompts cannot be found in an attention mask of {mask.dim()} dimensions",
-            expected="a mask (rows, tokens)",
-            mend="with generate: leave cache_implementation out",
-        )
-    if mask is None:
-        mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
-    real = mask != 0
-    place = (real.cumsum(1) - 1).masked_fill(~real, -1)
-    if told is None:
-        return place, real.sum(1, keepdim=True)
-    if len(told) != given.shape[0]:
-        raise ActivationError(f"{path}: {len(told)} prompts were told, for {given.shape[0]} rows")
-    return place, torch.tensor(told, device=given.device)[:, None]
-
-
-def _in_documents(
-    values: Mapping[str, Any], told: Sequence[int] | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The same for a flat row: (1, T), (1, T)."""
-    blocks = values["documents"].blocks
-    lengths = [length for block in blocks for length in block.lengths]
-    prompts = iter(lengths if told is None else told)
-    place, sizes = [], []
-    for block in blocks:
-        for length in block.lengths:
-            place += range(length)
-            sizes += [next(prompts)] * length
-        place += [-1] * (block.size - block.used)
-        sizes += [0] * (block.size - block.used)
-    return torch.tensor(place, device=device)[None], torch.tensor(sizes, device=device)[None]
 
 
 # --- the edit -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from lorica.attach.acting import acting
+from lorica.attach.gates import Gates, is_gated, open_prefix, opened, with_gates
 from lorica.attach.intervene import edited, is_intervention, locate
 from lorica.attach.layers import describe, to_stored
 from lorica.attach.prompt import is_prompt, run
@@ -96,6 +97,8 @@ class Status:
         tokens: rows times positions that the newest layer with a batch was given.
         prompts: how long the prompts of the batch are, if a task told it; see `base.batch`.
         where: by adapter, the tokens whose hidden states it edits in this forward pass.
+        gates: the texts of this forward pass, and what gates said of them; None where nothing has
+            told them.
     """
 
     decided: bool = False
@@ -103,10 +106,11 @@ class Status:
     tokens: int = 0
     prompts: Sequence[int] | None = None
     where: dict[str, Tensor] = field(default_factory=dict)
+    gates: Gates | None = None
 
     def __getstate__(self) -> dict[str, Any]:  # a copy is inactive, and nobody's
         plain = {"decided": False, "owner": None, "tokens": 0}
-        return {**plain, "prompts": None, "where": {}}
+        return {**plain, "prompts": None, "where": {}, "gates": None}
 
     def warn_undecided(self) -> None:
         """Warn, once, that nothing acts because nobody said that anything should."""
@@ -219,16 +223,29 @@ def _run_whole(
     module: Any, inner: Any, plates: Plates, names: list[str], args: tuple, kwargs: dict
 ) -> Any:
     """The stack of layers, a block of it or a part of a block, with what acts on it as a whole."""
-    prompts = [name for name in names if is_prompt(plates.slots[name].method)]
-    edits = [name for name in names if is_intervention(plates.slots[name].method)]
+    gated = any(is_gated(plates.slots[name].method) for name in names)
+    if gated and plates.layer.kind == "model":
+        run_it = partial(_run_acting, module, inner, plates, names, args, kwargs)
+        return with_gates(module, plates, run_it, args, kwargs)
+    return _run_acting(module, inner, plates, names, args, kwargs)
+
+
+def _run_acting(
+    module: Any, inner: Any, plates: Plates, names: list[str], args: tuple, kwargs: dict
+) -> Any:
+    methods = {name: plates.slots[name].method for name in names}
+    prompts = [name for name in names if is_prompt(methods[name])]
+    edits = [name for name in names if is_intervention(methods[name])]
     if edits and plates.layer.kind == "model":
         plates.status.where = locate(module, plates, edits, args, kwargs)
     if prompts and (now := acting(plates, prompts)) is not None:
-        return run(module, inner, now, args, kwargs)
+        if plates.layer.kind == "model":
+            return run(module, inner, now, args, kwargs)
+        kwargs = open_prefix(module, plates, now, args, kwargs)
     y = inner(*args, **kwargs)
     if edits and plates.layer.kind == "block":
         return edited(plates, edits, y, partial(_row_gate, plates))
-    rest = [name for name in names if name not in prompts and name not in edits]
+    rest = [name for name in names if plates.slots[name].tensors and name not in [*prompts, *edits]]
     return _add_adapters(module, plates, rest, y, args, kwargs) if rest else y
 
 
@@ -291,10 +308,14 @@ def _add_adapters(
         else:
             dropped = _dropout(x, slot.dropout, plates) if training else x
             tensors = cast(Tensors, slot.tensors)
+            seen = result if route.stacked else y
+            adapted = slot.method.apply(dropped, seen, tensors, plates.layer)
+            if is_gated(slot.method):
+                share = opened(plates, name, cast(Any, slot.method).gate(x, seen, tensors))
+                adapted = seen + share * (adapted - seen)
             if route.stacked:
-                result = slot.method.apply(dropped, result, tensors, plates.layer)
+                result = adapted
                 continue
-            adapted = slot.method.apply(dropped, y, tensors, plates.layer)
         if route.weights is None:
             result = result + (adapted - y) if len(names) > 1 else adapted
         else:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lorica.attach.gates import is_gated
 from lorica.attach.intervene import is_intervention
 from lorica.attach.prompt import is_prompt
 from lorica.errors import ConfigError
@@ -85,6 +86,15 @@ def check_stages(method: Method, below: Adapter | None) -> None:
 
 def check_methods(method: Method, lower: Sequence[Method]) -> None:
     """Raises ConfigError where a method cannot act on top of the others."""
+    every = [*lower, method]
+    gated = next((one.kind for one in every if is_gated(one)), None)
+    inserted = next((one.kind for one in every if hasattr(one, "embeddings")), None)
+    if gated and inserted:
+        raise ConfigError(
+            f"{gated} and {inserted} do not act together: a gate looks at the tokens that the "
+            "model was given, and virtual tokens would be among them",
+            mend="use prefix-tuning, whose virtual tokens are keys and values alone",
+        )
     if not (is_prompt(method) or is_intervention(method)):
         return
     taken = [one for one in lower if is_prompt(one)]

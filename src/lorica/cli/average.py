@@ -39,7 +39,7 @@ def command(
     from lorica.files.average import average
 
     folders = [adapter_folder(Path(path)) or Path(path) for path in adapters]
-    shares = _shares(weights) or [1 / len(folders)] * len(folders)
+    shares = shares_of(weights) or [1 / len(folders)] * len(folders)
     average(folders, output_dir, weights=shares, overwrite=overwrite)
     if json:
         facts = {"path": str(output_dir), "adapters": list(map(str, folders)), "weights": shares}
@@ -50,7 +50,7 @@ def command(
     print(f"adapter  {output_dir}")
 
 
-def _shares(text: str | None) -> list[float]:
+def shares_of(text: str | None) -> list[float]:
     """The numbers of --weights. Raises ConfigError."""
     from lorica.errors import ConfigError
 

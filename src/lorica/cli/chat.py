@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from lorica.cli.together import AverageWith, StackOn, Weights
+
 
 def command(
     subject: Annotated[str, typer.Argument(help="a run folder, an adapter folder or a base model")],
@@ -20,6 +22,9 @@ def command(
             help="base of the adapter, where it has moved", show_default=False, metavar="PATH"
         ),
     ] = None,
+    stack_on: StackOn = None,
+    average_with: AverageWith = None,
+    weights: Weights = None,
     prompt: Annotated[
         str | None, typer.Option(help="answer this one prompt and end", show_default=False)
     ] = None,
@@ -60,14 +65,17 @@ def command(
 
     from lorica.cli.dialogue import Dialogue, Sampling, converse
     from lorica.cli.opening import open_subject
+    from lorica.cli.together import join, others_of
     from lorica.cli.voice import Voice
     from lorica.errors import ConfigError
 
     if top_p < 1 and temperature == 0:
         raise ConfigError("--top-p has no effect at --temperature 0", mend="set a temperature")
+    others = others_of(subject, stack_on, average_with, weights)
     voice = Voice(quiet=prompt is not None, stream=sys.stderr)
     with voice.work(f"loading {subject}"):
         opened = open_subject(subject, base=model, dtype=dtype, max_new_tokens=max_new_tokens)
+        join(opened, others)
     for note in opened.notes:
         voice.say(note)
     torch.manual_seed(seed)

@@ -99,7 +99,7 @@ class Dialogue:
             if self.opened.adapter is None:
                 return "there is no adapter here"
             self.tuned = text == "/tuned"
-            activate(self.opened.model, self.opened.adapter if self.tuned else None)
+            activate(self.opened.model, self.opened.mixture if self.tuned else None)
             return "the adapter answers" if self.tuned else "the base answers"
         near = nearest(text, COMMANDS)
         hint = f"did you mean {near}?" if near else f"there are {' '.join(COMMANDS)}"

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lorica.cli.together import AverageWith, StackOn, Weights
+
 
 def command(
     subject: Annotated[str, typer.Argument(help="a run folder, an adapter folder or a base model")],
@@ -19,6 +21,9 @@ def command(
             help="base of the adapter, where it has moved", show_default=False, metavar="PATH"
         ),
     ] = None,
+    stack_on: StackOn = None,
+    average_with: AverageWith = None,
+    weights: Weights = None,
     task: Annotated[
         str,
         typer.Option(
@@ -82,6 +87,7 @@ def command(
     )
     from lorica.cli.opening import open_subject
     from lorica.cli.prepare import known
+    from lorica.cli.together import join, others_of
     from lorica.cli.voice import Voice
     from lorica.config import known_settings
     from lorica.config.text import parse_flag
@@ -91,6 +97,7 @@ def command(
     voice = Voice(quiet=json, stream=sys.stderr)
     names = [name.strip() for name in metrics.split(",")] if metrics else []
     find_metrics(names or ["loss"])  # a wrong name is told before anything is loaded
+    others = others_of(subject, stack_on, average_with, weights)
     mapping = parse_flag("columns", columns, known_settings()) if columns else None
     records = read(data, columns=mapping, format=format)
     voice.say(f"data: {records.statement}")
@@ -103,6 +110,7 @@ def command(
             max_new_tokens=max_new_tokens,
             records=records,
         )
+        join(opened, others)
     check_format(records, opened.task.kind)
     for note in opened.notes:
         voice.say(note)
@@ -136,7 +144,7 @@ def _scores(
     how = {"generate": material.generates, "batch_size": batch_size}
     given = (opened.task, material.test, voice)
     metrics = names or list(material.metrics(opened.task.kind))
-    found = predictions(opened.model, opened.adapter, *given, **how)
+    found = predictions(opened.model, opened.mixture, *given, **how)
     if opened.adapter is None:
         alone = score(found, metrics)
         return {name: asdict(value) for name, value in alone.items()}, score_lines(alone), found

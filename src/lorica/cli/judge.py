@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter
+from lorica.attach.activate import Mixture, Stack, activate
 from lorica.base.load import Base
 from lorica.cli.voice import Voice
 from lorica.data.secrets import hidden
@@ -22,7 +21,7 @@ UNTRAINED_HEAD = (
 
 def predictions(
     model: nn.Module,
-    adapter: Adapter | None,
+    mixture: Mixture | Stack,
     task: Task,
     records: Sequence[dict],
     voice: Voice,
@@ -30,18 +29,18 @@ def predictions(
     generate: bool,
     batch_size: int = 32,
 ) -> list[Prediction]:
-    """What base (adapter None) or tuned model say about the records; shows how far it is."""
+    """What base (mixture None) or tuned model say about the records; shows how far it is."""
     if not records:
         return []
-    who = "the base" if adapter is None else "the tuned model"
+    who = "the base" if mixture is None else "the tuned model"
     with (
         voice.work(f"scoring {who} on {len(records):,} records", len(records)) as done,
-        activate(model, adapter),
+        activate(model, mixture),
     ):
         how: dict[str, Any] = {"generate": generate, "progress": done}
         found = task.predict(model, records, batch_size=batch_size, **how)
     cut = sum(p.num_cut > 0 for p in found)
-    if cut and adapter is None:  # the same for both
+    if cut and mixture is None:  # the same for both
         voice.say(
             f"scores: {cut:,} of {len(found):,} prompts lose their beginning, to leave room for "
             "the answer among the positions of the model",

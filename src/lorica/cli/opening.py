@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lorica.attach.activate import activate
+from lorica.attach.activate import Mixture, Stack, activate
 from lorica.attach.attach import Adapter
 from lorica.base.load import base_of, digest_of_files, load_model, weight_files
 from lorica.cli.kinds import checked_kind, names_classes
@@ -39,6 +39,7 @@ class Subject:
         format: of the records of its training ("chat", "prompt" ...); None where that is not known.
         system: the system message of its training; None without one.
         notes: what the user should be told of how it is asked.
+        mixture: what answers: the adapter, alone or together with others.
     """
 
     name: str
@@ -48,6 +49,10 @@ class Subject:
     format: str | None = None
     system: str | None = None
     notes: list[str] = field(default_factory=list)
+    mixture: Mixture | Stack = None
+
+    def __post_init__(self) -> None:
+        self.mixture = self.mixture or self.adapter
 
 
 def open_subject(

@@ -70,7 +70,7 @@ def average(
     Warns where adapters began apart, so that the mean of their factors means nothing.
     """
     paths = [Path(folder) for folder in folders]
-    shares = _shares(paths, weights)
+    shares = check_shares(paths, weights)
     for path in paths:
         check_folder(path)
     configs = [read_json(path / CONFIG) for path in paths]
@@ -104,7 +104,12 @@ def average(
     return Path(output)
 
 
-def _shares(paths: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
+def check_shares(paths: Sequence[object], weights: Sequence[float] | None) -> list[float]:
+    """One share for each of several adapters, with the sum 1; None: all alike.
+
+    Raises:
+        ConfigError: there are fewer than two, or the weights are no shares of 1.
+    """
     if len(paths) < 2:
         raise ConfigError("an average needs at least two adapters", expected="several folders")
     if weights is None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorica.attach.attach import Adapter, Places, places_of, tied_to
+from lorica.attach.gates import is_gated, stack_of
 from lorica.attach.intervene import is_intervention
 from lorica.attach.layers import describe
 from lorica.attach.prompt import is_prompt
@@ -133,9 +134,12 @@ def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Pat
 
 def _misplaced(model: nn.Module, method: Method, places: Places) -> list[str]:
     """What sits on the stack of layers or on blocks acts as one: no place of it may be missing."""
-    if not is_prompt(method) and not is_intervention(method):
+    if not is_prompt(method) and not is_intervention(method) and not is_gated(method):
         return []
     try:
+        if not is_prompt(method) and is_gated(method):  # of its layers there may be any
+            lacking = stack_of(model, method).keys() - places.keys()
+            return [f"{path}: has no entry, and gates need it" for path in lacking]
         wanted = places_of(model, method)[0].keys()
     except LoricaError as error:
         return [error.what, *error.problems]

@@ -4,6 +4,7 @@ from lorica.config.settings import Preset, Union
 from lorica.methods.adalora import AdaLoRA
 from lorica.methods.bottleneck import Bottleneck, Compacter
 from lorica.methods.dora import DoRA
+from lorica.methods.gated import GatedBottleneck, GatedLoRA, GatedPrefixTuning
 from lorica.methods.hira import HiRA
 from lorica.methods.ia3 import IA3
 from lorica.methods.lisa import LISA
@@ -41,6 +42,9 @@ METHODS = {
         PTuning,
         PrefixTuning,
         LoReFT,
+        GatedLoRA,
+        GatedBottleneck,
+        GatedPrefixTuning,
     )
 }
 """Kind -> the settings class, which is the method."""
@@ -127,6 +131,14 @@ UNIONS = {
         ),
         "a prefix and bottlenecks beside feed-forward (arXiv 2110.04366)",
     ),
+    "unipelt": Union(
+        (
+            ("gated-prefix-tuning", {"num_virtual_tokens": 10}),
+            ("gated-bottleneck", {}),
+            ("gated-lora", {}),
+        ),
+        "a prefix, bottlenecks and LoRA, opened by gates for each text (arXiv 2110.07577)",
+    ),
 }
 """A name for methods that train together as one adapter."""
 
@@ -144,6 +156,9 @@ __all__ = [
     "Bottleneck",
     "Compacter",
     "DoRA",
+    "GatedBottleneck",
+    "GatedLoRA",
+    "GatedPrefixTuning",
     "HiRA",
     "LoHa",
     "LoKr",

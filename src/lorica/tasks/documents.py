@@ -194,12 +194,14 @@ def documents_attention(
     dropout: float = 0.0,
     documents: Documents | None = None,
     sliding_window: int | None = None,
+    prefix_gate: Tensor | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document.
 
     Shapes are as transformers hands them: (1, H, T, D) -> (1, T, H, D). Where there are more keys
-    and values than queries, the first ones are a prefix that every document sees.
+    and values than queries, the first ones are a prefix that every document sees; with
+    `prefix_gate` (T, 1) multiplied by a number that is the same on all rows of a document.
 
     Semantics: for each document d: out[d] = softmax(causal(query[d] key[d]^T * scaling)) value[d]
     """
@@ -217,9 +219,10 @@ def documents_attention(
     rows = query, key[:, :, prefix:], value[:, :, prefix:]
     parts = zip(*(t[0].transpose(0, 1).split(sizes) for t in rows), strict=True)
     how = _How(scaling, dropout, sliding_window, before if prefix else None)
+    gates = [None] * len(sizes) if prefix_gate is None else prefix_gate.split(sizes)
     out = [
-        _block(q, k, v, block, how)
-        for (q, k, v), block in zip(parts, documents.blocks, strict=True)
+        _block(q, k, v, block, how, gate)
+        for (q, k, v), block, gate in zip(parts, documents.blocks, gates, strict=True)
     ]
     return torch.cat(out).unsqueeze(0), None
 
@@ -238,24 +241,31 @@ class _How:
     before: tuple[Tensor, Tensor] | None
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, how: _How) -> Tensor:
+def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, how: _How, gate: Tensor | None) -> Tensor:
     places = [_ToPlaces.apply(t, block) for t in (q, k, v)]
     sizes = [num * longest for num, longest in block.shapes]
+    rows = block.gather.split(sizes)
     out = [
-        _rectangle(tuple(t.view(*shape, *t.shape[1:]) for t in parts), how)
-        for shape, *parts in zip(block.shapes, *(p.split(sizes) for p in places), strict=True)
+        _rectangle(
+            tuple(t.view(*shape, *t.shape[1:]) for t in parts),
+            how,
+            None if gate is None else gate.index_select(0, own.view(shape)[:, 0]),
+        )
+        for shape, own, *parts in zip(
+            block.shapes, rows, *(p.split(sizes) for p in places), strict=True
+        )
     ]
     return _ToRows.apply(out[0] if len(out) == 1 else torch.cat(out), block)
 
 
-def _rectangle(parts: tuple[Tensor, ...], how: _How) -> Tensor:
-    """Causal attention of N documents: three of (N, L, H, D) -> (N L, H, D)."""
+def _rectangle(parts: tuple[Tensor, ...], how: _How, gate: Tensor | None) -> Tensor:
+    """Causal attention of N documents: three of (N, L, H, D), gates (N, 1) -> (N L, H, D)."""
     q, k, v = (t.transpose(1, 2) for t in parts)
     longest, mask, prefix = q.shape[2], None, 0
     if how.before is not None:
         prefix = how.before[0].shape[1]
         k, v = (
-            torch.cat([front.expand(own.shape[0], -1, -1, -1), own], 2)
+            torch.cat([_opened(front.expand(own.shape[0], -1, -1, -1), gate), own], 2)
             for front, own in zip(how.before, (k, v), strict=True)
         )
     if prefix or (how.window is not None and how.window < longest):
@@ -275,6 +285,11 @@ def _rectangle(parts: tuple[Tensor, ...], how: _How) -> Tensor:
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def _opened(prefix: Tensor, gate: Tensor | None) -> Tensor:
+    """Keys or values (N, H, P, D), each document's multiplied by its gate."""
+    return prefix if gate is None else prefix * gate[:, :, None, None].to(prefix.dtype)
 
 
 class _ToPlaces(torch.autograd.Function):

@@ -210,9 +210,10 @@ def _method_problems(task: Task, course: Course) -> list[str]:
                 f"gradient_checkpointing takes the cache away, and {method.kind} with it: set "
                 "gradient_checkpointing: false, or use prompt-tuning"
             )
-        if method in trained and hasattr(method, "intervene") and task.kind == "causal-lm" and bare:
+        looks = hasattr(method, "intervene") or hasattr(method, "gate")
+        if method in trained and looks and task.kind == "causal-lm" and bare:
             problems.append(
-                f"{method.kind} edits prompts alone, and {len(bare):,} of the records have no "
+                f"{method.kind} looks at prompts alone, and {len(bare):,} of the records have no "
                 f"prompt, such as number {bare[0] + 1}: give records with prompts, and train_on: "
                 "completion"
             )
