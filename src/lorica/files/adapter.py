@@ -26,8 +26,8 @@ from lorica.attach.stages import check_stack, check_stages, check_union, lay_on
 from lorica.base.load import base_of
 from lorica.errors import AdapterFileError, LoricaWarning
 from lorica.files import native, peft, peft_kinds, peft_prompts
-from lorica.files.formats import FORMATS, recognised
 from lorica.files.folder import MAX_JSON_BYTES, new_folder, open_regular, read_json
+from lorica.files.formats import FORMATS, recognised
 from lorica.files.found import Found
 from lorica.files.safetensors_file import TensorFile, write_tensors
 from lorica.records.atomic import write_file
@@ -194,8 +194,9 @@ def load_adapter(
     Args:
         model: the base that the adapter was made for. It is frozen, as by `attach`.
         folder: holds adapter_config.json and adapter_model.safetensors; or a file or folder in one
-            of `formats.FORMATS`, known by what it holds. A tokenizer or template beside them is not looked at. The adapter that it was trained on top of is read too,
-            acts with it and is detached with it; its name is that of this one and ".on".
+            of `formats.FORMATS`, known by what it holds. A tokenizer or template beside them is not
+            looked at. The adapter that it was trained on top of is read too, acts with it and is
+            detached with it; its name is that of this one and ".on".
         name: the adapter's name on this model; "default" where none is given.
         allow_other_base: load although lorica.json says that the base had other weights.
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import nn
 
 from lorica.attach.attach import Adapter
-from lorica.errors import AdapterFileError, ConfigError, nearest
-from lorica.files import gguf_lora
+from lorica.errors import AdapterFileError
+from lorica.files import diffusers_lora, gguf_lora, kohya
 from lorica.files.found import Found
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -52,6 +52,20 @@ FORMATS: dict[str, Format] = {
         gguf_lora.read,
         ("float32", "float16"),
     ),
+    "kohya": Format(
+        "kohya and LyCORIS, for text-to-image tools (LoRA, DoRA, LoHa, LoKr)",
+        ".safetensors",
+        kohya.write,
+        kohya.claims,
+        kohya.read,
+    ),
+    "diffusers": Format(
+        "a file of diffusers, for load_lora_weights",
+        "",
+        diffusers_lora.write,
+        diffusers_lora.claims,
+        diffusers_lora.read,
+    ),
 }
 
 
@@ -69,16 +83,3 @@ def recognised(path: Path) -> Format | None:
             "safetensors.torch.save_file(tensors, 'adapter.safetensors')",
         )
     return next((form for form in FORMATS.values() if form.claims(path)), None)
-
-
-def named(name: str) -> Format:
-    """A format by its name. Raises ConfigError with the nearest one."""
-    if name not in FORMATS:
-        near = nearest(name, FORMATS)
-        raise ConfigError(
-            f"there is no format {name!r}",
-            expected=f"one of: {', '.join(FORMATS)}",
-            mend=f"did you mean {near}?" if near else None,
-        )
-    return FORMATS[name]
-
