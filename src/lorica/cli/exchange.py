@@ -1,4 +1,4 @@
-"""What `lorica export` and `lorica convert` share: an adapter on its base, and how it is written."""
+"""What `lorica export` and `lorica convert` share: an adapter on its base, and its writing."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def load_adapter(
         ConfigError: the name is taken or unusable.
     """
     name = "default" if name is None else name
-    if (foreign := recognised(Path(folder))) is not None:
+    if (foreign := recognised(Path(folder))) is not None and foreign.read is not None:
         found = foreign.read(model, Path(folder))
         _check_base(model, found.base_name, {}, Path(folder), allow_other_base)
         return _put(model, found, name, f"read from {Path(folder).name}", {})

@@ -14,7 +14,7 @@ from torch import nn
 
 from lorica.attach.attach import Adapter
 from lorica.errors import AdapterFileError
-from lorica.files import gguf_model, peft, peft_kinds, peft_prompts
+from lorica.files import gguf_model, ollama, onnx_model, peft, peft_kinds, peft_prompts
 from lorica.files.adapter import save_adapter
 from lorica.files.formats import FORMATS
 
@@ -53,6 +53,18 @@ MODELS: dict[str, ModelExport] = {
         ".gguf",
         tuple(gguf_model.DTYPES),
         gguf_model.write,
+    ),
+    "ollama": ModelExport(
+        "the same with a Modelfile, for ollama create",
+        "",
+        tuple(gguf_model.DTYPES),
+        ollama.write,
+    ),
+    "onnx": ModelExport(
+        "the merged model for onnxruntime, which must agree with it",
+        "",
+        ("float32",),
+        onnx_model.write,
     ),
 }
 

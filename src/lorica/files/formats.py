@@ -14,7 +14,7 @@ from torch import nn
 
 from lorica.attach.attach import Adapter
 from lorica.errors import AdapterFileError
-from lorica.files import diffusers_lora, gguf_lora, kohya
+from lorica.files import diffusers_lora, gguf_lora, kohya, mlx, vllm
 from lorica.files.found import Found
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -66,6 +66,14 @@ FORMATS: dict[str, Format] = {
         diffusers_lora.claims,
         diffusers_lora.read,
     ),
+    "mlx": Format("a folder of mlx-lm", "", mlx.write, mlx.claims, mlx.read),
+    "vllm": Format(
+        "a folder that vLLM serves, one rank and scale everywhere",
+        "",
+        vllm.write,
+        vllm.claims,
+        None,
+    ),
 }
 
 
@@ -82,4 +90,6 @@ def recognised(path: Path) -> Format | None:
             mend="convert it where you trust it: torch.load(file, weights_only=True), then "
             "safetensors.torch.save_file(tensors, 'adapter.safetensors')",
         )
-    return next((form for form in FORMATS.values() if form.claims(path)), None)
+    return next(
+        (form for form in FORMATS.values() if form.read is not None and form.claims(path)), None
+    )

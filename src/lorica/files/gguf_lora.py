@@ -90,7 +90,7 @@ def _alpha(pairs: Mapping[str, Pair]) -> float:
 
 def _to_file(model: nn.Module, name: str, pair: Pair, alpha: float) -> dict[str, Tensor]:
     """The two tensors of a layer, in llama.cpp's order of rows."""
-    A, B = pair.A, pair.B if pair.alpha == alpha else pair.B * (pair.alpha / alpha)
+    A, B = pair.A, pair.with_alpha(alpha).B
     if heads := heads_of(model, name):
         B = to_pairs(B, heads)
     return {"lora_a": A.t() if name == EMBEDDING else A, "lora_b": B}

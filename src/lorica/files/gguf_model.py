@@ -142,14 +142,14 @@ def _checked_names(model: nn.Module, arch: Architecture) -> dict[str, str]:
     config = config.get_text_config()
     given = dict(model.named_parameters(remove_duplicate=False))
     names = names_of(model, given)
-    problems = [f"{path}: llama.cpp has no such weight" for path in given if path not in names]
-    tables = [path for path, name in names.items() if name == "token_embd.weight"]
-    outputs = [path for path, name in names.items() if name == "output.weight"]
-    for path in outputs:
-        if tables and given[path] is given[tables[0]]:
-            del names[path]
-        elif not arch.has_output:
-            problems.append(f"{path}: {arch.name} has no output matrix of its own in llama.cpp")
+    table = next((given[path] for path, name in names.items() if name == "token_embd.weight"), None)
+    problems = []
+    for path, parameter in given.items():
+        tied = parameter is table and names.get(path) != "token_embd.weight"
+        if tied:
+            names.pop(path, None)
+        elif path not in names or (names[path] == "output.weight" and not arch.has_output):
+            problems.append(f"{path}: llama.cpp has no such weight for {arch.name}")
     problems += _config_problems(config, arch)
     if problems:
         raise AdapterFileError(

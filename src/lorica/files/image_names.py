@@ -23,6 +23,8 @@ from lorica.files.peft_layout import LAYERS, modules_of
 _CLIP = "text_model."
 """In front of the layers of CLIP in files; transformers 5 has it no more."""
 _BY_CLASS = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
+_ALSO = {"lora_te": ("lora_te1",)}
+"""Other prefixes that are read: diffusers writes the second one for every text encoder."""
 _RESNET = {
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
@@ -94,7 +96,8 @@ def _flat(model: nn.Module) -> dict[str, list[str]]:
         inner = [name.partition(".")[2] for name in names]
         first = sgm_name(inner[0], parts[part][1]) if part == "unet" and is_sdxl(parts) else None
         inner = [first, *inner] if first else inner
-        found[path] = [f"{heads[part]}.{name}".replace(".", "_") for name in inner]
+        spelled = [heads[part], *_ALSO.get(heads[part], ())]
+        found[path] = [f"{head}.{n}".replace(".", "_") for head in spelled for n in inner]
     return found
 
 

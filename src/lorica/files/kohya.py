@@ -13,6 +13,7 @@ Legend: I in features, O out features, R rank, K size of a kernel.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -76,10 +77,9 @@ def write(adapter: Adapter, path: Path, dtype: str, overwrite: bool) -> list[str
             mend="write --format diffusers",
         )
     if isinstance(adapter.method, LoHa | LoKr):
-        tensors, r = _lycoris(adapter, names)
-        kind = "lycoris.kohya"
+        (tensors, r), notes, kind = _lycoris(adapter, names), [], "lycoris.kohya"
     else:
-        tensors, r = _lora(adapter, names)
+        tensors, r, notes = _lora(adapter, names)
         kind = "networks.lora"
     cast = {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}
     parts = parts_of(adapter.model)
@@ -91,20 +91,27 @@ def write(adapter: Adapter, path: Path, dtype: str, overwrite: bool) -> list[str
     noted |= {"ss_base_model_version": "sdxl_base_v1-0"} if is_sdxl(parts) else {}
     with new_file(path, overwrite=overwrite) as temporary:
         write_tensors(temporary, cast, noted)
-    return []
+    return notes
 
 
-def _lora(adapter: Adapter, names: Mapping[str, str]) -> tuple[dict[str, Tensor], int]:
+def _lora(adapter: Adapter, names: Mapping[str, str]) -> tuple[dict[str, Tensor], int, list[str]]:
+    """Tensors, the largest rank, and what the user should be told.
+
+    All layers get one alpha, as kohya's own tools write it: diffusers takes several for one.
+    """
     pairs = pairs_of(adapter, "kohya's layout", kinds=("linear", "conv2d"), dora=True)
+    alpha = Counter(pair.alpha for pair in pairs.values()).most_common(1)[0][0]
     found: dict[str, Tensor] = {}
     for path, pair in pairs.items():
         name = names[path]
         found[f"{name}.lora_down.weight"] = pair.A
-        found[f"{name}.lora_up.weight"] = pair.B
-        found[f"{name}.alpha"] = torch.tensor(float(pair.alpha))
+        found[f"{name}.lora_up.weight"] = pair.with_alpha(alpha).B
+        found[f"{name}.alpha"] = torch.tensor(float(alpha))
         if pair.m is not None:
             found[f"{name}.dora_scale"] = pair.m.reshape(-1, *(1 for _ in pair.A.shape[1:]))
-    return found, max(pair.r for pair in pairs.values())
+    moved = sum(pair.alpha != alpha for pair in pairs.values())
+    notes = [f"all layers have the alpha {alpha:g}; the rest of the scale of {moved} went into B"]
+    return found, max(pair.r for pair in pairs.values()), notes if moved else []
 
 
 def _lycoris(adapter: Adapter, names: Mapping[str, str]) -> tuple[dict[str, Tensor], int]:
@@ -263,10 +270,9 @@ def _found_lycoris(
             if n in wanted and t.numel() == wanted[n].numel()
         }
         if shaped.keys() != wanted.keys() or own.keys() != wanted.keys():
-            sizes = {n: tuple(t.shape) for n, t in own.items()}
-            problems.append(
-                f"{layer}: {sizes}, but here {kind.kind} has { {n: tuple(t.shape) for n, t in wanted.items()} }"
-            )
+            there = {n: tuple(t.shape) for n, t in own.items()}
+            needed = {n: tuple(t.shape) for n, t in wanted.items()}
+            problems.append(f"{layer}: {there}, but {kind.kind} has {needed} here")
         places[layer], tensors[layer] = (modules[layer], None, method), shaped
     if problems:
         raise AdapterFileError(

@@ -57,6 +57,12 @@ class Pair:
     def scale(self) -> float:
         return self.alpha / self.r
 
+    def with_alpha(self, alpha: float) -> Pair:
+        """The same update with another alpha; the rest of the scale goes into B."""
+        if alpha == self.alpha:
+            return self
+        return Pair(self.A, self.B * (self.alpha / alpha), alpha, self.m)
+
 
 def pairs_of(
     adapter: Adapter,
