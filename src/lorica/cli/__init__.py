@@ -22,6 +22,8 @@ COMMANDS = {
     "eval": "score a run, an adapter or a base on records",
     "chat": "talk to a base or an adapter",
     "merge": "write an adapter into its base: a plain model for any tool",
+    "export": "write an adapter or its merged model for another tool: GGUF, kohya, ...",
+    "convert": "read an adapter in any format and write it in another one",
     "average": "one adapter from several of one kind: the mean of their tensors",
     "report": "make the page of a run anew",
     "config": "a settings file to start from, or the JSON Schema",

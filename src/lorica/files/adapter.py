@@ -27,6 +27,8 @@ from lorica.base.load import base_of
 from lorica.errors import AdapterFileError, LoricaWarning
 from lorica.files import native, peft, peft_kinds, peft_prompts
 from lorica.files.folder import MAX_JSON_BYTES, new_folder, open_regular, read_json
+from lorica.files.formats import FORMATS, recognised
+from lorica.files.found import Found
 from lorica.files.safetensors_file import TensorFile, write_tensors
 from lorica.records.atomic import write_file
 
@@ -187,13 +189,14 @@ def load_adapter(
     name: str | None = None,
     allow_other_base: bool = False,
 ) -> Adapter:
-    """Read an adapter folder, written by Lorica or by PEFT, and put the adapter on `model`.
+    """Read an adapter, written by Lorica, PEFT or another tool, and put it on `model`.
 
     Args:
         model: the base that the adapter was made for. It is frozen, as by `attach`.
-        folder: holds adapter_config.json and adapter_model.safetensors. A tokenizer or template
-            beside them is not looked at. The adapter that it was trained on top of is read too,
-            acts with it and is detached with it; its name is that of this one and ".on".
+        folder: holds adapter_config.json and adapter_model.safetensors; or a file or folder in one
+            of `formats.FORMATS`, known by what it holds. A tokenizer or template beside them is not
+            looked at. The adapter that it was trained on top of is read too, acts with it and is
+            detached with it; its name is that of this one and ".on".
         name: the adapter's name on this model; "default" where none is given.
         allow_other_base: load although lorica.json says that the base had other weights.
 
@@ -203,6 +206,10 @@ def load_adapter(
         ConfigError: the name is taken or unusable.
     """
     name = "default" if name is None else name
+    if (foreign := recognised(Path(folder))) is not None and foreign.read is not None:
+        found = foreign.read(model, Path(folder))
+        _check_base(model, found.base_name, {}, Path(folder), allow_other_base)
+        return _put(model, found, name, f"read from {Path(folder).name}", {})
     folders = _stages(Path(folder))
     loaded: Adapter | None = None
     try:
@@ -265,24 +272,33 @@ def _load(
     stacked = below is not None and facts["on"].get("stacked") is True
     check_union(found.method, below, together)
     check_stack(below, stacked)
-    adapter = attach_tensors(
-        model,
-        found.method,
-        found.places,
-        found.tensors,
-        name=name,
-        reason=str(facts.get("reason") or f"read from {folder.name}"),
-    )
-    from_file = {"name": found.base_name, "task": found.task, **_base_facts(facts)}
-    adapter.base = {**{k: str(v) for k, v in from_file.items() if v}, **adapter.base}
-    adapter.noted = facts
+    reason = str(facts.get("reason") or f"read from {folder.name}")
+    adapter = _put(model, found, name, reason, facts)
     if below is not None:
         lay_on(adapter, below, together, stacked)
     return adapter
 
 
+def _put(
+    model: nn.Module, found: Found, name: str, reason: str, facts: Mapping[str, Any]
+) -> Adapter:
+    """Attach what files held, with what they say of their base."""
+    adapter = attach_tensors(
+        model, found.method, found.places, found.tensors, name=name, reason=reason
+    )
+    from_file = {"name": found.base_name, "task": found.task, **_base_facts(facts)}
+    adapter.base = {**{k: str(v) for k, v in from_file.items() if v}, **adapter.base}
+    adapter.noted = dict(facts)
+    return adapter
+
+
 def check_folder(folder: Path) -> None:
     """Raises AdapterFileError that says what a folder is that is no adapter folder."""
+    if folder.is_file():
+        raise AdapterFileError(
+            f"{folder} is a file in no format of an adapter that is known here",
+            expected=f"an adapter folder of Lorica or PEFT, or one of: {', '.join(FORMATS)}",
+        )
     if not folder.is_dir():
         raise AdapterFileError(f"there is no folder {folder}", mend="check the path")
     pickles = [name for name in _PICKLES if (folder / name).exists()]

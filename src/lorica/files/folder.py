@@ -165,3 +165,30 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is no number")
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary name to write a file under, which becomes `path` when the block ends well.
+
+    Raises:
+        AdapterFileError: something is there already, and may not be replaced.
+    """
+    target = Path(path).absolute()
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise AdapterFileError(f"{target} is not a file", mend="choose another name")
+    if target.exists() and not overwrite:
+        raise AdapterFileError(
+            f"{target} exists already", mend="choose another name, or replace it: --overwrite"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(target)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        sync_file(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(target.parent)

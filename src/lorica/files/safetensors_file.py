@@ -8,6 +8,7 @@ data is read or allocated.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -58,6 +59,7 @@ class TensorFile:
 
     Attributes:
         entries: name -> `Entry`, in the order of the data.
+        metadata: what the writer noted beside the tensors.
 
     Args:
         allow_empty: take tensors without elements, which are a sign of sharded ones elsewhere.
@@ -70,7 +72,9 @@ class TensorFile:
         self.path = Path(path)
         self._file: BinaryIO = open_regular(self.path)
         try:
-            self.entries, self._data_start = _read_header(self._file, self.path, allow_empty)
+            self.entries, self._data_start, self.metadata = _read_header(
+                self._file, self.path, allow_empty
+            )
         except BaseException:
             self._file.close()
             raise
@@ -115,8 +119,13 @@ class TensorFile:
         return tensor
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write tensors whole or not at all; equal tensors give equal bytes.
+
+    Args:
+        metadata: noted in the file beside {"format": "pt"}.
 
     Raises:
         AdapterFileError: a tensor is empty, on the meta device, or not finite. All of them at once.
@@ -126,7 +135,18 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise AdapterFileError("these tensors are not written", problems=problems[:_SHOWN] + more)
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    return write_file(path, save(ready, metadata={"format": "pt"}))
+    raw = save(ready, metadata={"format": "pt"})
+    return write_file(path, _with_metadata(raw, metadata) if metadata else raw)
+
+
+def _with_metadata(raw: bytes, metadata: Mapping[str, str]) -> bytes:
+    """The same file with more metadata, in one order: the package's own order is by chance."""
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    noted = {**header.pop("__metadata__"), **metadata}
+    head = json.dumps({"__metadata__": dict(sorted(noted.items())), **header}).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head + raw[8 + length :]
 
 
 def _unfit(tensor: Tensor) -> str | None:
@@ -137,7 +157,9 @@ def _unfit(tensor: Tensor) -> str | None:
     return None if tensor.isfinite().all() else "it has elements that are NaN or infinite"
 
 
-def _read_header(file: BinaryIO, path: Path, allow_empty: bool) -> tuple[dict[str, Entry], int]:
+def _read_header(
+    file: BinaryIO, path: Path, allow_empty: bool
+) -> tuple[dict[str, Entry], int, dict[str, str]]:
     size = os.fstat(file.fileno()).st_size
     if sys.byteorder != "little":
         raise AdapterFileError("safetensors files are read on little-endian machines only")
@@ -174,7 +196,8 @@ def _read_header(file: BinaryIO, path: Path, allow_empty: bool) -> tuple[dict[st
         raise AdapterFileError(
             f"{path} is not a sound safetensors file", problems=problems[:_SHOWN], mend=_MEND
         )
-    return dict(sorted(entries.items(), key=lambda item: item[1].start)), 8 + length
+    in_order = dict(sorted(entries.items(), key=lambda item: item[1].start))
+    return in_order, 8 + length, metadata
 
 
 def _metadata_problems(metadata: Any) -> list[str]:
