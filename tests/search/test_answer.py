@@ -19,7 +19,7 @@ TOKENS = (3, 5, 4, 8)
 
 
 def judged(number, rank, losses):
-    return Judged(number, f"r {rank}", 100 * rank, rank, losses)
+    return Judged(number, f"lr {number}", 100 * rank, rank, losses)
 
 
 def test_a_paired_difference_is_that_of_the_mean_where_records_are_equally_long():
@@ -50,7 +50,7 @@ def test_the_smallest_within_one_standard_error_is_chosen_and_the_reason_says_so
     assert found.best.number == 3 and found.chosen.number == 1 and found.eligible == (1, 3)
     assert found.frontier == (0, 1, 3)
     text = found.sentence()
-    assert text.startswith("rank 4 (r 4) is the smallest within one standard error of the best")
+    assert text.startswith("rank 4 (lr 1) is the smallest within one standard error of the best")
     assert "25% of the parameters" in text and f"{gap.error:.4f}" in text
     assert choose([far, near, best], TOKENS, errors=0).chosen.number == 3
 

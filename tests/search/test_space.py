@@ -67,7 +67,7 @@ def test_alpha_may_be_a_multiple_of_the_rank():
     points = grid(found)
     assert [values_of(p, None)["lora_alpha"] for p in points] == [8, 4, 2, 16, 10, 5, 2.5, 16]
     assert values_of({"lora_alpha": "2r"}, 8) == {"lora_alpha": 16}
-    assert name_of(points[0]) == "r 4, alpha 2r"
+    assert name_of(points[0]) == "rank 4, alpha 2r"
 
 
 def test_every_problem_is_told_at_once_with_what_was_meant():

@@ -103,7 +103,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     early = foresee(settings, material, kind, voice, ignore_memory=ignore_memory)
     settings = early.settings if early else settings
     with voice.work(f"loading {settings.run.model}"):
-        model, settings = _load(settings, material, kind)
+        model, settings = load_base(settings, material, kind)
     base = known(model)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     number = sum(p.numel() for p in model.parameters())
@@ -247,7 +247,8 @@ def known(model: nn.Module) -> Base:
     return base
 
 
-def _load(settings: Resolved, material: Material, kind: str) -> tuple[nn.Module, Resolved]:
+def load_base(settings: Resolved, material: Material, kind: str) -> tuple[nn.Module, Resolved]:
+    """The base of a run, and the settings with what it decides."""
     run = settings.run
     model = load_model(
         run.model,

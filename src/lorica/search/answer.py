@@ -105,7 +105,7 @@ class Answer:
 
     def sentence(self) -> str:
         """The choice and its reason."""
-        head = f"{_size_of(self.chosen)} ({self.chosen.name})"
+        head = _named(self.chosen)
         if self.chosen.number == self.best.number:
             smaller = any(c < self.chosen.parameters for c in self.sizes)
             beside = f"no smaller one comes within {_errors(self.errors)} of it"
@@ -117,16 +117,17 @@ class Answer:
         share = self.chosen.parameters / self.best.parameters
         return (
             f"{head} is the smallest within {_errors(self.errors)} of the best "
-            f"({_size_of(self.best)}, {self.best.name}): its loss is {found.difference:+.4f} with "
+            f"({_named(self.best)}): its loss is {found.difference:+.4f} with "
             f"a standard error of {found.error:.4f} over {self.num_records:,} records, for "
             f"{share:.0%} of the parameters"
         )
 
 
-def _size_of(candidate: Judged) -> str:
-    if candidate.rank is not None:
-        return f"rank {candidate.rank}"
-    return f"{candidate.parameters:,} parameters"
+def _named(candidate: Judged) -> str:
+    if candidate.rank is None:
+        return f"{candidate.name} with {candidate.parameters:,} parameters"
+    said = candidate.name.startswith(f"rank {candidate.rank}")
+    return candidate.name if said else f"rank {candidate.rank} ({candidate.name})"
 
 
 def _errors(number: float) -> str:

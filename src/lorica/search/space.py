@@ -238,7 +238,7 @@ def _factor(value: Any) -> float | None:
 
 def name_of(point: Mapping[str, Any]) -> str:
     """A candidate in words: its own settings."""
-    words = {"learning_rate": "lr", "lora_alpha": "alpha", "target_modules": "targets"}
+    words = {"r": "rank", "learning_rate": "lr", "lora_alpha": "alpha", "target_modules": "targets"}
     parts = [
         f"{value}" if key == "method" else f"{words.get(key, key)} {_short(value)}"
         for key, value in point.items()

@@ -52,6 +52,7 @@ class Entry:
         best_step: the step of the adapter that is kept.
         losses: summed loss of each evaluation record with that adapter.
         rungs: step -> the same at the steps where candidates are compared.
+        decided: step -> why it ended there; empty where it went on.
     """
 
     number: int
@@ -65,6 +66,7 @@ class Entry:
     best_step: int | None = None
     losses: tuple[float, ...] = ()
     rungs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    decided: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -234,7 +236,7 @@ class Study:
         """What was decided about a candidate at a step: "" for going on, else why it ends; None
         where nothing was.
         """
-        return self._trial(number).user_attrs.get(f"decided {step}")
+        return self.entry(number).decided.get(step)
 
     def decide(self, number: int, step: int, reason: str) -> None:
         """Write down what `decision` then gives."""
@@ -303,11 +305,6 @@ _STATES: dict[TrialState, Outcome] = {
 
 def _entry(trial: FrozenTrial) -> Entry:
     known = trial.user_attrs
-    rungs = {
-        int(key.removeprefix("rung ")): tuple(value)
-        for key, value in known.items()
-        if key.startswith("rung ")
-    }
     return Entry(
         number=trial.number,
         point=dict(known.get("point", {})),
@@ -319,8 +316,14 @@ def _entry(trial: FrozenTrial) -> Entry:
         curve=dict(sorted(trial.intermediate_values.items())),
         best_step=known.get("best_step"),
         losses=tuple(known.get("losses", ())),
-        rungs=rungs,
+        rungs={step: tuple(losses) for step, losses in _by_step(known, "rung ").items()},
+        decided=_by_step(known, "decided "),
     )
+
+
+def _by_step(known: Mapping[str, Any], prefix: str) -> dict[int, Any]:
+    """Attributes whose names end in a step, by that."""
+    return {int(k.removeprefix(prefix)): v for k, v in known.items() if k.startswith(prefix)}
 
 
 def _refuse(found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
