@@ -25,7 +25,7 @@ def main(folder: str, where: str) -> None:
             time.sleep(0.5)
         return step(self, trainees, work)
 
-    def slow_loss(*arguments, between):
+    def slow_loss(*arguments, between, each):
         ready(folder)
         time.sleep(60)
 

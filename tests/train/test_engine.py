@@ -161,7 +161,7 @@ def test_one_document_leaves_the_others_bits_alone(name):
     def each(block):
         batch = packed.collate([block], model)
         with torch.no_grad():
-            return packed._each_loss(model, batch, block)
+            return packed.each_loss(model, batch, [block])[0]
 
     before, after = each(data), each(changed)
     assert before[1] != after[1]

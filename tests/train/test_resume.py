@@ -64,14 +64,14 @@ def test_stopped_in_the_middle_of_an_evaluation(whole, tmp_path, monkeypatch, ba
     """A stop does not wait for the evaluation: it is made again on resumption, its row once."""
     folder, original, calls = tmp_path / "run", loop.mean_loss, []
 
-    def interrupted(*arguments, between):
+    def interrupted(*arguments, between, each):
         def counted():
             calls.append(None)
             if len(calls) == batch:
                 signal.raise_signal(signal.SIGINT)
             between()
 
-        return original(*arguments, between=counted)
+        return original(*arguments, between=counted, each=each)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "mean_loss", interrupted)

@@ -124,7 +124,7 @@ class RunRecorder:
             ) from error
 
     def step(self, row: dict) -> None:
-        self._step = row.get("step", self._step)
+        self._step = turn_of(row, self._step)
         self._metrics.append(row)
 
     def event(self, kind: str, text: str) -> None:
@@ -159,7 +159,7 @@ class RunRecorder:
     def _drop_later_rows(self, step: int) -> None:
         for path in (self.folder.metrics, self.folder.events):
             lines = read_lines(path)
-            kept = [value for value in lines.values if (value.get("step") or 0) <= step]
+            kept = [value for value in lines.values if (turn_of(value) or 0) <= step]
             if lines.torn or lines.broken or len(kept) != len(lines.values):
                 write_file(path, b"".join(json_line(value) for value in kept))
             self._complain_of_lost_lines(path, lines)
@@ -222,6 +222,11 @@ class _Appender:
             self.sync()
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def turn_of(row: Mapping, otherwise: int | None = None) -> int | None:
+    """How far the run was at a row: its step, but of an adapter that joined later its turn."""
+    return row.get("turn", row.get("step", otherwise))
 
 
 def _head(manifest: Mapping) -> dict:

@@ -221,18 +221,20 @@ class CausalLM:
         for chosen in by_length([len(e) for e in examples], batch_size):
             block = [examples[i] for i in chosen]
             batch = self.collate([block], model)
-            for example, value in zip(block, self._each_loss(model, batch, block), strict=True):
+            (losses,) = self.each_loss(model, batch, [block])
+            for example, value in zip(block, losses, strict=True):
                 loss[example.row] += value
                 counts[example.row] += example.num_trained
         return loss, counts
 
-    def _each_loss(
-        self, model: nn.Module, batch: Batch, examples: Sequence[Example]
-    ) -> list[float]:
-        """The loss of every example of a one-block batch by itself."""
-        (each,) = self._row_losses(model, batch)
-        parts = each.double().split([e.num_trained for e in examples])
-        return [part.sum().item() for part in parts]
+    def each_loss(
+        self, model: nn.Module, batch: Batch, blocks: Sequence[Sequence[Example]]
+    ) -> list[list[float]]:
+        found = []
+        for each, block in zip(self._row_losses(model, batch), blocks, strict=True):
+            parts = each.double().split([e.num_trained for e in block])
+            found.append(torch.stack([part.sum() for part in parts]).tolist())
+        return found
 
     def _prompt(self, record: dict, model: nn.Module) -> tuple[list[int], int]:
         """The ids to continue: never none, and leaving room for the answer among the model's

@@ -144,6 +144,11 @@ class Seq2Seq:
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         return [self._each(model, batch).sum()]
 
+    def each_loss(
+        self, model: nn.Module, batch: Batch, blocks: Sequence[Sequence[Any]]
+    ) -> list[list[float]]:
+        return [self._each(model, batch).double().sum(1).tolist()]
+
     def _each(self, model: nn.Module, batch: Batch) -> Tensor:
         """Negative log-likelihood of every label, (records, longest target); 0 where padded."""
         (labels,) = batch.labels

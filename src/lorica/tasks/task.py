@@ -112,6 +112,12 @@ class Task(Protocol):
         """
         ...
 
+    def each_loss(
+        self, model: nn.Module, batch: Batch, blocks: Sequence[Sequence[Example]]
+    ) -> list[list[float]]:
+        """For each block of `batch` the summed negative log-likelihood (nats) of every example."""
+        ...
+
     def predict(
         self,
         model: nn.Module,

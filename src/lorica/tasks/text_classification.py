@@ -171,6 +171,12 @@ class TextClassification:
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         return [F.cross_entropy(self._logits(model, batch), batch.labels[0], reduction="sum")]
 
+    def each_loss(
+        self, model: nn.Module, batch: Batch, blocks: Sequence[Sequence[Any]]
+    ) -> list[list[float]]:
+        logits = self._logits(model, batch)
+        return [F.cross_entropy(logits, batch.labels[0], reduction="none").tolist()]
+
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         with _filled_with(model, filler(model, self.tokenizer)):
             return wide(model(**batch.inputs).logits)

@@ -56,7 +56,9 @@ class State:
         identity: what must be the same for the run to go on: digests and settings, by name.
         circumstances: what should be the same for the same bits (threads, versions), by name.
         unjudged: the step was made, but its evaluation was left.
+        asked: those who join before the next turn are in.
         seconds: spent in optimizer steps.
+        director: what whoever decides about joining and leaving needs to go on.
         counters: plain numbers of every adapter, by its name.
         adapters, optimizers, best, between: tensors by adapter and by name of the tensor.
     """
@@ -65,7 +67,9 @@ class State:
     identity: dict[str, str]
     circumstances: dict[str, str] = field(default_factory=dict)
     unjudged: bool = False
+    asked: bool = False
     seconds: float = 0.0
+    director: dict[str, Any] = field(default_factory=dict)
     counters: dict[str, dict] = field(default_factory=dict)
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     optimizers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -122,7 +126,7 @@ def save(folder: Path, state: State, *, keep: int = 2) -> Path:
 def load(
     folder: Path, identity: dict[str, str], *, circumstances: dict[str, str] | None = None
 ) -> tuple[State | None, list[str]]:
-    """The newest whole checkpoint, and what the user should be told.
+    """The newest whole checkpoint of this very run, and what the user should be told.
 
     Returns:
         None as the state where no checkpoint was ever written.
@@ -130,6 +134,36 @@ def load(
     Raises:
         CheckpointError: the checkpoint belongs to a run of other data, another base or other
             settings, or to another version of Lorica; or there are checkpoints, but none is whole.
+    """
+    state, notes = newest(folder)
+    return state, notes + (check(state, identity, circumstances or {}) if state else [])
+
+
+def check(state: State, identity: dict[str, str], circumstances: dict[str, str]) -> list[str]:
+    """What the user should be told before a run goes on from a checkpoint.
+
+    Raises:
+        CheckpointError: it is that of a run of other data, another base or other settings.
+    """
+    _check_identity(state.identity, identity)
+    changed = [
+        f"another {key} ({before} before, {now} now)"
+        for key, now in circumstances.items()
+        if (before := state.circumstances.get(key, "unknown")) != now
+    ]
+    if not changed:
+        return []
+    return [f"going on with {', '.join(changed)}: the result will not be the same to the bit"]
+
+
+def newest(folder: Path) -> tuple[State | None, list[str]]:
+    """The newest whole checkpoint, of whatever run, and what the user should be told.
+
+    Returns:
+        None as the state where no checkpoint was ever written.
+
+    Raises:
+        CheckpointError: it is of another version of Lorica; or there are some, but none is whole.
     """
     notes: list[str] = []
     unreadable: OSError | None = None
@@ -143,16 +177,6 @@ def load(
             unreadable = error
             notes.append(f"{path.name} cannot be read ({error.strerror}); it was passed over")
             continue
-        _check_identity(state.identity, identity)
-        changed = [
-            f"another {key} ({before} before, {now} now)"
-            for key, now in (circumstances or {}).items()
-            if (before := state.circumstances.get(key, "unknown")) != now
-        ]
-        if changed:
-            notes.append(
-                f"going on with {', '.join(changed)}: the result will not be the same to the bit"
-            )
         return state, notes
     if unreadable is not None:
         raise CheckpointError(
@@ -208,7 +232,10 @@ def _files(state: State) -> dict[str, bytes]:
         for name, tensors in getattr(state, group).items():
             plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
             files[f"{group}/{name}.safetensors"] = safetensors.torch.save(plain)
-    numbers = {"counters": state.counters, "unjudged": state.unjudged, "seconds": state.seconds}
+    numbers = {
+        **{"counters": state.counters, "director": state.director},
+        **{"unjudged": state.unjudged, "asked": state.asked, "seconds": state.seconds},
+    }
     files[_STATE] = json.dumps(numbers, indent=1, sort_keys=True).encode()
     return files
 
@@ -281,7 +308,7 @@ def _read(path: Path) -> State:
         manifest = json.loads((path / MANIFEST).read_bytes())
         numbers = json.loads((path / _STATE).read_bytes())
         state = State(manifest["step"], manifest["identity"], manifest["circumstances"], **numbers)
-        for table in (state.identity, state.circumstances, state.counters):
+        for table in (state.identity, state.circumstances, state.counters, state.director):
             if not isinstance(table, dict):
                 raise TypeError(f"a {type(table).__name__} instead of a table")
         for word in (*state.identity.values(), *state.circumstances.values()):

@@ -63,6 +63,8 @@ class Course:
         best_loss, best_step, best: of the evaluations so far; `best` holds the tensors.
         stale: evaluations in a row without a better loss.
         stopped: why it ended before its last step, or None.
+        failed: what was not finite, which ended it; None where all was well.
+        joined: turns of the run before its first step.
         eval_loss: of the newest evaluation.
         last_loss: training loss of the newest logged window.
         tokens, trained_tokens: seen in all its steps.
@@ -79,6 +81,8 @@ class Course:
     best: dict[str, Tensor] = field(default_factory=dict)
     stale: int = 0
     stopped: str | None = None
+    failed: str | None = None
+    joined: int = 0
     eval_loss: float | None = None
     last_loss: float | None = None
     tokens: int = 0
@@ -112,7 +116,14 @@ class Course:
 
     @property
     def done(self) -> bool:
-        return self.stopped is not None or self.step >= self.trainee.total
+        return bool(self.stopped or self.failed) or self.step >= self.trainee.total
+
+    @property
+    def ended(self) -> str | None:
+        """Why it does not train any more; None where it does."""
+        if self.failed or self.stopped or not self.done:
+            return self.failed or self.stopped
+        return f"all {self.trainee.total} steps are done"
 
     def micro_batches(self) -> list[list[Example]]:
         """Those of the step to come: a function of seed and step, so nothing need be stored."""
@@ -188,11 +199,18 @@ class Course:
         "best_step",
         "stale",
         "stopped",
+        "failed",
+        "joined",
         "eval_loss",
         "last_loss",
         "tokens",
         "trained_tokens",
     )
+
+    @property
+    def broken(self) -> list[str]:
+        """Names of the tensors that hold a NaN or an infinity."""
+        return [name for name, p in self._named().items() if not torch.isfinite(p).all()]
 
     def save_into(self, state: State) -> None:
         """Everything that the course needs to go on.
@@ -201,8 +219,7 @@ class Course:
             NonFiniteError: a tensor holds a NaN or an infinity, which no checkpoint shall keep.
         """
         named = self._named()
-        broken = [name for name, p in named.items() if not torch.isfinite(p).all()]
-        if broken:
+        if (broken := self.broken) and not self.failed:
             raise NonFiniteError(
                 f"adapter {self.name!r}, step {self.step}: {len(broken)} tensors are not finite",
                 problems=broken[:5],
@@ -215,7 +232,10 @@ class Course:
             "window": asdict(self.window),
         }
         state.adapters[self.name] = dict(named)
-        state.optimizers[self.name] = moments(self.trainee.optimizer, named)
+        if (
+            not self.done or self.joined + self.step == state.step
+        ):  # else it ended in an earlier turn
+            state.optimizers[self.name] = moments(self.trainee.optimizer, named)
         if self.best:
             state.best[self.name] = self.best
         if between := self.trainee.between.state:
@@ -234,7 +254,7 @@ class Course:
                     f"the checkpoint of {self.name!r} holds other tensors than the adapter"
                 )
         self._set(state.adapters[self.name])
-        set_moments(self.trainee.optimizer, named, state.optimizers[self.name])
+        set_moments(self.trainee.optimizer, named, state.optimizers.get(self.name, {}))
         self.trainee.step = counters["step"]
         for key in self._COUNTED:
             setattr(self, key, counters[key])

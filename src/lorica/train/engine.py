@@ -111,7 +111,11 @@ class Engine:
         self._checkpoints = gradient_checkpointing and not _checkpoints(model)
         if self._checkpoints:
             _turn_on_checkpointing(model)
-        self.lean = lean_parts(model)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Find out which parts run leaner: adapters that were attached meanwhile decide it too."""
+        self.lean = lean_parts(self.model)
 
     @contextmanager
     def running(self) -> Iterator[None]:

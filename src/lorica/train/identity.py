@@ -31,34 +31,51 @@ pieces. Its records stay the same, which is part of the identity; its last bits 
 def identity(
     model: nn.Module, task: Task, courses: Sequence[Course], settings: TrainSettings
 ) -> dict[str, str]:
-    """What must be the same for a run to go on: base, task, settings, adapters, data, by name."""
+    """What must be the same for a run to go on: base, task, settings, adapters, data, by name.
+
+    Args:
+        settings: those of the run; what a course has otherwise is told beside them.
+    """
     base = base_of(model)
     found = {
         "base": base.digest if base else digest_of_tensors(model),
         "dtype of the base": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
     found |= {f"task.{key}": _text(value) for key, value in task.facts().items()}
-    values = settings.model_dump(mode="json")
-    free = COSMETIC.union(MEMORY)
-    found |= {f"settings.{k}": _text(v) for k, v in values.items() if k not in free}
+    found |= {f"settings.{key}": value for key, value in _settings(settings).items()}
     for course in courses:
-        adapter, name = course.trainee.adapter, course.name
-        method = {"kind": adapter.method.kind, **asdict(adapter.method)}  # type: ignore[call-overload]
-        found |= {f"{name}.{key}": _text(value) for key, value in method.items()}
-        shapes = [f"{key} {tuple(p.shape)}" for key, p in adapter.named_parameters()]
-        shapes += [f"{key} {digest}" for key, digest in _frozen(adapter)]
-        for stage in adapter.stages[:-1]:
-            lines = [f"{key} {digest}" for key, digest in _frozen(stage)]
-            digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-            settings = {"kind": stage.method.kind, **asdict(stage.method)}  # type: ignore[call-overload]
-            trains = "together" if any(True for _ in stage.parameters()) else "frozen"
-            trains += " stacked" * adapter.stacked
-            found[f"{stage.name}, below {name}"] = f"{trains} {_text(settings)} {digest}"
-        found[f"places of {name}"] = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
-        found[f"records per step of {name}"] = _records_per_step(course)
-        found[f"data of {name}"] = fingerprint(course.examples)
-        found[f"evaluation data of {name}"] = fingerprint(course.held_out)
+        found |= identity_of(course, settings)
     return found
+
+
+def identity_of(course: Course, settings: TrainSettings) -> dict[str, str]:
+    """The part of one adapter in it, as it stands before its first step."""
+    values, adapter, name = _settings(settings), course.trainee.adapter, course.name
+    own = _settings(course.settings).items()
+    found = {f"settings of {name}.{k}": v for k, v in own if v != values[k]}
+    method = {"kind": adapter.method.kind, **asdict(adapter.method)}  # type: ignore[call-overload]
+    found |= {f"{name}.{key}": _text(value) for key, value in method.items()}
+    shapes = [f"{key} {tuple(p.shape)}" for key, p in adapter.named_parameters()]
+    shapes += [f"{key} {digest}" for key, digest in _frozen(adapter)]
+    for stage in adapter.stages[:-1]:
+        lines = [f"{key} {digest}" for key, digest in _frozen(stage)]
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        method = {"kind": stage.method.kind, **asdict(stage.method)}  # type: ignore[call-overload]
+        trains = "together" if any(True for _ in stage.parameters()) else "frozen"
+        trains += " stacked" * adapter.stacked
+        found[f"{stage.name}, below {name}"] = f"{trains} {_text(method)} {digest}"
+    found[f"places of {name}"] = hashlib.sha256("\n".join(shapes).encode()).hexdigest()
+    found[f"records per step of {name}"] = _records_per_step(course)
+    found[f"data of {name}"] = fingerprint(course.examples)
+    found[f"evaluation data of {name}"] = fingerprint(course.held_out)
+    return found
+
+
+def _settings(settings: TrainSettings) -> dict[str, str]:
+    """Those that decide what is learned."""
+    free = COSMETIC.union(MEMORY)
+    values = settings.model_dump(mode="json").items()
+    return {key: _text(value) for key, value in values if key not in free}
 
 
 def _frozen(adapter: Adapter) -> Iterator[tuple[str, str]]:
@@ -78,10 +95,19 @@ def _records_per_step(course: Course) -> str:
     return f"{course.per_step}{sorted_by}"
 
 
-def circumstances(model: nn.Module, settings: TrainSettings) -> dict[str, str]:
-    """What should be the same for a run to go on to the same bits."""
+def circumstances(
+    model: nn.Module, settings: TrainSettings, courses: Sequence[Course] = ()
+) -> dict[str, str]:
+    """What should be the same for a run to go on to the same bits; `courses`: all of the run."""
+    own = {
+        f"{key} of {course.name}": _text(value)
+        for course in courses
+        for key in MEMORY
+        if (value := getattr(course.settings, key)) != getattr(settings, key)
+    }
     return {
         **{name: _text(getattr(settings, name)) for name in MEMORY},
+        **own,
         "number of threads": str(torch.get_num_threads()),
         "device": device_of(model).type,
         **{f"version of {name}": version for name, version in versions().items()},

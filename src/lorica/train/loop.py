@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +16,20 @@ from torch import nn
 from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter
 from lorica.base.load import base_of
-from lorica.config import TrainSettings
 from lorica.config.settings import method_values
-from lorica.errors import Interrupted, LoricaError, NonFiniteError, TrainingError
+from lorica.errors import ConfigError, Interrupted, LoricaError, NonFiniteError, TrainingError
 from lorica.files.adapter import save_adapter
 from lorica.methods.method import becomes_weight
 from lorica.records.folder import RunFolder, how_to_resume
 from lorica.records.write import Recorder, RunRecorder
 from lorica.tasks.task import Task, answering, device_of
 from lorica.train import checkpoint
+from lorica.train.agreement import Given, of_the_run
+from lorica.train.company import Company, Tell
 from lorica.train.course import Course, Window
-from lorica.train.engine import Engine
-from lorica.train.identity import circumstances, identity
+from lorica.train.director import Director
+from lorica.train.engine import Engine, StepResult
+from lorica.train.identity import circumstances, identity, identity_of
 from lorica.train.measure import mean_loss, memory_bytes, versions
 from lorica.train.memory import memory_advised
 from lorica.train.plan import Records, courses_of, default_task, total_steps
@@ -52,7 +54,8 @@ class TrainReport:
         eval_loss: of the adapter that was kept; None without evaluation data.
         best_step: the step whose tensors were kept.
         stopped: why training ended early; None where it did not.
-        folders: where the adapters were written.
+        failed: what was not finite, which ended an adapter; None where all was well.
+        folders: where the adapters were written; one that failed may have none.
         seconds: spent in optimizer steps, over all tries of a resumed run.
         tokens_per_second, peak_memory_bytes: of the run.
         resources: these and what else run.json says of them.
@@ -70,10 +73,11 @@ class TrainReport:
     peak_memory_bytes: int
     resources: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, str | None] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """The outcome as plain values, for run.json."""
-        names = ("steps", "loss", "eval_loss", "best_step", "stopped")
+        names = ("steps", "loss", "eval_loss", "best_step", "stopped", "failed")
         return {name: getattr(self, name) for name in names}
 
     def outcome(self) -> dict[str, Any]:
@@ -90,7 +94,7 @@ class TrainReport:
 def train(
     model: nn.Module,
     data: Mapping[Adapter | str, Records],
-    settings: TrainSettings | None = None,
+    settings: Given | None = None,
     *,
     output_dir: str | Path | RunFolder,
     eval_data: Mapping[Adapter | str, Records] | Records | None = None,
@@ -99,13 +103,15 @@ def train(
     recorder: MakeRecorder | None = None,
     manifest: Mapping[str, Any] | None = None,
     resume: bool = False,
+    director: Director | None = None,
 ) -> TrainReport:
     """Train the adapters on their records, all on one base, and write them into a run folder.
 
     Args:
         model: the base, with the adapters attached.
         data: records for each adapter, by handle or name; or examples that the task has encoded.
-        settings: see `TrainSettings`.
+        settings: see `TrainSettings`; for all adapters, or for each by handle or name. What belongs
+            to the run as a whole (`agreement.OF_THE_RUN`) must be the same for all.
         output_dir: the run folder; or one that the caller holds.
         eval_data: held-out records, for all adapters or for each: evaluation loss, the best
             adapter, early stop.
@@ -118,33 +124,39 @@ def train(
         manifest: more for run.json than the loop knows, such as the origin of the data.
         resume: go on from the newest checkpoint of the run folder, to the same bits as without the
             stop.
+        director: ends adapters before their last step, and sends in new ones; see `Director`.
+            `data` may be empty then, and `settings` say what belongs to the run.
 
     Raises:
         ConfigError, DataError: settings or records that cannot work; nothing was trained.
-        NonFiniteError: a loss or gradient is not finite; checkpoints hold the last good state.
+        NonFiniteError: a loss or gradient is not finite; checkpoints hold the last good state. Of
+            several adapters the one ends, and is reported as failed; then all of them did.
         Interrupted: stopped by SIGINT, SIGTERM or SIGHUP; a checkpoint was written.
         CheckpointError: `resume` with other data, settings or base; or no checkpoint is whole.
     """
-    settings = settings or TrainSettings()
-    task = task or default_task(model, settings, data.values())
-    courses, notes = courses_of(model, task, data, eval_data, settings)
+    run = of_the_run(settings)
+    task = task or default_task(model, run, data.values())
+    courses, notes = [], []
+    if data or director is None:
+        courses, notes = courses_of(model, task, data, eval_data, settings or run)
     folder = output_dir
     if not isinstance(folder, RunFolder):
         folder = RunFolder.open(folder) if resume else RunFolder.create(folder)
     was_training = model.training
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
-    reuse = reuse_of(model, task, courses, settings)
+    reuse = reuse_of(model, task, courses, run)
     engine = Engine(
         model,
         task,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=run.gradient_checkpointing,
         skipping=reuse.skipped,
     )
     notes += reuse.notes
     try:
         with torch.random.fork_rng(devices):  # every step seeds torch; the caller's state stays
-            run = _Run(engine, courses, settings, folder, evaluator)
-            return run.go(recorder, dict(manifest or {}), notes, resume=resume)
+            company = Company(model, task, courses, run, director, reuse)
+            one = _Run(engine, company, folder, evaluator)
+            return one.go(recorder, dict(manifest or {}), notes, resume=resume)
     finally:
         engine.close()
         reuse.close()
@@ -157,6 +169,7 @@ class _Run:
     """The state of `train` between its first and its last step.
 
     Attributes:
+        company: the adapters, and who decides about them.
         turn: turns of the loop done: steps of every adapter that has not ended before.
         unjudged: the newest turn was not evaluated and logged yet: it was stopped in between.
         saved: the turn of the newest checkpoint.
@@ -168,27 +181,29 @@ class _Run:
     def __init__(
         self,
         engine: Engine,
-        courses: list[Course],
-        settings: TrainSettings,
+        company: Company,
         folder: RunFolder,
         evaluator: Evaluator | None,
     ) -> None:
-        self.engine, self.courses, self.settings = engine, courses, settings
+        self.engine, self.company = engine, company
+        self.courses, self.settings = company.courses, company.settings
         self.model, self.task = engine.model, engine.task
         self.folder, self.evaluator = folder, evaluator
-        self.identity = identity(self.model, self.task, courses, settings)
         self.turn, self.unjudged, self.saved, self.seconds = 0, False, 0, 0.0
         self.last_save = -math.inf, 0.0
-        self.eval_batch = settings.eval_batch_size or settings.batch_size
-        self.save_every = settings.save_steps or min(map(self._eval_every, courses))
+        self.identity = identity(self.model, self.task, company.courses, company.settings)
 
     def go(
         self, make: MakeRecorder | None, manifest: dict[str, Any], notes: list[str], *, resume: bool
     ) -> TrainReport:
         """Everything from the first line of run.json to the last."""
         checkpoint.clean(self.folder.checkpoints)
-        told = [*self._resume(), *notes] if resume else notes
+        told = [*self._resume(), *notes] if resume else [*notes]
         gone = self.turn - self.unjudged if resume else None
+        if not self.turn:
+            self._welcome(lambda kind, text: told.append(text))
+        if not self.courses:
+            raise ConfigError("there is nothing to train", expected="{adapter: records}")
         make_one = make or (lambda step: RunRecorder(self.folder, resumed_step=step))
         self.recorder: Recorder = make_one(gone)
         base = base_of(self.model)
@@ -219,15 +234,15 @@ class _Run:
         try:
             if self.unjudged:
                 self._judge(stop)
+            self._welcome(self.recorder.event)
             while not self._done:
                 stop.check()
                 self._turn(stop)
+                self._welcome(self.recorder.event)
             stop.check()
+            self.company.refuse_if_all_failed()
             report = self._end()
             stop.check()
-        except NonFiniteError as error:
-            self._name_records(error)
-            raise
         except StopAsked:
             self._save()
             raise stop.error(self.folder.path, saved=True) from None
@@ -247,62 +262,95 @@ class _Run:
     def _done(self) -> bool:
         return all(course.done for course in self.courses)
 
+    def _welcome(self, tell: Tell) -> None:
+        joined = self.company.welcome(self.turn, tell)
+        for course in joined:
+            self.identity |= identity_of(course, self.settings)
+        if joined:
+            self.engine.look_again()
+
     def _turn(self, stop: Stop) -> None:
         """One step of every adapter that has not ended, and what is due after it."""
-        working = [c for c in self.courses if not c.done]
         began = time.monotonic()
-        work = [c.micro_batches() for c in working]
-        with self._advised(working, f"step {self.turn + 1}"):
-            results = self.engine.step([c.trainee for c in working], work)
+        results = self._step()
         seconds = time.monotonic() - began
-        for course, result in zip(working, results, strict=True):
+        for course, result in results:
             course.add(result, seconds)
         self.seconds += seconds
         self.turn += 1
-        self.unjudged = True
+        self.unjudged, self.company.asked = True, False
         self._judge(stop)
-        if self._done or (self.turn % self.save_every == 0 and self._may_save()):
+        if self._done or (self.turn % self._save_every() == 0 and self._may_save()):
             self._save()
+
+    def _step(self) -> list[tuple[Course, StepResult]]:
+        """A step of each; those whose numbers are not finite fail, and the others step without
+        them.
+        """
+        while working := self.company.working:
+            work = [c.micro_batches() for c in working]
+            try:
+                with self._advised(working, f"step {self.turn + 1}"):
+                    results = self.engine.step([c.trainee for c in working], work)
+                return list(zip(working, results, strict=True))
+            except NonFiniteError as error:  # no tensor of anybody was changed
+                broken = next(c for c in working if c.name == error.adapter)
+                self._name_records(error)
+                self.company.fail(broken, error, self.recorder.event)
+        return []
+
+    def _save_every(self) -> int:
+        """Turns between checkpoints: as set, or with the evaluations."""
+        return self.settings.save_steps or min(map(self._eval_every, self.company.working))
 
     def _judge(self, stop: Stop) -> None:
         """Evaluate and log what is due. Nothing changes until all evaluations are through, so that
         a stop in between leaves the state of the finished step.
         """
-        fresh = [c for c in self.courses if c.step == self.turn]  # those that took part in the turn
+        fresh = [c for c in self.courses if c.step and c.joined + c.step == self.turn]
         due = [c for c in fresh if c.held_out and c.due(self._eval_every(c))]
         found = {c.name: self._evaluate(c, stop) for c in due}
         self.unjudged = False
         for course in fresh:
-            scores = found.get(course.name, {})
+            scores, each = found.get(course.name, ({}, []))
             if scores or course.due(self.settings.logging_steps):
                 self._log(course, scores)
             if scores:
-                self._take(course, scores["eval_loss"])
+                self._take(course, scores, each)
 
     def _advised(self, courses: list[Course], what: str) -> AbstractContextManager[None]:
-        return memory_advised(self.model, courses, self.settings, self.folder.path, what)
+        largest = max(courses, key=lambda c: c.settings.batch_size).settings
+        return memory_advised(self.model, courses, largest, self.folder.path, what)
 
     def _eval_every(self, course: Course) -> int:
         """Steps between evaluations: as set, or an epoch."""
-        return self.settings.eval_steps or course.steps_per_epoch
+        return course.settings.eval_steps or course.steps_per_epoch
 
-    def _evaluate(self, course: Course, stop: Stop) -> dict[str, float]:
-        adapter = course.trainee.adapter
+    def _evaluate(self, course: Course, stop: Stop) -> tuple[dict[str, float], list[float]]:
+        """Scores of an adapter, and the loss of every evaluation example."""
+        adapter, each = course.trainee.adapter, []
+        size = course.settings.eval_batch_size or course.settings.batch_size
         advised = self._advised([course], "an evaluation")
         with advised, activate(self.model, adapter), answering(self.model):
             loss = mean_loss(
-                self.model, self.task, course.held_out, self.eval_batch, between=stop.check
+                self.model, self.task, course.held_out, size, between=stop.check, each=each
             )
             stop.check()
             more = self.evaluator(self.model, adapter) if self.evaluator else {}
-        return {"eval_loss": loss, **{f"eval_{name}": value for name, value in more.items()}}
+        scores = {"eval_loss": loss, **{f"eval_{name}": value for name, value in more.items()}}
+        return scores, each
 
-    def _take(self, course: Course, eval_loss: float) -> None:
-        who = f"{course.name}: " if len(self.courses) > 1 else ""
-        if course.judge(eval_loss):
-            text = f"best so far, step {course.step}, eval loss {eval_loss:.4f}"
+    def _take(self, course: Course, scores: dict[str, float], each: Sequence[float]) -> None:
+        who = "" if self.company.alone else f"{course.name}: "
+        try:
+            best = course.judge(scores["eval_loss"])
+        except NonFiniteError as error:
+            return self.company.fail(course, error, self.recorder.event)
+        if best:
+            text = f"best so far, step {course.step}, eval loss {course.eval_loss:.4f}"
             self.recorder.event("best", f"{who}{text}")
-        elif course.stopped:
+        self.company.judge(course, scores, best, each)
+        if course.stopped:
             self.recorder.event("info", f"{who}{course.stopped}")
 
     def _log(self, course: Course, scores: dict[str, float]) -> None:
@@ -311,6 +359,7 @@ class _Run:
         self.recorder.step(
             {
                 "step": course.step,
+                **({"turn": self.turn} if course.joined else {}),
                 "epoch": round(course.step / course.steps_per_epoch, 4),
                 "adapter": course.name,
                 "loss": window.loss,
@@ -337,12 +386,11 @@ class _Run:
         state = checkpoint.State(
             self.turn,
             self.identity,
-            circumstances(self.model, self.settings),
+            circumstances(self.model, self.settings, self.courses),
             unjudged=self.unjudged,
             seconds=self.seconds,
         )
-        for course in self.courses:
-            course.save_into(state)
+        self.company.save_into(state)
         checkpoint.save(self.folder.checkpoints, state, keep=self.settings.save_total_limit)
         ended = time.monotonic()
         self.saved, self.last_save = self.turn, (ended, ended - began)
@@ -350,10 +398,14 @@ class _Run:
 
     def _resume(self) -> list[str]:
         """Go on from the newest whole checkpoint; returns what the user should be told."""
-        now = circumstances(self.model, self.settings)
-        state, notes = checkpoint.load(self.folder.checkpoints, self.identity, circumstances=now)
+        state, notes = checkpoint.newest(self.folder.checkpoints)
         if state is None:
             return [*notes, "there is no checkpoint yet: starting from the beginning"]
+        self.company.rejoin(state)
+        self.engine.look_again()
+        self.identity = identity(self.model, self.task, self.courses, self.settings)
+        now = circumstances(self.model, self.settings, self.courses)
+        notes += checkpoint.check(state, self.identity, now)
         for course in self.courses:
             course.restore(state)
         self.turn = self.saved = state.step
@@ -368,7 +420,8 @@ class _Run:
         for c in self.courses:
             if note := c.finish():
                 self.recorder.event("info", note)
-            folders[c.name] = self._publish(c)
+            if not (c.failed and c.broken):
+                folders[c.name] = self._publish(c)
         seconds, tokens = self.seconds, sum(c.tokens for c in self.courses)
         report = TrainReport(
             steps={c.name: c.step for c in self.courses},
@@ -380,7 +433,8 @@ class _Run:
             seconds=seconds,
             tokens_per_second=tokens / seconds if seconds else 0.0,
             peak_memory_bytes=memory_bytes(),
-            adapters={c.name: _shape(c) for c in self.courses},
+            adapters={c.name: self._entry(c) for c in self.courses},
+            failed={c.name: c.failed for c in self.courses},
         )
         files = [f for folder in folders.values() for f in folder.glob("*.safetensors")]
         report.resources.update(
@@ -409,7 +463,7 @@ class _Run:
             ) from error
 
     def _target(self, course: Course) -> Path:
-        return self.folder.adapter(None if len(self.courses) == 1 else course.name)
+        return self.folder.adapter(None if self.company.alone else course.name)
 
     def _provenance(self, course: Course) -> dict[str, Any]:
         """Where an adapter comes from, and how its base must be asked."""
@@ -418,7 +472,7 @@ class _Run:
             "versions": versions(),
             "data_digest": self.identity[f"data of {course.name}"].rpartition(" ")[2],
             "steps": course.step,
-            "settings": self.settings.model_dump(mode="json"),
+            "settings": course.settings.model_dump(mode="json"),
         }
 
     def _manifest(self) -> dict[str, Any]:
@@ -436,25 +490,27 @@ class _Run:
             "task": self.task.kind,
             "seed": self.settings.seed,
             "method": _method(first.trainee.adapter),
-            "adapters": {
-                c.name: {
-                    **_shape(c),
-                    "reason": c.trainee.adapter.reason,
-                    "on": [stage.method.kind for stage in c.trainee.adapter.stages[:-1]],
-                    "path": str(self._target(c)),
-                    "merges": all(
-                        becomes_weight(slot.method)
-                        for stage in c.trainee.adapter.stages
-                        for slot in stage.slots.values()
-                    ),
-                }
-                for c in self.courses
-            },
+            "adapters": {c.name: self._entry(c) for c in self.courses},
             "plan": {
                 "max_steps": max(c.trainee.total for c in self.courses),
                 "epochs": max(c.trainee.total / c.steps_per_epoch for c in self.courses),
                 "batch_size": first.per_step,
             },
+        }
+
+    def _entry(self, course: Course) -> dict[str, Any]:
+        """What run.json says of an adapter."""
+        adapter = course.trainee.adapter
+        return {
+            **_shape(course),
+            "reason": adapter.reason,
+            "on": [stage.method.kind for stage in adapter.stages[:-1]],
+            "path": str(self._target(course)),
+            "merges": all(
+                becomes_weight(slot.method)
+                for stage in adapter.stages
+                for slot in stage.slots.values()
+            ),
         }
 
 

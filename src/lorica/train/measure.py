@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import sys
@@ -25,20 +26,25 @@ def mean_loss(
     batch_size: int,
     *,
     between: Callable[[], None] = lambda: None,
+    each: list[float] | None = None,
 ) -> float:
     """Mean negative log-likelihood (nats) per trained token of the model as it is activated.
 
     Args:
         between: called before every batch; may raise to leave.
+        each: is filled with the summed loss of every example, in their order.
     """
-    total, count = 0.0, 0
+    losses = [0.0] * len(examples)
     with answering(model), task.running(model):
         for chosen in by_length([len(e) for e in examples], batch_size):
             between()
             block = [examples[i] for i in chosen]
-            total += task.losses(model, task.collate([block], model))[0].item()
-            count += sum(e.num_trained for e in block)
-    return total / count
+            (found,) = task.each_loss(model, task.collate([block], model), [block])
+            for i, loss in zip(chosen, found, strict=True):
+                losses[i] = loss
+    if each is not None:
+        each[:] = losses
+    return math.fsum(losses) / sum(e.num_trained for e in examples)
 
 
 def memory_bytes() -> int:

@@ -16,10 +16,10 @@ from lorica.data.encode import Example, separator_of
 from lorica.errors import ConfigError, DataError
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.task import Task, num_positions
+from lorica.train.agreement import Given, of_the_run, settings_of
 from lorica.train.course import GROUP, Course
+from lorica.train.director import Records
 from lorica.train.engine import Trainee
-
-Records = Sequence[dict] | Sequence[Example]
 
 
 def default_task(model: nn.Module, settings: TrainSettings, data: Collection[Records] = ()) -> Task:
@@ -85,9 +85,12 @@ def courses_of(
     task: Task,
     data: Mapping[Adapter | str, Records],
     eval_data: Mapping[Adapter | str, Records] | Records | None,
-    settings: TrainSettings,
+    settings: Given,
 ) -> tuple[list[Course], list[str]]:
     """A course for each adapter, and what the user should be told about the records.
+
+    Args:
+        settings: for all adapters, or for each.
 
     Raises:
         ConfigError: settings without effect here, adapters that are not there or named twice.
@@ -110,8 +113,13 @@ def courses_of(
         for other in adapters(model).values()
         if other.on is find(model, name)
     ]
-    problems += _settings_problems(model, task, settings, any(map(len, held_out.values())))
-    if problems:
+    own = settings_of(model, by_name, settings)
+    for name, one in own.items():
+        who = f"{name!r}: " if len(set(own.values())) > 1 else ""
+        judged = len(held_out.get(name, ())) if who else any(map(len, held_out.values()))
+        problems += [who + text for text in _judging_problems(one, bool(judged))]
+    problems += _settings_problems(model, task, of_the_run(settings))
+    if problems := list(dict.fromkeys(problems)):
         raise ConfigError("this run cannot be planned", problems=problems)
     with activate(model, None):  # the task may have to run the base to find out
         group = GROUP if task.pads(model) else 1
@@ -121,13 +129,13 @@ def courses_of(
         examples = encoder(records, f"adapter {name!r}")
         if not examples:
             raise DataError(f"there are no records for adapter {name!r}", expected="at least one")
-        trainee = Trainee(find(model, name), settings, total_steps(len(examples), settings))
+        trainee = Trainee(find(model, name), own[name], total_steps(len(examples), own[name]))
         judged = encoder(held_out.get(name, ()), f"evaluation of {name!r}")
         origins = getattr(records, "origins", ())
         courses.append(Course(trainee, examples, judged, group, origins))
     _check_lengths(model, courses)
-    _check_warmup(courses, settings)
-    if problems := [text for c in courses for text in _method_problems(task, c, settings)]:
+    _check_warmup(courses)
+    if problems := [text for c in courses for text in _method_problems(task, c)]:
         raise ConfigError("the method cannot run so", problems=problems)
     told = [(course.name, course.trainee.between.note()) for course in courses]
     return courses, [*encoder.notes, *(f"{name}: {note}" for name, note in told if note)]
@@ -166,17 +174,18 @@ class _Encoder:
         return examples
 
 
-def _settings_problems(
-    model: nn.Module, task: Task, settings: TrainSettings, evaluates: bool
-) -> list[str]:
-    """Settings that would be ignored."""
+def _judging_problems(settings: TrainSettings, evaluates: bool) -> list[str]:
+    """Settings of one adapter that would be ignored."""
+    return [
+        f"{key}={value} has no effect: there are no records to evaluate on"
+        for key in ("early_stopping_patience", "eval_steps", "eval_batch_size")
+        if (value := getattr(settings, key)) is not None and not evaluates
+    ]
+
+
+def _settings_problems(model: nn.Module, task: Task, settings: TrainSettings) -> list[str]:
+    """Settings of the run that would be ignored."""
     problems = []
-    if not evaluates:
-        problems += [
-            f"{key}={value} has no effect: there are no records to evaluate on"
-            for key in ("early_stopping_patience", "eval_steps", "eval_batch_size")
-            if (value := getattr(settings, key)) is not None
-        ]
     packing = getattr(task, "packing", False)
     if settings.packing != "auto" and settings.packing != packing:
         problems.append(f"packing={settings.packing} has no effect on this task ({task.kind})")
@@ -189,14 +198,14 @@ def _settings_problems(
     return problems
 
 
-def _method_problems(task: Task, course: Course, settings: TrainSettings) -> list[str]:
+def _method_problems(task: Task, course: Course) -> list[str]:
     """Why a method cannot learn these records in these steps."""
     problems = course.trainee.between.problems()
     bare = [i for i, e in enumerate(course.examples) if e.num_prompt <= 1]
     adapter = course.trainee.adapter
     trained = [part.method for part in adapter.parts]
     for method in (stage.method for stage in adapter.stages):
-        if hasattr(method, "key_values") and settings.gradient_checkpointing:
+        if hasattr(method, "key_values") and course.settings.gradient_checkpointing:
             problems.append(
                 f"gradient_checkpointing takes the cache away, and {method.kind} with it: set "
                 "gradient_checkpointing: false, or use prompt-tuning"
@@ -222,10 +231,12 @@ def _check_lengths(model: nn.Module, courses: Sequence[Course]) -> None:
         )
 
 
-def _check_warmup(courses: Sequence[Course], settings: TrainSettings) -> None:
-    shortest = min(course.trainee.total for course in courses)
-    if settings.warmup_steps is not None and settings.warmup_steps > shortest:
-        raise ConfigError(
-            f"warmup_steps={settings.warmup_steps} is more than the {shortest} steps of the run",
-            mend="set warmup_ratio instead",
-        )
+def _check_warmup(courses: Sequence[Course]) -> None:
+    for course in courses:
+        steps, total = course.settings.warmup_steps, course.trainee.total
+        if steps is not None and steps > total:
+            who = f" of {course.name!r}" if len(courses) > 1 else ""
+            raise ConfigError(
+                f"warmup_steps={steps}{who} is more than the {total} steps of the run",
+                mend="set warmup_ratio instead",
+            )

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorica.attach.middle import Middle
+from lorica.attach.attach import Adapter
+from lorica.attach.middle import Middle, middle_of
 from lorica.config import TrainSettings
 from lorica.data.encoded_cache import user_folder
 from lorica.data.examples import Example
+from lorica.errors import ConfigError
 from lorica.records.phrases import size
 from lorica.tasks.task import Task
 from lorica.train.budget import machine_bytes
@@ -45,6 +47,22 @@ class Reuse:
         if self.layers is None:
             return lambda blocks, batch: nullcontext()
         return self.layers.skipped
+
+    def admit(self, model: nn.Module, adapter: Adapter) -> None:
+        """Raises ConfigError where an adapter that joins acts on the layers that are skipped, or
+        begins above them: its states would be those of another layer.
+        """
+        if self.layers is None:
+            return
+        middle, why = middle_of(model, [adapter])
+        if middle is None or middle.index != self.layers.middle.index:
+            raise ConfigError(
+                f"{adapter.name!r} cannot join: reuse_frozen_layers is on, and "
+                f"{why or 'it begins at another layer'}",
+                expected=f"adapters that begin at layer {self.layers.middle.index + 1}, as the "
+                "others",
+                mend="set reuse_frozen_layers: null",
+            )
 
     def close(self) -> None:
         if self.layers is not None:

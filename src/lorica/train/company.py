@@ -1,0 +1,165 @@
+"""The adapters of a run: who trains, who has ended and why, who joins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from lorica.config import TrainSettings
+from lorica.errors import CheckpointError, ConfigError, NonFiniteError
+from lorica.tasks.task import Task
+from lorica.train.agreement import check_agreement
+from lorica.train.checkpoint import State
+from lorica.train.course import Course
+from lorica.train.director import Director, Evaluation, Newcomer
+from lorica.train.plan import courses_of
+from lorica.train.reuse import Reuse
+
+Tell = Callable[[str, str], None]
+"""Takes an event: its kind and its text."""
+
+
+class Company:
+    """The courses of a run, in the order in which they joined.
+
+    Attributes:
+        courses: all, also those that have ended.
+        director: decides who leaves and joins; None where nobody does.
+        asked: whether the director was asked for newcomers since the last turn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        courses: list[Course],
+        settings: TrainSettings,
+        director: Director | None,
+        reuse: Reuse,
+    ) -> None:
+        self.model, self.task, self.courses, self.settings = model, task, courses, settings
+        self.director, self.reuse, self.asked = director, reuse, False
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is a run of one adapter, which fails with it."""
+        return self.director is None and len(self.courses) == 1
+
+    @property
+    def working(self) -> list[Course]:
+        return [course for course in self.courses if not course.done]
+
+    def fail(self, course: Course, error: NonFiniteError, tell: Tell) -> None:
+        """End one adapter whose numbers are not finite; the others go on.
+
+        Raises:
+            NonFiniteError: no other is there, or all have failed and nobody can join.
+        """
+        if self.alone:
+            raise error
+        course.failed = str(error).splitlines()[0]
+        tell("warning", f"{course.failed}; it ends here, and the others go on")
+        if self.director is None:
+            self.refuse_if_all_failed()
+
+    def refuse_if_all_failed(self) -> None:
+        """Raises NonFiniteError where no adapter came through."""
+        failed = [course.failed for course in self.courses if course.failed]
+        if len(failed) == len(self.courses):
+            raise NonFiniteError(
+                f"all {len(failed)} adapters failed",
+                problems=failed,
+                mend="lower learning_rate, set max_grad_norm, or use dtype: float32",
+            )
+
+    def judge(
+        self, course: Course, scores: Mapping[str, float], best: bool, losses: Sequence[float]
+    ) -> None:
+        """Ask the director whether an adapter goes on; `losses`: of every evaluation example."""
+        if self.director is None:
+            return
+        held_out = course.held_out
+        reason = self.director.judge(
+            Evaluation(
+                name=course.name,
+                step=course.step,
+                total=course.trainee.total,
+                scores=dict(scores),
+                best=best,
+                losses=tuple(losses),
+                tokens=tuple(example.num_trained for example in held_out),
+                rows=tuple(example.row for example in held_out),
+            )
+        )
+        if reason and not course.done:
+            course.stopped = reason
+
+    def welcome(self, turn: int, tell: Tell) -> list[Course]:
+        """Let those join whom the director sends, unless it was asked since the last turn.
+
+        Raises:
+            ConfigError, DataError: a newcomer that cannot train here.
+        """
+        if self.director is None or self.asked:
+            return []
+        self.asked = True
+        joined = [
+            self._join(newcomer, turn, tell)
+            for newcomer in self.director.newcomers({c.name: c.ended for c in self.courses})
+        ]
+        for course in joined if turn else []:
+            tell("info", f"{course.name} joins after turn {turn}")
+        return joined
+
+    def rejoin(self, state: State) -> None:
+        """Bring those back who had joined when a checkpoint was written.
+
+        Raises:
+            CheckpointError: the run had other adapters, and nobody knows them.
+        """
+        if self.director is not None:
+            self.director.restore(state.director)
+        known = {course.name for course in self.courses}
+        missing = [name for name in state.counters if name not in known]
+        if missing and self.director is None:
+            raise CheckpointError(
+                f"the checkpoint holds adapters that do not train here: {', '.join(missing)}",
+                mend="resume with the same adapters, and the same director where there was one",
+            )
+        by_turn = sorted(missing, key=lambda name: state.counters[name]["joined"])
+        for name in by_turn:
+            assert self.director is not None
+            self._join(self.director.again(name), state.counters[name]["joined"], _nothing)
+        self.asked = state.asked
+
+    def save_into(self, state: State) -> None:
+        """What belongs to a checkpoint."""
+        state.asked = self.asked
+        if self.director is not None:
+            state.director = dict(self.director.state)
+        for course in self.courses:
+            course.save_into(state)
+
+    def _join(self, newcomer: Newcomer, turn: int, tell: Tell) -> Course:
+        adapter = newcomer.adapter
+        if any(course.name == adapter.name for course in self.courses):
+            raise ConfigError(f"an adapter {adapter.name!r} was in this run before")
+        check_agreement({"the run": self.settings, adapter.name: newcomer.settings})
+        self.reuse.admit(self.model, adapter)
+        (course,), notes = courses_of(
+            self.model,
+            self.task,
+            {adapter: newcomer.data},
+            {adapter: newcomer.eval_data},
+            newcomer.settings,
+        )
+        course.joined = turn
+        for note in notes:
+            tell("info", note)
+        self.courses.append(course)
+        return course
+
+
+def _nothing(kind: str, text: str) -> None:
+    """Tells nobody: what was told once is not told again."""
