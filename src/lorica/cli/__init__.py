@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 COMMANDS = {
     "demo": "the whole way on an embedded base and data, offline, in minutes",
     "train": "train an adapter on your records, and judge it against the base",
+    "search": "find the rank and other settings: candidates trained together",
     "check": "look for faults in records before they cost a run",
     "clean": "write a repaired copy of records: no repeats, leaks or secrets",
     "plan": "what a run will need: memory by part, steps, time, disk",

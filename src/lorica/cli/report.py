@@ -19,6 +19,11 @@ def command(
         ),
     ] = None,
 ) -> None:
+    from lorica.records.folder import SEARCH
     from lorica.records.report import write_report
+    from lorica.records.search_page import write_search_page
 
+    if (run / SEARCH).is_file():
+        print(write_search_page(run, output=output))
+        return
     print(write_report(run, output=output))

@@ -60,12 +60,19 @@ def command(
     line = read_flags(context.args, known, [*own, "--help"])
     layers = [load_yaml(file) for file in line.files]
     go_on = resume is not None
-    if resume is not None and _unbegun(resume, line.flags):
+    if resume is not None and unbegun(resume, line.flags):
         resume = None  # with --output-dir, the same line begins a run and goes on with it
     if resume is not None:
-        _check_resume(resume, replace, line.flags)
-        layers.insert(0, _resumed(resume))
+        check_resume(resume, replace, line.flags)
+        layers.insert(0, resumed(resume))
     settings = resolve(*layers, flag_layer(line.flags, known), methods=WORDS)
+    if settings.run.search is not None:
+        from lorica.errors import ConfigError
+
+        raise ConfigError(
+            f"{settings.origins['search']}: lorica train trains with one value for each setting",
+            mend="lorica search tries those of the section search; or take the section out",
+        )
     if dry_run:
         print(settings.to_yaml(), end="")
         return
@@ -95,7 +102,7 @@ def command(
         print("\n".join(closing_lines(outcome.folder, outcome.samples)))
 
 
-def _unbegun(folder: Path, flags: dict[str, str]) -> bool:
+def unbegun(folder: Path, flags: dict[str, str]) -> bool:
     """Whether the command line names this folder as its output too, and no run has begun there."""
     from lorica.config.names import ALIASES
 
@@ -104,7 +111,7 @@ def _unbegun(folder: Path, flags: dict[str, str]) -> bool:
     return not begun and any(path.resolve() == folder.resolve() for path in named)
 
 
-def _check_resume(folder: Path, replace: bool, flags: dict[str, str]) -> None:
+def check_resume(folder: Path, replace: bool, flags: dict[str, str]) -> None:
     """Raises ConfigError for what goes with no resumed run."""
     from lorica.config.names import ALIASES
     from lorica.errors import ConfigError
@@ -121,7 +128,7 @@ def _check_resume(folder: Path, replace: bool, flags: dict[str, str]) -> None:
         raise ConfigError("this run cannot be gone on with", problems=problems)
 
 
-def _resumed(folder: Path):
+def resumed(folder: Path):
     """The settings of a run, each with the origin that it had."""
     from lorica.config import Layer, load_yaml
     from lorica.records.read import read_settings

@@ -331,6 +331,12 @@ class RunConfig(Settings):
         "alone: a list of {name: word, data: path, setting: value}; settings beside it are those "
         "of all adapters",
     )
+    search: Annotated[dict[str, Any], Expects("a mapping of settings to choices")] | None = Field(
+        default=None,
+        description="what lorica search chooses, each from a list or a range: {r: [4, 8, 16], "
+        "learning_rate: {low: 1e-4, high: 1e-3, log: true}}; and how it goes: sampler, candidates, "
+        "at_once, rungs, keep, hopeless, standard_errors, spectrum, storage",
+    )
     init_adapter: PathText | None = Field(
         default=None,
         description="a trained adapter to begin from, such as that of another task: a run folder "

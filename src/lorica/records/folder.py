@@ -9,6 +9,8 @@ relevance.json  how much each layer matters, where records decided about the ada
 adapter/        the adapter (adapters/NAME/ where a run trains several)
 checkpoints/    report.html     .lock
 stages/1/ ...   the run folder of every stage, where a run has several
+study.db        of a search: every candidate with what it reached; search.json, the answer; and
+                run.yaml, which trains the chosen one again (adapter/)
 """
 
 import contextlib
@@ -33,10 +35,12 @@ CONFIG, MANIFEST, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVENTS, SAMPLES, REPORT, LOCK = "events.jsonl", "samples.jsonl", "report.html", ".lock"
 ADAPTER, ADAPTERS, CHECKPOINTS = "adapter", "adapters", "checkpoints"
 STAGES = "stages"
+STUDY, SEARCH, RUN_YAML = "study.db", "search.json", "run.yaml"
 RELEVANCE, RELEVANCE_SCORES = "relevance.json", "relevance.safetensors"
 LAYOUT = (
     *(MANIFEST, CONFIG, METRICS, EVENTS, SAMPLES, RELEVANCE, RELEVANCE_SCORES, REPORT),
     *(ADAPTER, ADAPTERS, CHECKPOINTS, STAGES),
+    *(STUDY, f"{STUDY}-journal", SEARCH, RUN_YAML),
 )
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -24,12 +24,12 @@ from lorica.records.smooth import smoothed, thinned
 POINTS = 400  # of a curve; more cannot be seen
 NUM_COLOURS = 8
 
-INK, _MUTED, GRID, _PAPER, _BASE = "#010101", "#020202", "#030303", "#040404", "#050505"
+INK, MUTED, GRID, _PAPER, _BASE = "#010101", "#020202", "#030303", "#040404", "#050505"
 _GOOD = "#060606"
 SERIES = [f"#1010{index:02x}" for index in range(NUM_COLOURS)]
 _VARIABLES = {
     INK: "ink",
-    _MUTED: "muted",
+    MUTED: "muted",
     GRID: "grid",
     _PAPER: "paper",
     _BASE: "base",
@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
     "axes.edgecolor": GRID,
     "axes.facecolor": "none",
     "axes.grid": True,
-    "axes.labelcolor": _MUTED,
+    "axes.labelcolor": MUTED,
     "axes.linewidth": 0.8,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -61,9 +61,9 @@ STYLE: dict[Any, Any] = {
     "legend.labelcolor": INK,
     "text.color": INK,
     "xtick.color": GRID,
-    "xtick.labelcolor": _MUTED,
+    "xtick.labelcolor": MUTED,
     "ytick.color": GRID,
-    "ytick.labelcolor": _MUTED,
+    "ytick.labelcolor": MUTED,
 }
 
 
@@ -250,7 +250,7 @@ def _draw_score(axes: Axes, name: str, score: Mapping) -> None:
         (0, ends[1], f"tuned {cells['tuned']}"),
     ):
         if place == 0 or base is not None:
-            colour = INK if place == 0 else _MUTED
+            colour = INK if place == 0 else MUTED
             axes.text(
                 max(end, 0) + 0.012 * reach, place, text, va="center", fontsize=8.5, color=colour
             )

@@ -102,7 +102,7 @@ def _places_figure(places: Sequence[Mapping[str, Any]], measure: str, unit: str)
         figure = Figure(figsize=(9.2, 0.75 + 0.27 * len(kinds)), layout="constrained")
         for at, (title, table) in enumerate(tables.items()):
             axes = figure.add_subplot(1, 2, at + 1)
-            _draw(axes, table, title, "layer", names=at == 0)
+            draw_cells(axes, table, title, "layer", names=at == 0)
         return svg(figure, "relevance", "Relevance by layer and kind of module")
 
 
@@ -120,11 +120,11 @@ def _heads_figure(places: Sequence[Mapping[str, Any]]) -> str | None:
         figure = Figure(figsize=(9.2, 0.75 + 0.24 * depth), layout="constrained")
         for at, (kind, table) in enumerate(shown):
             axes = figure.add_subplot(1, len(shown), at + 1)
-            _draw(axes, table, f"{kind}, layer by head", "head", names=at == 0)
+            draw_cells(axes, table, f"{kind}, layer by head", "head", names=at == 0)
         return svg(figure, "heads", "Relevance by layer and head of attention")
 
 
-def _draw(axes: Axes, table: Table, title: str, along: str, *, names: bool) -> None:
+def draw_cells(axes: Axes, table: Table, title: str, along: str, *, names: bool) -> None:
     """A cell per value, as dark as its share of the largest one."""
     largest = max(table.cells.values(), default=0.0) or 1.0
     for (row, column), value in table.cells.items():

@@ -1,0 +1,346 @@
+"""The study: every candidate of a search with what it reached, in a database that survives a kill.
+
+It is a study of Optuna, so that its tools read it, and several machines may work on one. Each of
+them (a "run") claims candidates, and what was decided about a candidate is written down before it
+is acted on: a run that is gone on with from a checkpoint finds its own decisions here and takes
+them again, whatever others have reached meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from lorica.errors import ConfigError, LoricaError, MissingPackage
+from lorica.search.samplers import FIXED, fixed_points, number_of, suggested
+from lorica.search.space import Choices, Point, Space
+
+try:
+    import optuna
+    from optuna.trial import FrozenTrial, TrialState
+except ImportError as error:
+    raise MissingPackage.of("optuna", "search", "a search") from error
+
+Outcome = Literal["waiting", "training", "finished", "cut", "failed"]
+
+NAME = "lorica"
+"""Of the study in its database, where an address names none."""
+
+_LOST = timedelta(seconds=60)
+"""A candidate that somebody took this long ago and never put a name to is free again."""
+
+_SAMPLERS = {"tpe": "TPESampler", "gp": "GPSampler", "qmc": "QMCSampler"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of one candidate.
+
+    Attributes:
+        number: of the candidate, counted from 0.
+        point: its own settings.
+        outcome: "cut" is ended early by comparison; "failed" could not be trained.
+        run: the folder of the run that trains it; empty where nobody does.
+        reason: why it was cut or failed.
+        parameters, rank: how many numbers train, and `r`; None until it was attached, or without.
+        curve: step -> evaluation loss (nats per token).
+        best_step: the step of the adapter that is kept.
+        losses: summed loss of each evaluation record with that adapter.
+        rungs: step -> the same at the steps where candidates are compared.
+        decided: step -> why it ended there; empty where it went on.
+    """
+
+    number: int
+    point: Point
+    outcome: Outcome
+    run: str = ""
+    reason: str = ""
+    parameters: int | None = None
+    rank: int | None = None
+    curve: Mapping[int, float] = field(default_factory=dict)
+    best_step: int | None = None
+    losses: tuple[float, ...] = ()
+    rungs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    decided: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of its adapter."""
+        return adapter_name(self.number)
+
+    @property
+    def last_step(self) -> int:
+        return max(self.curve, default=0)
+
+    @property
+    def loss(self) -> float | None:
+        """Evaluation loss of the adapter that is kept."""
+        return self.curve.get(self.best_step) if self.best_step is not None else None
+
+
+def adapter_name(number: int) -> str:
+    """The name of a candidate's adapter."""
+    return f"c{number:03d}"
+
+
+class Study:
+    """A study in its database.
+
+    Args:
+        storage: a file, or an address that Optuna takes (sqlite:///..., mysql://...).
+        space: what may be chosen.
+        seed: of the sampler.
+        identity: what must be the same for all who work on this study.
+        run: the folder of this run, by which it claims candidates.
+
+    Raises:
+        ConfigError: the study there is one of other settings, data or base.
+    """
+
+    def __init__(
+        self, storage: str, space: Space, *, seed: int, identity: Mapping[str, Any], run: str
+    ) -> None:
+        self.space, self.run = space, run
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        self._shared = "://" in storage or space.how.storage is not None
+        url = storage if "://" in storage else f"sqlite:///{Path(storage).absolute()}"
+        how = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+        self._storage = optuna.storages.RDBStorage(url, engine_kwargs=how)
+        self._study = self._open(seed, dict(identity))
+
+    def _open(self, seed: int, identity: dict[str, Any]) -> optuna.Study:
+        how: dict[str, Any] = {"study_name": NAME, "storage": self._storage}
+        sampler = _sampler(self.space.sampler, seed)
+        try:
+            study = optuna.create_study(**how, sampler=sampler, direction="minimize")
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(**how, sampler=sampler)
+        found = study.user_attrs.get("identity")
+        if found is None:  # new, or killed before it was whole: the points are the same again
+            for point in _missing(study, fixed_points(self.space, seed)):
+                study.enqueue_trial(_params(self.space, point), user_attrs={"point": point})
+            study.set_user_attr("identity", identity)
+        elif found != identity:
+            _refuse(found, identity)
+        return study
+
+    def close(self) -> None:
+        """Leave the database to others."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    # reading
+
+    def entries(self) -> list[Entry]:
+        """All candidates, by number."""
+        return [_entry(trial) for trial in self._trials()]
+
+    def entry(self, number: int) -> Entry:
+        return next(entry for entry in self.entries() if entry.number == number)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Trained tokens of each evaluation record; empty before the first evaluation."""
+        return tuple(self._study.user_attrs.get("tokens", ()))
+
+    def _trials(self) -> list[FrozenTrial]:
+        found = self._study.get_trials(deepcopy=False)
+        return [trial for trial in found if not trial.user_attrs.get("void")]
+
+    # claiming
+
+    def claim(self) -> Entry | None:
+        """The next candidate, which is this run's from now on; None where there are no more."""
+        if (orphan := self._orphan()) is not None:
+            return self._take(orphan)
+        fixed = self.space.sampler in FIXED
+        if not fixed and len(self._trials()) >= number_of(self.space):
+            return None
+        if fixed and not any(t.state == TrialState.WAITING for t in self._trials()):
+            return None
+        trial = self._study.ask()
+        if fixed and "point" not in trial.user_attrs:  # another machine took the last one
+            trial.set_user_attr("void", True)
+            self._study.tell(trial, state=TrialState.FAIL)
+            return None
+        point = suggested(self.space, trial, trial.user_attrs.get("point"))
+        if not fixed:
+            trial.set_user_attr("point", point)
+        return self._take(trial.number)
+
+    def _orphan(self) -> int | None:
+        """A candidate that was taken by a run which was killed before it could say so."""
+        for trial in self._trials():
+            if trial.state != TrialState.RUNNING or trial.user_attrs.get("run"):
+                continue
+            since = datetime.now() - (trial.datetime_start or datetime.now())
+            if "point" in trial.user_attrs and (not self._shared or since > _LOST):
+                return trial.number
+        return None
+
+    def _take(self, number: int) -> Entry:
+        self._set(number, run=self.run)
+        return self.entry(number)
+
+    def own(self) -> list[Entry]:
+        """The candidates of this run, whatever became of them."""
+        return [entry for entry in self.entries() if entry.run == self.run]
+
+    # writing
+
+    def describe(self, number: int, *, parameters: int, rank: int | None) -> None:
+        """Say how large a candidate is."""
+        self._set(number, parameters=parameters, rank=rank)
+
+    def report(
+        self,
+        number: int,
+        step: int,
+        loss: float,
+        *,
+        losses: Sequence[float],
+        tokens: Sequence[int],
+        kept: bool,
+        rung: bool,
+    ) -> None:
+        """Take an evaluation. The same one again changes nothing.
+
+        Args:
+            losses, tokens: summed loss and trained tokens of each evaluation record.
+            kept: whether the adapter of this step is the one that would be kept.
+            rung: whether candidates are compared at this step.
+
+        Raises:
+            LoricaError: the records are others than those of the other candidates.
+        """
+        if not self.tokens:
+            self._study.set_user_attr("tokens", list(tokens))
+        elif self.tokens != tuple(tokens):
+            raise LoricaError("the candidates of this study were judged on different records")
+        trial = self._trial(number)
+        if step not in trial.intermediate_values:
+            optuna.Trial(self._study, trial._trial_id).report(loss, step)
+        rounded = [float(f"{value:.7g}") for value in losses]
+        if kept and not trial.state.is_finished():
+            self._set(number, losses=rounded, best_step=step)
+        if rung and not trial.state.is_finished():
+            self._set(number, **{f"rung {step}": rounded})
+
+    def decision(self, number: int, step: int) -> str | None:
+        """What was decided about a candidate at a step: "" for going on, else why it ends; None
+        where nothing was.
+        """
+        return self.entry(number).decided.get(step)
+
+    def decide(self, number: int, step: int, reason: str) -> None:
+        """Write down what `decision` then gives."""
+        self._set(number, **{f"decided {step}": reason})
+
+    def end(self, number: int, outcome: Outcome, *, reason: str = "") -> None:
+        """Write down what became of a candidate. The same again changes nothing."""
+        trial = self._trial(number)
+        if trial.state.is_finished():
+            return
+        self._set(number, outcome=outcome, reason=reason)
+        entry = self.entry(number)
+        if outcome == "failed" or entry.loss is None:
+            self._study.tell(number, state=TrialState.FAIL)
+        elif outcome == "cut":
+            self._study.tell(number, state=TrialState.PRUNED)
+        else:
+            self._study.tell(number, entry.loss)
+
+    def _trial(self, number: int) -> FrozenTrial:
+        return next(trial for trial in self._trials() if trial.number == number)
+
+    def _set(self, number: int, **values: Any) -> None:
+        trial = self._trial(number)
+        for key, value in values.items():
+            if trial.user_attrs.get(key) != value:
+                self._storage.set_trial_user_attr(trial._trial_id, key, value)
+
+
+def _sampler(kind: str, seed: int) -> Any:
+    if kind not in _SAMPLERS:
+        return optuna.samplers.RandomSampler(seed=seed)
+    try:
+        return getattr(optuna.samplers, _SAMPLERS[kind])(seed=seed)
+    except ImportError as error:
+        raise ConfigError(
+            f"sampler: {kind} cannot be used: {error}", mend="choose tpe or random"
+        ) from error
+
+
+def _missing(study: optuna.Study, points: Sequence[Point] | None) -> list[Point]:
+    """The points that are not in the queue yet."""
+    there = [json.dumps(trial.user_attrs.get("point")) for trial in study.get_trials()]
+    return [point for point in points or () if json.dumps(point) not in there]
+
+
+def _params(space: Space, point: Point) -> dict[str, Any]:
+    """A point as Optuna names its parameters."""
+    found = {}
+    for axis in space.axes:
+        if axis.key in point and isinstance(axis, Choices):
+            found[axis.key] = axis.labels[axis.values.index(point[axis.key])]
+        elif axis.key in point:
+            found[axis.key] = point[axis.key]
+    return found
+
+
+_STATES: dict[TrialState, Outcome] = {
+    TrialState.WAITING: "waiting",
+    TrialState.RUNNING: "training",
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "cut",
+    TrialState.FAIL: "failed",
+}
+
+
+def _entry(trial: FrozenTrial) -> Entry:
+    known = trial.user_attrs
+    return Entry(
+        number=trial.number,
+        point=dict(known.get("point", {})),
+        outcome=_STATES[trial.state],
+        run=str(known.get("run", "")),
+        reason=str(known.get("reason", "")),
+        parameters=known.get("parameters"),
+        rank=known.get("rank"),
+        curve=dict(sorted(trial.intermediate_values.items())),
+        best_step=known.get("best_step"),
+        losses=tuple(known.get("losses", ())),
+        rungs={step: tuple(losses) for step, losses in _by_step(known, "rung ").items()},
+        decided=_by_step(known, "decided "),
+    )
+
+
+def _by_step(known: Mapping[str, Any], prefix: str) -> dict[int, Any]:
+    """Attributes whose names end in a step, by that."""
+    return {int(k.removeprefix(prefix)): v for k, v in known.items() if k.startswith(prefix)}
+
+
+def _refuse(found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a study of something else."""
+    keys = sorted({*found, *identity})
+    problems = [
+        f"{key} is {_text(identity.get(key))}, and the study has {_text(found.get(key))}"
+        for key in keys
+        if found.get(key) != identity.get(key)
+    ]
+    raise ConfigError(
+        "the study there is one of another search",
+        problems=problems,
+        mend="choose another output_dir, or another storage",
+    )
+
+
+def _text(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
