@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lorica.errors import LoricaError
 from lorica.tasks.documents import NAME, NotSupported, lay_out
+from lorica.tasks.last_layer import LastLayer, Place, Seen, keep_rows, noting, places
 from lorica.tasks.task import answering, device_of
 
 _LENGTHS = (7, 5, 9)
@@ -76,23 +78,69 @@ def packing_fault(model: Any, *, longest: int | None = None) -> str | None:
                     "documents": documents.to(device),
                 }
                 packed = model(ids[None], **layout, use_cache=False).logits[0, : sum(_LENGTHS)]
-    except (
-        NotSupported,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        AttributeError,
-    ) as error:
+    except _FAULTS as error:
         return (str(error) or type(error).__name__).splitlines()[0][:120]
     finally:
         if model.config._attn_implementation != own:
             model.set_attn_implementation(own)
+    apart = _apart(model, packed, alone)
+    return None if apart is None else f"packed documents see each other (logits differ by {apart})"
+
+
+def _apart(model: Any, ours: Tensor, theirs: Tensor) -> str | None:
+    """How far numbers of `model` are apart, where that is more than rounding."""
     exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    tolerance = (1e-4 if exact else 5e-2) * max(1.0, alone.abs().max().item())
-    worst = (packed.float() - alone).abs().max().item()
-    if not worst <= tolerance:  # also where it is NaN
-        return f"packed documents see each other (logits differ by {worst:.2g})"
+    theirs = theirs.float()
+    tolerance = (1e-4 if exact else 5e-2) * max(1.0, theirs.abs().max().item())
+    worst = (ours.float() - theirs).abs().max().item()
+    return None if worst <= tolerance else f"{worst:.2g}"  # also where it is NaN
+
+
+_FAULTS = (
+    NotSupported,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    LoricaError,
+)
+"""What a model may raise that is given what it does not expect."""
+
+
+def place_of_rows(model: Any) -> Place | None:
+    """Where rows that nobody reads may leave a model that packs; None where logits of the others
+    would not be the same, or where it has no such place.
+    """
+    lengths = (*_LENGTHS, 13)  # more rows than go on
+    documents, _, positions = lay_out([lengths])
+    device = device_of(model)
+    wanted = torch.tensor([3, 6, 7, 20, sum(lengths) - 1])
+    kept = keep_rows(documents, [wanted])
+    assert kept is not None
+    kept, wanted, seen = kept.to(device), wanted.to(device), Seen()
+    vocabulary = model.config.get_text_config().vocab_size
+    inputs: dict[str, Any] = {
+        "input_ids": (torch.arange(len(positions)) * 7 % min(vocabulary, 1000))[None].to(device),
+        "position_ids": positions[None].to(device),
+    }
+    documents = documents.to(device)
+    with answering(model), attention(model, NAME):
+        try:
+            with noting(model, seen):
+                noted = replace(documents, seen=seen)
+                whole = model(**inputs, documents=noted, use_cache=False).logits[0, wanted]
+            for place in places(model, seen):
+                last = LastLayer(model, place)
+                if place.projection is None or not last.free(model):
+                    continue
+                with last.running():
+                    last.kept = kept
+                    less = model(**inputs, documents=documents, use_cache=False).logits[0]
+                if _apart(model, less[kept.chosen[0]], whole) is None:
+                    return place
+        except _FAULTS:
+            return None
     return None
 
 
