@@ -195,7 +195,7 @@ def noting(model: nn.Module, seen: Seen) -> Iterator[None]:
 def places(model: nn.Module, seen: Seen) -> list[Place]:
     """Where rows could be chosen, the best place first."""
     attentions = [i for i, (module, _) in enumerate(seen) if [*module.children()]]
-    if not attentions:
+    if len({seen[i][0] for i in attentions}) < max(1, len(attentions)):  # ALBERT runs one again
         return []
     module, made = seen[attentions[-1]]
     lists = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m))

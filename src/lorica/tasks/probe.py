@@ -18,6 +18,7 @@ from lorica.errors import LoricaError
 from lorica.tasks.documents import NAME, NotSupported, lay_out
 from lorica.tasks.last_layer import LastLayer, Place, Seen, keep_rows, noting, places
 from lorica.tasks.task import answering, device_of
+from lorica.tasks.texts import takes_segments, text_inputs
 
 _LENGTHS = (7, 5, 9)
 """Tokens of the documents that are compared: odd, different, the longest not first."""
@@ -121,9 +122,10 @@ def place_of_rows(model: Any) -> Place | None:
     kept, wanted, seen = kept.to(device), wanted.to(device), Seen()
     vocabulary = model.config.get_text_config().vocab_size
     inputs: dict[str, Any] = {
-        "input_ids": (torch.arange(len(positions)) * 7 % min(vocabulary, 1000))[None].to(device),
-        "position_ids": positions[None].to(device),
+        "input_ids": (1 + torch.arange(len(positions)) * 7 % (min(vocabulary, 1000) - 1))[None],
+        "position_ids": positions[None],
     }
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     documents = documents.to(device)
     with answering(model), attention(model, NAME):
         try:
@@ -142,6 +144,65 @@ def place_of_rows(model: Any) -> Place | None:
         except _FAULTS:
             return None
     return None
+
+
+def packing_texts(model: Any) -> tuple[str | None, Place | None]:
+    """Why texts that are to be classified cannot share a row of `model`, or where the rows that
+    its head reads leave it: where the classes of packed texts are those of each alone.
+    """
+    if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
+        return "it is no model of transformers", None
+    settable = getattr(model, "_can_set_attn_implementation", None)
+    if settable is not None and not settable():
+        return "it does not take another attention function", None
+    own, config = model.config._attn_implementation, model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    lengths = (7, 5, min(max(9, window + 7), _LONGEST_TRIED))
+    ids = [[1 + (7 * i + n) % (min(config.vocab_size, 1000) - 1) for i in range(n)] for n in lengths]
+    segments = [[int(2 * i > n) for i in range(n)] for n in lengths]
+    segments = segments if takes_segments(model) else [[] for _ in lengths]
+    try:
+        inputs, _, kept = text_inputs([ids], [segments], model)
+        with answering(model):
+            alone = torch.cat([_class_of(model, i, s) for i, s in zip(ids, segments, strict=True)])
+            with attention(model, NAME):
+                if model.config._attn_implementation != NAME:
+                    return "it does not take another attention function", None
+                seen = Seen()
+                documents = inputs["documents"]
+                with noting(model, seen):
+                    model(**(inputs | {"documents": replace(documents, seen=seen)}))
+                fault = "it has no list of layers that each run once"
+                for place in places(model, seen):
+                    last = LastLayer(model, place)
+                    with last.running():
+                        last.kept = kept
+                        logits = model(**inputs).logits
+                    if logits.shape[0] != len(kept.rows):
+                        return "its head does not take texts of one token", None
+                    apart = _apart(model, logits[kept.chosen[0]], alone)
+                    if apart is None:
+                        return None, place
+                    fault = f"packed texts see each other (logits differ by {apart})"
+                return fault, None
+    except _FAULTS as error:
+        return (str(error) or type(error).__name__).splitlines()[0][:120], None
+    finally:
+        if model.config._attn_implementation != own:
+            model.set_attn_implementation(own)
+
+
+_LONGEST_TRIED = 600
+"""Tokens of a text that is to be longer than a window of attention."""
+
+
+def _class_of(model: Any, ids: list[int], segments: list[int]) -> Tensor:
+    """Logits (1, classes) of one text."""
+    device = device_of(model)
+    inputs = {"input_ids": torch.tensor([ids], device=device)}
+    if segments:
+        inputs["token_type_ids"] = torch.tensor([segments], device=device)
+    return model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"])).logits.float()
 
 
 def _local_attention(config: Any, longest: int | None) -> str | None:
