@@ -65,6 +65,8 @@ class Route:
             mixture on all rows; (rows, N) for one mixture per row of the batch.
         segments: instead of weights, for training: (start, end, name) over the rows of the
             flattened batch.
+        kept: the same over the rows that go on behind the attention of the last layer, where those
+            are fewer.
         dropout_seed: makes the adapters' dropout repeatable; None draws from torch's global state.
         seeds: the same for each segment, where there are segments.
         stacked: at every place the adapters follow each other in the order of `names`, each given
@@ -74,6 +76,7 @@ class Route:
     names: tuple[str, ...]
     weights: Tensor | None = None
     segments: tuple[tuple[int, int, str], ...] | None = None
+    kept: tuple[tuple[int, int, str], ...] | None = None
     dropout_seed: int | None = None
     seeds: tuple[int, ...] = ()
     stacked: bool = False
@@ -348,14 +351,17 @@ def _segments(plates: Plates, x: Tensor, training: bool) -> list[Segment]:
     route = plates.route
     assert route is not None and route.segments is not None
     rows, width = x.shape[:-1].numel(), route.segments[-1][1]
-    if rows != width:
+    covers = route.segments
+    if rows != width and route.kept is not None and rows == route.kept[-1][1]:
+        covers = route.kept
+    elif rows != width:
         raise ActivationError(
             f"{plates.path}: the segments cover {width} rows, but the layer was given {rows}",
             mend="adapt this layer with one adapter at a time",
         )
     segments: list[Segment] = []
-    seeds = route.seeds or (None,) * len(route.segments)
-    for (start, end, name), seed in zip(route.segments, seeds, strict=True):
+    seeds = route.seeds or (None,) * len(covers)
+    for (start, end, name), seed in zip(covers, seeds, strict=True):
         if slot := plates.slots.get(name):
             method: Any = slot.method
             own = method.segment(slot.tensors, start, end)

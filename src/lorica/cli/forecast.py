@@ -213,6 +213,7 @@ def _again(
     if dtype is not None:
         shadow = make_shadow(replace(shadow.request, dtype=dtype))
         shadow.packs, shadow.plain = found.shadow.packs, found.shadow.plain
+        shadow.place = found.shadow.place
     return estimate(
         shadow,
         method or found.method,

@@ -7,8 +7,8 @@ go through the output head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -24,7 +24,8 @@ from lorica.data.template import ChatTemplate
 from lorica.errors import ConfigError
 from lorica.tasks.documents import NAME, lay_out
 from lorica.tasks.head import head_losses
-from lorica.tasks.probe import attention, packing_fault, plain_head
+from lorica.tasks.last_layer import LastLayer, Place, keep_rows
+from lorica.tasks.probe import attention, packing_fault, place_of_rows, plain_head
 from lorica.tasks.task import (
     Batch,
     Prediction,
@@ -60,6 +61,7 @@ class CausalLM:
     def __post_init__(self) -> None:
         self._packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+        self._ends: WeakKeyDictionary[nn.Module, LastLayer | None] = WeakKeyDictionary()
 
     @classmethod
     def of(
@@ -111,7 +113,7 @@ class CausalLM:
 
     def collate(self, blocks: Sequence[Sequence[Example]], model: nn.Module) -> Batch:
         if self.packs(model):
-            return _packed(blocks, device_of(model))
+            return _packed(blocks, device_of(model), keeps=self._end(model) is not None)
         (examples,) = blocks
         ids, device = [e.input_ids for e in examples], device_of(model)
         targets = pad([_shifted(e.labels) for e in examples], IGNORED).flatten()
@@ -124,6 +126,12 @@ class CausalLM:
         prompts = tuple(example.num_prompt for example in examples)
         return Batch(inputs, (targets[keep].to(device),), (keep.to(device),), prompts=prompts)
 
+    def rectangle(self, examples: Sequence[Example], model: nn.Module) -> dict[str, Any]:
+        if not self.packs(model):
+            return self.collate([examples], model).inputs
+        fill = filler(model, self.tokenizer)  # no token sees what stands behind it: without a mask
+        return {"input_ids": pad([e.input_ids for e in examples], fill).to(device_of(model))}
+
     # --- loss -------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:
@@ -131,10 +139,14 @@ class CausalLM:
 
     def _row_losses(self, model: Any, batch: Batch) -> list[Tensor]:
         """The loss of every row that carries a label, for each block (labels,)."""
-        head = self._head(model)
-        packed = attention(model, NAME) if "documents" in batch.inputs else nullcontext()
-        labelled = list(zip(batch.keep, batch.labels, strict=True))
+        head, end, keep = self._head(model), self._ends.get(model), batch.keep
+        if batch.kept is not None:
+            keep = batch.kept.chosen
+        labelled = list(zip(keep, batch.labels, strict=True))
+        packed = self.running(model) if "documents" in batch.inputs else nullcontext()
         with packed, telling(model, batch.prompts):
+            if end is not None:
+                end.kept = batch.kept
             if head is None:
                 logits = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
                 return [
@@ -147,8 +159,14 @@ class CausalLM:
                 head_losses(head, flat.index_select(0, rows), targets) for rows, targets in labelled
             ]
 
-    def running(self, model: nn.Module) -> AbstractContextManager:
-        return attention(model, NAME) if self.packs(model) else nullcontext()
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[None]:
+        if not self.packs(model):
+            yield
+            return
+        end = self._ends.get(model)
+        with attention(model, NAME), nullcontext() if end is None else end.running():
+            yield
 
     def packs(self, model: nn.Module) -> bool:
         """Whether documents may share a row of this model; found out by running it, once.
@@ -169,14 +187,31 @@ class CausalLM:
             self._packs[model] = reason is None
         return self._packs[model]
 
-    def assume(self, model: nn.Module, *, packs: bool, plain: bool) -> None:
+    def place(self, model: nn.Module) -> Place | None:
+        """Where rows without a label leave `model`; None where all go through to the end."""
+        end = self._end(model)
+        return None if end is None else end.place
+
+    def _end(self, model: nn.Module) -> LastLayer | None:
+        """The last layer, where rows without a label need not go through all of it."""
+        if model not in self._ends:
+            place = place_of_rows(model) if self.packs(model) else None
+            self._ends[model] = None if place is None else LastLayer(model, place)
+        end = self._ends[model]
+        return end if end is not None and end.free(model) else None
+
+    def assume(
+        self, model: nn.Module, *, packs: bool, plain: bool, place: Place | None = None
+    ) -> None:
         """Take for granted what running `model` would tell: one without numbers cannot be asked.
 
         Args:
             packs: whether documents may share a row of it.
             plain: whether its logits are exactly head(hidden states).
+            place: where rows without a label leave it.
         """
         self._packs[model] = packs
+        self._ends[model] = None if place is None else LastLayer(model, place)
         self._heads[model] = model.get_output_embeddings() if plain else None  # type: ignore[operator]
 
     def _head(self, model: nn.Module) -> nn.Module | None:
@@ -314,8 +349,14 @@ def _shifted(labels: Sequence[int]) -> list[int]:
     return [*labels[1:], IGNORED]
 
 
-def _packed(blocks: Sequence[Sequence[Example]], device: torch.device) -> Batch:
-    """The examples of every block one after the other in one flat row."""
+def _packed(
+    blocks: Sequence[Sequence[Example]], device: torch.device, *, keeps: bool
+) -> Batch:
+    """The examples of every block one after the other in one flat row.
+
+    Args:
+        keeps: whether only rows with a label go through all of the last layer.
+    """
     documents, rows, positions = lay_out([[len(e) for e in block] for block in blocks])
     ids = torch.zeros(len(positions), dtype=torch.long)
     targets = torch.full((len(positions),), IGNORED)
@@ -324,7 +365,9 @@ def _packed(blocks: Sequence[Sequence[Example]], device: torch.device) -> Batch:
         end = start + len(flat)
         ids[start:end] = torch.tensor(flat)
         targets[start:end] = torch.tensor([t for e in block for t in _shifted(e.labels)])
-    keep = [start + (targets[start:end] != IGNORED).nonzero().flatten() for start, end in rows]
+    wanted = [(targets[start:end] != IGNORED).nonzero().flatten() for start, end in rows]
+    keep = [start + own for (start, _), own in zip(rows, wanted, strict=True)]
+    kept = keep_rows(documents, wanted) if keeps else None
     inputs = {
         "input_ids": ids[None].to(device),
         "position_ids": positions[None].to(device),
@@ -332,4 +375,5 @@ def _packed(blocks: Sequence[Sequence[Example]], device: torch.device) -> Batch:
     }
     labels = tuple(targets[k].to(device) for k in keep)
     prompts = tuple(example.num_prompt for block in blocks for example in block)
-    return Batch(inputs, labels, tuple(k.to(device) for k in keep), tuple(rows), prompts)
+    kept = None if kept is None else kept.to(device)
+    return Batch(inputs, labels, tuple(k.to(device) for k in keep), tuple(rows), prompts, kept)

@@ -3,7 +3,7 @@
 Everything but attention treats a token by itself, so a batch is laid out as one row of tokens,
 without padding between documents. Attention gathers documents of similar length into rectangles,
 padded on the right to the longest of each; with a causal mask the padding is never seen by a real
-token. A rectangle holds documents of one adapter only, because the blocking of the kernels depends
+token, and where tokens see both ways a mask hides it. A rectangle holds documents of one adapter only, because the blocking of the kernels depends
 on its shape: that is what keeps training beside others bitwise equal to training alone.
 
 The function is registered with transformers' attention registry and takes the layout as a keyword
@@ -18,7 +18,7 @@ document, P places of all rectangles of a block.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -50,6 +50,9 @@ class Block:
         scatter: for each row of the block its place; filling rows point at place 0.
         used: rows that belong to documents; the others fill the block up.
         lengths: of its documents, in the order of its rows.
+        real: for each rectangle the places that are no padding (N, 1, 1, L), where attention needs
+            to be told; None where there is no padding, or where tokens see only what is before
+            them.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -57,31 +60,40 @@ class Block:
     scatter: Tensor
     used: int
     lengths: tuple[int, ...]
+    real: tuple[Tensor | None, ...]
 
     @property
     def size(self) -> int:
         """Rows of the block."""
         return self.scatter.numel()
 
+    def to(self, device: torch.device) -> Block:
+        real = tuple(None if mask is None else mask.to(device) for mask in self.real)
+        return replace(
+            self, gather=self.gather.to(device), scatter=self.scatter.to(device), real=real
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The layout of a flat row: its blocks, in order, without gaps."""
+    """The layout of a flat row: its blocks, in order, without gaps.
+
+    Attributes:
+        both: whether tokens see what comes after them too.
+        seen: where a list, every layer adds itself and what its attention gave.
+    """
 
     blocks: tuple[Block, ...]
+    both: bool = False
+    seen: list[tuple[nn.Module, Tensor]] | None = field(default=None, repr=False)
 
     def to(self, device: torch.device) -> Documents:
-        return Documents(
-            tuple(
-                replace(b, gather=b.gather.to(device), scatter=b.scatter.to(device))
-                for b in self.blocks
-            )
-        )
+        return replace(self, blocks=tuple(block.to(device) for block in self.blocks))
 
     def lengthened(self, count: int) -> Lengthened:
         """The layout with `count` more rows in front of every document."""
         lengths = [[length + count for length in block.lengths] for block in self.blocks]
-        documents, rows, positions = lay_out(lengths)
+        documents, rows, positions = lay_out(lengths, both=self.both)
         total = sum(block.size for block in self.blocks)
         source, kept = torch.zeros(len(positions), dtype=torch.long), []
         before = 0
@@ -123,11 +135,14 @@ class Lengthened:
     positions: Tensor
 
 
-def lay_out(lengths: Sequence[Sequence[int]]) -> tuple[Documents, list[tuple[int, int]], Tensor]:
+def lay_out(
+    lengths: Sequence[Sequence[int]], *, both: bool = False
+) -> tuple[Documents, list[tuple[int, int]], Tensor]:
     """Place the documents of every block one after the other.
 
     Args:
         lengths: for each block the lengths of its documents.
+        both: whether tokens see what comes after them too.
 
     Returns:
         the layout, the rows (start, end) of each block, and position_ids of shape (T,), which start
@@ -136,25 +151,30 @@ def lay_out(lengths: Sequence[Sequence[int]]) -> tuple[Documents, list[tuple[int
     """
     blocks, rows, positions, start = [], [], [], 0
     for documents in lengths:
-        block = _place(documents)
+        block = _place(documents, both)
         position = torch.zeros(block.size, dtype=torch.long)
         position[: block.used] = torch.cat([torch.arange(length) for length in documents])
         blocks.append(block)
         positions.append(position)
         rows.append((start, start + block.size))
         start += block.size
-    return Documents(tuple(blocks)), rows, torch.cat(positions)
+    return Documents(tuple(blocks), both), rows, torch.cat(positions)
 
 
-def _place(lengths: Sequence[int]) -> Block:
+def _place(lengths: Sequence[int], both: bool) -> Block:
     """A block for documents of these lengths, which lie in its rows in the order given."""
     starts = [0, *accumulate(lengths)]
     used = starts.pop()
     size = (used // ROW_MULTIPLE + 1) * ROW_MULTIPLE  # there is always a filling row
+    if both:  # more rows than documents, filled up: `last_layer` tells the two by their number
+        size = max(size, (-(-len(lengths) // ROW_MULTIPLE) + 1) * ROW_MULTIPLE)
     scatter = torch.zeros(size, dtype=torch.long)
-    shapes, gathers, place = [], [], 0
+    shapes, gathers, real, place = [], [], [], 0
     for chosen in _rectangles(lengths):
         longest = lengths[chosen[0]]
+        own = torch.tensor([lengths[i] for i in chosen])
+        padded = both and int(own.min()) < longest
+        real.append((torch.arange(longest) < own[:, None])[:, None, None] if padded else None)
         gather = torch.full((len(chosen), longest), used)
         for i, document in enumerate(chosen):
             first, length = starts[document], lengths[document]
@@ -164,7 +184,7 @@ def _place(lengths: Sequence[int]) -> Block:
         shapes.append((len(chosen), longest))
         gathers.append(gather.flatten())
         place += gather.numel()
-    return Block(tuple(shapes), torch.cat(gathers), scatter, used, tuple(lengths))
+    return Block(tuple(shapes), torch.cat(gathers), scatter, used, tuple(lengths), tuple(real))
 
 
 def _rectangles(lengths: Sequence[int]) -> list[list[int]]:
@@ -197,13 +217,16 @@ def documents_attention(
     prefix_gate: Tensor | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document.
+    """Attention inside each document, causal where that of the layer is.
 
     Shapes are as transformers hands them: (1, H, T, D) -> (1, T, H, D). Where there are more keys
     and values than queries, the first ones are a prefix that every document sees; with
     `prefix_gate` (T, 1) multiplied by a number that is the same on all rows of a document.
 
     Semantics: for each document d: out[d] = softmax(causal(query[d] key[d]^T * scaling)) value[d]
+
+    Raises:
+        NotSupported: the layer wants more of attention than this.
     """
     if documents is None or attention_mask is not None:
         extra = other if sliding_window is None else {**other, "sliding_window": sliding_window}
@@ -211,20 +234,25 @@ def documents_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **extra
         )
     unknown = [k for k in ("s_aux", "softcap", "position_bias") if other.get(k) is not None]
-    if unknown or not getattr(module, "is_causal", True):
-        raise NotSupported(f"attention with {', '.join(unknown) or 'both directions'}")
+    causal = getattr(module, "is_causal", True)
+    if unknown or causal is documents.both:
+        direction = "one direction" if causal else "both directions"
+        raise NotSupported(f"attention with {', '.join(unknown) or direction}")
     sizes = [block.size for block in documents.blocks]
     prefix = key.shape[2] - query.shape[2]
     before = key[0, :, :prefix], value[0, :, :prefix]
     rows = query, key[:, :, prefix:], value[:, :, prefix:]
     parts = zip(*(t[0].transpose(0, 1).split(sizes) for t in rows), strict=True)
-    how = _How(scaling, dropout, sliding_window, before if prefix else None)
+    how = _How(scaling, dropout, sliding_window, before if prefix else None, documents.both)
     gates = [None] * len(sizes) if prefix_gate is None else prefix_gate.split(sizes)
     out = [
         _block(q, k, v, block, how, gate)
         for (q, k, v), block, gate in zip(parts, documents.blocks, gates, strict=True)
     ]
-    return torch.cat(out).unsqueeze(0), None
+    made = torch.cat(out).unsqueeze(0)
+    if documents.seen is not None:
+        documents.seen.append((module, made))
+    return made, None
 
 
 class NotSupported(Exception):
@@ -239,6 +267,7 @@ class _How:
     dropout: float
     window: int | None
     before: tuple[Tensor, Tensor] | None
+    both: bool
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, how: _How, gate: Tensor | None) -> Tensor:
@@ -249,37 +278,40 @@ def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, how: _How, gate: Tenso
         _rectangle(
             tuple(t.view(*shape, *t.shape[1:]) for t in parts),
             how,
+            real,
             None if gate is None else gate.index_select(0, own.view(shape)[:, 0]),
         )
-        for shape, own, *parts in zip(
-            block.shapes, rows, *(p.split(sizes) for p in places), strict=True
+        for shape, own, real, *parts in zip(
+            block.shapes, rows, block.real, *(p.split(sizes) for p in places), strict=True
         )
     ]
     return _ToRows.apply(out[0] if len(out) == 1 else torch.cat(out), block)
 
 
-def _rectangle(parts: tuple[Tensor, ...], how: _How, gate: Tensor | None) -> Tensor:
-    """Causal attention of N documents: three of (N, L, H, D), gates (N, 1) -> (N L, H, D)."""
+def _rectangle(
+    parts: tuple[Tensor, ...], how: _How, real: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    """Attention of N documents: three of (N, L, H, D), gates of the prefix (N, 1) -> (N L, H, D)."""
     q, k, v = (t.transpose(1, 2) for t in parts)
-    longest, mask, prefix = q.shape[2], None, 0
+    longest, prefix = q.shape[2], 0
     if how.before is not None:
         prefix = how.before[0].shape[1]
         k, v = (
             torch.cat([_opened(front.expand(own.shape[0], -1, -1, -1), gate), own], 2)
             for front, own in zip(how.before, (k, v), strict=True)
         )
-    if prefix or (how.window is not None and how.window < longest):
-        steps = torch.arange(longest, device=q.device)
-        distance = steps[:, None] - torch.arange(-prefix, longest, device=q.device)[None, :]
-        mask = distance >= 0
-        if how.window is not None:
-            mask = mask & (distance < how.window)
+    mask = _mask(longest, prefix, how, q.device)
+    if real is not None:
+        real = F.pad(real, (prefix, 0), value=True)
+        own = torch.eye(longest, dtype=torch.bool, device=q.device)  # no query sees nothing
+        own = F.pad(own, (prefix, 0), value=False)
+        mask = real if mask is None else mask & real | own
     out = F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
-        is_causal=mask is None and longest > 1,
+        is_causal=mask is None and longest > 1 and not how.both,
         scale=how.scaling,
         dropout_p=how.dropout,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -290,6 +322,19 @@ def _rectangle(parts: tuple[Tensor, ...], how: _How, gate: Tensor | None) -> Ten
 def _opened(prefix: Tensor, gate: Tensor | None) -> Tensor:
     """Keys or values (N, H, P, D), each document's multiplied by its gate."""
     return prefix if gate is None else prefix * gate[:, :, None, None].to(prefix.dtype)
+
+
+def _mask(longest: int, prefix: int, how: _How, device: torch.device) -> Tensor | None:
+    """Which of its keys (prefix + L) a query (L) sees, where the kernels do not know by
+    themselves.
+    """
+    narrow = how.window is not None and how.window < longest
+    if not narrow and (how.both or not prefix):
+        return None
+    steps = torch.arange(longest, device=device)
+    distance = steps[:, None] - torch.arange(-prefix, longest, device=device)[None, :]
+    mask = torch.ones_like(distance, dtype=torch.bool) if how.both else distance >= 0
+    return mask & (distance.abs() < how.window) if narrow else mask
 
 
 class _ToPlaces(torch.autograd.Function):

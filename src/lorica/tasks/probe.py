@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from lorica.errors import LoricaError
 from lorica.tasks.documents import NAME, NotSupported, lay_out
+from lorica.tasks.last_layer import LastLayer, Place, Seen, keep_rows, noting, places
 from lorica.tasks.task import answering, device_of
+from lorica.tasks.texts import takes_segments, text_inputs
 
 _LENGTHS = (7, 5, 9)
 """Tokens of the documents that are compared: odd, different, the longest not first."""
@@ -76,24 +79,130 @@ def packing_fault(model: Any, *, longest: int | None = None) -> str | None:
                     "documents": documents.to(device),
                 }
                 packed = model(ids[None], **layout, use_cache=False).logits[0, : sum(_LENGTHS)]
-    except (
-        NotSupported,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        AttributeError,
-    ) as error:
+    except _FAULTS as error:
         return (str(error) or type(error).__name__).splitlines()[0][:120]
     finally:
         if model.config._attn_implementation != own:
             model.set_attn_implementation(own)
+    apart = _apart(model, packed, alone)
+    return None if apart is None else f"packed documents see each other (logits differ by {apart})"
+
+
+def _apart(model: Any, ours: Tensor, theirs: Tensor) -> str | None:
+    """How far numbers of `model` are apart, where that is more than rounding."""
     exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    tolerance = (1e-4 if exact else 5e-2) * max(1.0, alone.abs().max().item())
-    worst = (packed.float() - alone).abs().max().item()
-    if not worst <= tolerance:  # also where it is NaN
-        return f"packed documents see each other (logits differ by {worst:.2g})"
+    theirs = theirs.float()
+    tolerance = (1e-4 if exact else 5e-2) * max(1.0, theirs.abs().max().item())
+    worst = (ours.float() - theirs).abs().max().item()
+    return None if worst <= tolerance else f"{worst:.2g}"  # also where it is NaN
+
+
+_FAULTS = (
+    NotSupported,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    LoricaError,
+)
+"""What a model may raise that is given what it does not expect."""
+
+
+def place_of_rows(model: Any) -> Place | None:
+    """Where rows that nobody reads may leave a model that packs; None where logits of the others
+    would not be the same, or where it has no such place.
+    """
+    lengths = (*_LENGTHS, 13)  # more rows than go on
+    documents, _, positions = lay_out([lengths])
+    device = device_of(model)
+    wanted = torch.tensor([3, 6, 7, 20, sum(lengths) - 1])
+    kept = keep_rows(documents, [wanted])
+    assert kept is not None
+    kept, wanted, seen = kept.to(device), wanted.to(device), Seen()
+    vocabulary = model.config.get_text_config().vocab_size
+    inputs: dict[str, Any] = {
+        "input_ids": (1 + torch.arange(len(positions)) * 7 % (min(vocabulary, 1000) - 1))[None],
+        "position_ids": positions[None],
+    }
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    documents = documents.to(device)
+    with answering(model), attention(model, NAME):
+        try:
+            with noting(model, seen):
+                noted = replace(documents, seen=seen)
+                whole = model(**inputs, documents=noted, use_cache=False).logits[0, wanted]
+            for place in places(model, seen):
+                last = LastLayer(model, place)
+                if place.projection is None or not last.free(model):
+                    continue
+                with last.running():
+                    last.kept = kept
+                    less = model(**inputs, documents=documents, use_cache=False).logits[0]
+                if _apart(model, less[kept.chosen[0]], whole) is None:
+                    return place
+        except _FAULTS:
+            return None
     return None
+
+
+def packing_texts(model: Any) -> tuple[str | None, Place | None]:
+    """Why texts that are to be classified cannot share a row of `model`, or where the rows that
+    its head reads leave it: where the classes of packed texts are those of each alone.
+    """
+    if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
+        return "it is no model of transformers", None
+    settable = getattr(model, "_can_set_attn_implementation", None)
+    if settable is not None and not settable():
+        return "it does not take another attention function", None
+    own, config = model.config._attn_implementation, model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    lengths = (7, 5, min(max(9, window + 7), _LONGEST_TRIED))
+    ids = [[1 + (7 * i + n) % (min(config.vocab_size, 1000) - 1) for i in range(n)] for n in lengths]
+    segments = [[int(2 * i > n) for i in range(n)] for n in lengths]
+    segments = segments if takes_segments(model) else [[] for _ in lengths]
+    try:
+        inputs, _, kept = text_inputs([ids], [segments], model)
+        with answering(model):
+            alone = torch.cat([_class_of(model, i, s) for i, s in zip(ids, segments, strict=True)])
+            with attention(model, NAME):
+                if model.config._attn_implementation != NAME:
+                    return "it does not take another attention function", None
+                seen = Seen()
+                documents = inputs["documents"]
+                with noting(model, seen):
+                    model(**(inputs | {"documents": replace(documents, seen=seen)}))
+                fault = "it has no list of layers that each run once"
+                for place in places(model, seen):
+                    last = LastLayer(model, place)
+                    with last.running():
+                        last.kept = kept
+                        logits = model(**inputs).logits
+                    if logits.shape[0] != len(kept.rows):
+                        return "its head does not take texts of one token", None
+                    apart = _apart(model, logits[kept.chosen[0]], alone)
+                    if apart is None:
+                        return None, place
+                    fault = f"packed texts see each other (logits differ by {apart})"
+                return fault, None
+    except _FAULTS as error:
+        return (str(error) or type(error).__name__).splitlines()[0][:120], None
+    finally:
+        if model.config._attn_implementation != own:
+            model.set_attn_implementation(own)
+
+
+_LONGEST_TRIED = 600
+"""Tokens of a text that is to be longer than a window of attention."""
+
+
+def _class_of(model: Any, ids: list[int], segments: list[int]) -> Tensor:
+    """Logits (1, classes) of one text."""
+    device = device_of(model)
+    inputs = {"input_ids": torch.tensor([ids], device=device)}
+    if segments:
+        inputs["token_type_ids"] = torch.tensor([segments], device=device)
+    return model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"])).logits.float()
 
 
 def _local_attention(config: Any, longest: int | None) -> str | None:

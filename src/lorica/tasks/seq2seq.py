@@ -136,6 +136,9 @@ class Seq2Seq:
         }
         return Batch(inputs, (labels,))
 
+    def rectangle(self, examples: Sequence[Example], model: nn.Module) -> dict[str, Any]:
+        return self.collate([examples], model).inputs
+
     # --- loss and predictions ---------------------------------------------------------------------
 
     def running(self, model: nn.Module) -> AbstractContextManager:

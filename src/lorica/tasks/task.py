@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorica.data.encode import Encoded, Example, Progress
 from lorica.data.encoded_cache import Encoding
+from lorica.tasks.last_layer import Kept
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Batch:
         rows: (start, end) of each block in the flat row; None where the batch is padded and has one
             block.
         prompts: tokens before the first label of every record; None where a record is all prompt.
+        kept: the rows that go on behind the attention of the last layer; None: all.
     """
 
     inputs: dict[str, Any]
@@ -54,6 +56,7 @@ class Batch:
     keep: tuple[Tensor, ...] = ()
     rows: tuple[tuple[int, int], ...] | None = None
     prompts: tuple[int, ...] | None = None
+    kept: Kept | None = None
 
 
 class Task(Protocol):
@@ -98,6 +101,12 @@ class Task(Protocol):
 
     def collate(self, blocks: Sequence[Sequence[Example]], model: nn.Module) -> Batch:
         """The examples of each block as one batch; several blocks only where `shares` says so."""
+        ...
+
+    def rectangle(self, examples: Sequence[Example], model: nn.Module) -> dict[str, Tensor]:
+        """Inputs of `model` for records beside each other, filled up on the right to the longest,
+        so that no token sees what fills up.
+        """
         ...
 
     def running(self, model: nn.Module) -> AbstractContextManager:
@@ -175,14 +184,19 @@ def filler(model: nn.Module, tokenizer: Any) -> int:
 def num_positions(model: nn.Module, *, virtual: int = 0) -> int | None:
     """The longest input that a model has positions for, beside the virtual tokens of its adapters;
     None where it has no such limit. `virtual`: at least so many, of an adapter still to come.
-
-    RoBERTa and its like count positions from behind the filling token, whose embedding is one of
-    the table.
     """
     config: Any = getattr(model, "config", None)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
     if not isinstance(limit, int) or limit < 1:  # DeBERTa says -1 where positions are relative
         return None
+    there = max(getattr(module, "lorica_virtual_tokens", 0) for module in model.modules())
+    return limit - first_position(model, limit) - max(there, virtual)
+
+
+def first_position(model: nn.Module, limit: int) -> int:
+    """The position of the first token of a text, in a model with a table of `limit` positions:
+    RoBERTa and its like count from behind the filling token, whose embedding is one of the table.
+    """
     offsets = (
         module.padding_idx + 1
         for name, module in model.named_modules()
@@ -191,8 +205,7 @@ def num_positions(model: nn.Module, *, virtual: int = 0) -> int | None:
         and module.padding_idx is not None
         and module.num_embeddings == limit
     )
-    there = max(getattr(module, "lorica_virtual_tokens", 0) for module in model.modules())
-    return limit - next(offsets, 0) - max(there, virtual)
+    return next(offsets, 0)
 
 
 def wide(logits: Tensor) -> Tensor:

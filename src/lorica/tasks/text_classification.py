@@ -1,12 +1,18 @@
-"""One label for a text, or for a pair of texts."""
+"""One label for a text, or for a pair of texts.
+
+Training packs texts into one flat row where the model allows it, as documents of language models
+are (`documents`), and behind the last layer only the token that the head reads goes on
+(`last_layer`). Whether classes are the same so is found out once per model by running it; where
+they are not, texts of similar length are padded.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +20,10 @@ from torch.nn import functional as F
 
 from lorica.data.encode import Encoded, Example, Progress
 from lorica.data.encoded_cache import Encoding, encoding_of
-from lorica.errors import DataError, nearest
+from lorica.errors import ConfigError, DataError, nearest
+from lorica.tasks.documents import NAME
+from lorica.tasks.last_layer import LastLayer, Place
+from lorica.tasks.probe import attention, packing_texts
 from lorica.tasks.task import (
     Batch,
     Prediction,
@@ -26,6 +35,7 @@ from lorica.tasks.task import (
     pad,
     wide,
 )
+from lorica.tasks.texts import takes_segments, text_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +58,20 @@ class TextClassification:
         tokenizer: a tokenizer of transformers; its own special tokens frame the text.
         labels: names of the classes, in order of their index.
         max_length: longer texts are cut; None cuts nothing.
+        packing: "auto", True (an error where the model cannot) or False.
         notes: what the user should be told.
     """
 
     tokenizer: Any
     labels: tuple[str, ...]
     max_length: int | None = None
+    packing: bool | str = "auto"
     notes: list[str] = field(default_factory=list)
 
     kind: ClassVar[str] = "text-classification"
+
+    def __post_init__(self) -> None:
+        self._ends: WeakKeyDictionary[nn.Module, LastLayer | None] = WeakKeyDictionary()
 
     # --- records to numbers -----------------------------------------------------------------------
 
@@ -143,43 +158,100 @@ class TextClassification:
         )
 
     def shares(self, model: nn.Module) -> bool:
-        return False
+        return self._end(model) is not None
 
     def pads(self, model: nn.Module) -> bool:
-        return True
+        return self._end(model) is None
+
+    def place(self, model: nn.Module) -> Place | None:
+        """Where rows that the head does not read leave `model`; None where it is given texts beside
+        each other.
+        """
+        end = self._end(model)
+        return None if end is None else end.place
+
+    def assume(self, model: nn.Module, place: Place | None) -> None:
+        """Take for granted what `place` would find by running `model`."""
+        self._ends[model] = None if place is None else LastLayer(model, place)
+
+    def _end(self, model: nn.Module) -> LastLayer | None:
+        """The last layer of a model that takes packed texts; found out by running it, once.
+
+        Raises:
+            ConfigError: it does not, and `packing` is True.
+        """
+        if self.packing is False:
+            return None
+        if model not in self._ends:
+            reason, place = packing_texts(model)
+            if reason is not None and self.packing is True:
+                raise ConfigError(
+                    f"packing is on, but this model cannot: {reason}", mend="set packing: auto"
+                )
+            if reason is not None:
+                self.notes.append(f"batches are of similar lengths and padded, not packed: {reason}")
+            self._ends[model] = None if place is None else LastLayer(model, place)
+        end = self._ends[model]
+        return end if end is not None and end.free(model) else None
 
     def collate(self, blocks: Sequence[Sequence[Example]], model: nn.Module) -> Batch:
-        (examples,) = blocks
-        ids = [e.input_ids for e in examples]
+        labels = tuple(torch.tensor([e.labels[0] for e in block]) for block in blocks)
+        labels = tuple(own.to(device_of(model)) for own in labels)
+        if self._end(model) is None:
+            (examples,) = blocks
+            return Batch(self.rectangle(examples, model), labels)
+        ids = [[e.input_ids for e in block] for block in blocks]
+        inputs, rows, kept = text_inputs(ids, [_segments(block, model) for block in blocks], model)
+        return Batch(inputs, labels, rows=rows, kept=kept)
+
+    def rectangle(self, examples: Sequence[Example], model: nn.Module) -> dict[str, Tensor]:
+        ids, segments = [e.input_ids for e in examples], _segments(examples, model)
         inputs = {
             "input_ids": pad(ids, filler(model, self.tokenizer)),
             "attention_mask": mask_of(ids),
         }
-        segments = [getattr(e, "segments", ()) for e in examples]
-        if any(segments) and _takes_segments(model):
+        if any(segments):
             full = [s or (0,) * len(own) for s, own in zip(segments, ids, strict=True)]
             inputs["token_type_ids"] = pad(full, 0)
-        labels = torch.tensor([e.labels[0] for e in examples])
         device = device_of(model)
-        return Batch({k: t.to(device) for k, t in inputs.items()}, (labels.to(device),))
+        return {k: t.to(device) for k, t in inputs.items()}
 
     # --- loss and predictions ---------------------------------------------------------------------
 
-    def running(self, model: nn.Module) -> AbstractContextManager:
-        return nullcontext()
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[None]:
+        end = self._end(model)
+        if end is None:
+            yield
+            return
+        with attention(model, NAME), end.running():
+            yield
 
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:
-        return [F.cross_entropy(self._logits(model, batch), batch.labels[0], reduction="sum")]
+        return [
+            F.cross_entropy(logits, labels, reduction="sum")
+            for logits, labels in zip(self._logits(model, batch), batch.labels, strict=True)
+        ]
 
     def each_loss(
         self, model: nn.Module, batch: Batch, blocks: Sequence[Sequence[Any]]
     ) -> list[list[float]]:
-        logits = self._logits(model, batch)
-        return [F.cross_entropy(logits, batch.labels[0], reduction="none").tolist()]
+        return [
+            F.cross_entropy(logits, labels, reduction="none").tolist()
+            for logits, labels in zip(self._logits(model, batch), batch.labels, strict=True)
+        ]
 
-    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        with _filled_with(model, filler(model, self.tokenizer)):
-            return wide(model(**batch.inputs).logits)
+    def _logits(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        """For each block the logits of its records (records, classes)."""
+        if batch.kept is None:
+            with _filled_with(model, filler(model, self.tokenizer)):
+                return [wide(model(**batch.inputs).logits)]
+        with self.running(model):
+            end = self._ends[model]
+            assert end is not None
+            end.kept = batch.kept
+            logits = wide(model(**batch.inputs).logits)
+            return [logits.index_select(0, rows) for rows in batch.kept.chosen]
 
     def predict(
         self,
@@ -195,7 +267,7 @@ class TextClassification:
         with answering(model):
             for chosen in by_length([len(e) for e in examples], batch_size):
                 batch = self.collate([[examples[i] for i in chosen]], model)
-                logits = self._logits(model, batch)
+                (logits,) = self._logits(model, batch)
                 nll = F.cross_entropy(logits, batch.labels[0], reduction="none").tolist()
                 for i, loss, label in zip(chosen, nll, logits.argmax(-1).tolist(), strict=True):
                     found[i] = Prediction(records[i], loss, 1, label, (examples[i].labels[0],))
@@ -238,10 +310,11 @@ def _text_fault(record: dict) -> str | None:
     return None if all(isinstance(t, str) for t in texts) else "its text is no text"
 
 
-def _takes_segments(model: nn.Module) -> bool:
-    config: Any = getattr(model, "config", None)
-    known = inspect.signature(type(model).forward).parameters
-    return "token_type_ids" in known and getattr(config, "type_vocab_size", 0) > 1
+def _segments(examples: Sequence[Example], model: nn.Module) -> list[tuple[int, ...]]:
+    """Segments of every text, where the model tells them apart."""
+    if not takes_segments(model):
+        return [() for _ in examples]
+    return [getattr(e, "segments", ()) for e in examples]
 
 
 @contextmanager

@@ -218,10 +218,9 @@ class Engine:
         route = route_of(trainees[0].adapter, dropout_seed=seeds[0])
         if len(trainees) > 1:
             names = tuple(t.adapter.name for t in trainees)
-            segments = tuple(
-                (a, b, name) for (a, b), name in zip(batch.rows or (), names, strict=True)
-            )
-            route = Route(names, None, segments, seeds=seeds)
+            segments = _named(batch.rows or (), names)
+            kept = None if batch.kept is None else _named(batch.kept.ranges, names)
+            route = Route(names, None, segments, kept, seeds=seeds)
         skipped = self.skipping(blocks, batch)
         with skipped, self.running(), Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
@@ -266,6 +265,13 @@ class _Totals:
     tokens: int = 0
     suspects: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+
+
+def _named(
+    ranges: Sequence[tuple[int, int]], names: Sequence[str]
+) -> tuple[tuple[int, int, str], ...]:
+    """Ranges of rows with the adapters that they belong to."""
+    return tuple((start, end, name) for (start, end), name in zip(ranges, names, strict=True))
 
 
 def route_of(adapter: Adapter, *, dropout_seed: int) -> Route:

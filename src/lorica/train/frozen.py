@@ -30,7 +30,7 @@ from lorica.attach.attach import Adapter
 from lorica.attach.middle import Middle, body_output, middle_of
 from lorica.base.load import base_of, digest_of_tensors
 from lorica.data.encode import Example
-from lorica.tasks.task import Batch, Task, answering, device_of, filler, pad
+from lorica.tasks.task import Batch, Task, answering, device_of, filler
 from lorica.train.engine import draws
 from lorica.train.measure import versions
 from lorica.train.states import Key, States
@@ -59,7 +59,10 @@ class FrozenLayers:
     def skipped(self, blocks: Sequence[Sequence[Example]], batch: Batch) -> Iterator[None]:
         """Run the model from the middle on, for a batch that `task.collate` made of `blocks`."""
         found = self._states_of([example for block in blocks for example in block])
-        with self.middle.above(_laid_out(found, blocks, batch)):
+        laid = _laid_out(found, blocks, batch)
+        if batch.kept is not None and self.middle.index == len(self.middle.layers):
+            laid = batch.kept.of(laid)  # the layer that would choose them does not run
+        with self.middle.above(laid):
             yield
 
     def close(self) -> None:
@@ -90,14 +93,10 @@ class FrozenLayers:
 
     def _inputs(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What the model is given of records of about one length, padded on the right to one of
-        `MULTIPLE`. Where documents may be packed, no token sees what stands behind it, and a mask
-        would only cost time.
+        `MULTIPLE`.
         """
-        device, fill = device_of(self.model), filler(self.model, self.task.tokenizer)
-        if self.task.pads(self.model):
-            inputs = dict(self.task.collate([examples], self.model).inputs)
-        else:
-            inputs = {"input_ids": pad([e.input_ids for e in examples], fill).to(device)}
+        fill = filler(self.model, self.task.tokenizer)
+        inputs = self.task.rectangle(examples, self.model)
         longest = inputs["input_ids"].shape[1]
         more = _filled(longest) - longest
         values = {"input_ids": fill}

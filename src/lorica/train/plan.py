@@ -38,7 +38,9 @@ def default_task(model: nn.Module, settings: TrainSettings, data: Collection[Rec
             mend="pass task=..., for example lorica.tasks.CausalLM.of(tokenizer)",
         )
     if base.task == "text-classification":
-        return TextClassification(base.tokenizer, base.labels, settings.max_length)
+        return TextClassification(
+            base.tokenizer, base.labels, settings.max_length, settings.packing
+        )
     if base.task == "seq2seq":
         return Seq2Seq(base.tokenizer, settings.max_length)
     separator = _separator(data)

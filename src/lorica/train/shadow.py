@@ -26,7 +26,8 @@ from lorica.errors import LoricaError
 from lorica.files.adapter import load_adapter
 from lorica.methods import LoRA
 from lorica.methods.method import Method
-from lorica.tasks import CausalLM, Seq2Seq
+from lorica.tasks import CausalLM, Seq2Seq, TextClassification
+from lorica.tasks.last_layer import Place
 from lorica.tasks.probe import plain_decoder_head, plain_head
 from lorica.train.engine import Engine, Trainee
 
@@ -88,6 +89,7 @@ class Shadow:
         mode: the fake tensors' own; everything that runs the model must run inside.
         packs: whether documents may share a row, as far as the miniature tells.
         plain: whether the head is the last layer and nothing more.
+        place: where rows that nobody reads leave it.
         notes: what was assumed.
     """
 
@@ -97,13 +99,16 @@ class Shadow:
     mode: FakeTensorMode
     packs: bool = True
     plain: bool = True
+    place: Place | None = None
     notes: list[str] = field(default_factory=list)
 
     def task(self, task: Any) -> Any:
         """A copy of a task that knows what only numbers would tell of this model."""
         own = replace(task, notes=[])
         if isinstance(own, CausalLM):
-            own.assume(self.model, packs=self.packs, plain=self.plain)
+            own.assume(self.model, packs=self.packs, plain=self.plain, place=self.place)
+        elif isinstance(own, TextClassification):
+            own.assume(self.model, self.place)
         elif isinstance(own, Seq2Seq):
             own.assume(self.model, plain=self.plain)
         return own
@@ -204,6 +209,9 @@ def try_out(shadow: Shadow, task: Any, examples: Sequence[Example]) -> None:
     own = replace(task, notes=[])
     if shadow.request.task == "causal-lm":
         shadow.packs, shadow.plain = own.packs(model), plain_head(model) is not None
+        shadow.place = own.place(model)
+    elif shadow.request.task == "text-classification":
+        shadow.place = own.place(model)
     elif shadow.request.task == "seq2seq":
         shadow.plain = plain_decoder_head(model) is not None
     small = [_within(example, shadow.request.task) for example in examples[:4]]
