@@ -37,7 +37,7 @@ class Int8:
 
     def empty(self, shape: tuple[int, ...], device: torch.device) -> Stored:
         weight = torch.empty(shape, dtype=torch.int8, device=device)
-        return {"weight": weight, "SCB": torch.empty(shape[0], device=device)}
+        return {"weight": weight, "SCB": torch.empty(shape[0], dtype=torch.float32, device=device)}
 
     def pack(self, weight: Tensor) -> Stored:
         stored = self.empty(tuple(weight.shape), weight.device)

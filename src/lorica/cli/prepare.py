@@ -11,6 +11,7 @@ from torch import nn
 
 from lorica.attach.attach import Adapter
 from lorica.base.load import Base, base_of, load_model
+from lorica.base.storage import num_parameters
 from lorica.cli.forecast import (
     Forecast,
     forecast,
@@ -106,7 +107,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
         model, settings = _load(settings, material, kind)
     base = known(model)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    number = sum(p.numel() for p in model.parameters())
+    number = num_parameters(model)
     voice.say(
         f"base: {type(model).__name__}, {parameters(number)} parameters in {dtype}, for {kind}"
     )

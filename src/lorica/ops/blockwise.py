@@ -52,11 +52,11 @@ def dynamic_code(*, signed: bool) -> Code:
     """The dynamic map, with both signs or from 0."""
     values = [0.0, 1.0]
     for i in range(_DECADES):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
         middles = 10 ** (i + 1 - _DECADES) * (edges[:-1] + edges[1:]) / 2
         values += middles.tolist()
         values += (-middles).tolist() if signed else []
-    return code_of(torch.tensor(sorted(values)))
+    return code_of(torch.tensor(sorted(values), dtype=torch.float32))
 
 
 def code_of(ascending: Tensor) -> Code:

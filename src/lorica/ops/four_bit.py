@@ -58,7 +58,7 @@ def quantize(weight: Tensor, book: str, block: int) -> tuple[Tensor, Tensor]:
     """
     flat = weight.detach().reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-flat.numel() // block), device=flat.device)
+    absmax = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=flat.device)
     piece = _PIECE // block * block or block
     for start in range(0, flat.numel(), piece):
         part = flat[start : start + piece].float()
@@ -101,7 +101,11 @@ def dequantize(packed: Tensor, absmax: Tensor, book: str, block: int, out: Tenso
     piece = _PIECE // block * block or block
     whole = flat.numel() // piece * piece if flat.is_cpu else 0
     wide = flat if flat.dtype == torch.float32 else None
-    held = torch.empty(piece, device=out.device) if wide is None and whole else None
+    held = (
+        torch.empty(piece, dtype=torch.float32, device=out.device)
+        if wide is None and whole
+        else None
+    )
     places = torch.empty(piece // 2, dtype=torch.int32, device=out.device) if whole else None
     for start in range(0, whole, piece):
         part = wide[start : start + piece] if wide is not None else held
@@ -154,13 +158,13 @@ def nested_map(device: torch.device) -> Tensor:
 @cache
 def book_values(book: str, device: torch.device) -> Tensor:
     """The sixteen values (16,), float32."""
-    return torch.tensor(BOOKS[book], device=device)
+    return torch.tensor(BOOKS[book], dtype=torch.float32, device=device)
 
 
 @cache
 def _code(book: str, device: torch.device) -> tuple[Code, Tensor]:
     """The values in ascending order, and the place of each."""
-    values = torch.tensor(BOOKS[book])
+    values = torch.tensor(BOOKS[book], dtype=torch.float32)
     order = torch.argsort(values)
     return code_of(values[order]).to(device), order.to(torch.uint8).to(device)
 
@@ -168,14 +172,16 @@ def _code(book: str, device: torch.device) -> tuple[Code, Tensor]:
 @cache
 def _zero(book: str) -> int:
     """The place of 0, which fills up the last byte."""
-    return int(_places(torch.zeros(2), book, 2)[0][0])
+    return int(_places(torch.zeros(2, dtype=torch.float32), book, 2)[0][0])
 
 
 @cache
 def _pairs(book: str, device: torch.device) -> Tensor:
     """Byte -> its two numbers in float32, seen as one integer of 64 bits: so they move at once."""
     bytes_ = torch.arange(256)
-    both = torch.tensor(BOOKS[book])[torch.stack([bytes_ >> 4, bytes_ & 15], 1)]
+    both = torch.tensor(BOOKS[book], dtype=torch.float32)[
+        torch.stack([bytes_ >> 4, bytes_ & 15], 1)
+    ]
     return both.view(torch.int64).view(-1).to(device)
 
 
