@@ -258,6 +258,7 @@ def _load(settings: Resolved, material: Material, kind: str) -> tuple[nn.Module,
         revision=run.revision or "main",
         trust_remote_code=run.trust_remote_code,
         eos_token=run.eos_token,
+        quantize=run.quantize,  # type: ignore[arg-type]
     )
     given = tuple(settings.method.modules_to_save or ())
     new = tuple(name for name in known(model).new_modules if name not in given)
