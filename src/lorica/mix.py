@@ -26,11 +26,12 @@ from lorica.attach.layers import describe, to_stored
 from lorica.attach.site import Slot
 from lorica.attach.survey import clean, end_layer, survey
 from lorica.base.load import base_of
+from lorica.base.quantize import dequantize_model
+from lorica.base.storage import hindrance, is_packed, read_weight, rounded_weight, write_weight
 from lorica.errors import ConfigError, LoricaWarning, MergeError, folded
 from lorica.methods.method import Layer, becomes_weight
 
 WARN_DAMAGE, REFUSE_DAMAGE = 0.05, 0.25
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,11 @@ class _Target:
 
 
 def merge(
-    model: nn.Module, mixture: str | Adapter | Mapping[str, float], *, force: bool = False
+    model: nn.Module,
+    mixture: str | Adapter | Mapping[str, float],
+    *,
+    force: bool = False,
+    requantize: bool = False,
 ) -> MergeReport:
     """Write adapters into the base and take them off; the model answers as it did with them.
 
@@ -122,6 +127,8 @@ def merge(
         mixture: one adapter, or the weights of several: their updates are summed before the one
             rounding, with those of the adapters that they lie on.
         force: merge even where rounding destroys more than a quarter of the update.
+        requantize: a quantized base stays quantized, and every merged weight is quantized again;
+            else all layers of the model become plain ones, in the dtype of the base.
 
     Returns:
         the rounding damage of every weight. More than 5 % of it overall is a warning too.
@@ -152,16 +159,18 @@ def merge(
     problems += tied_problems
     if problems:
         raise MergeError("these adapters cannot become weights", problems=problems[:20])
-    results = [_merged(target) for target in targets]
+    results = [_merged(target, requantize) for target in targets]
     report = MergeReport(shares, tuple(entry for _, entry in results), tuple(untie))
     _judge(report, force)
     if untie:
         _untie(model, untie)
-    for target, (weight, _) in zip(targets, results, strict=True):
-        target.parameter.data.copy_(weight)
     for name in reversed(adapters(model)):  # what lies on another one goes first
         if name in shares and name in adapters(model):
             detach(model, name)
+    for target, (weight, _) in zip(targets, results, strict=True):
+        write_weight(target.module, target.name, weight, pack=requantize)
+    if not requantize and not adapters(model):
+        dequantize_model(model)
     _forget_digest(model, shares)
     return report
 
@@ -236,8 +245,10 @@ def _hindrance(target: _Target) -> str | None:
     parameter, layer = target.parameter, target.layer
     adds = [slot for _, slot in target.parts if not slot.method.replaces]
     copies = [(share, slot) for share, slot in target.parts if slot.method.replaces]
-    if parameter.is_meta or parameter.dtype not in _FLOATS:
+    if parameter.is_meta:
         return f"a weight of type {parameter.dtype} on {parameter.device} cannot be written"
+    if text := hindrance(target.module, target.name):
+        return text
     if "parametrizations" in target.module._modules:
         return "the weight is computed by a parametrization; remove it first"
     if adds and layer.geometry.get("groups", 1) > 1:
@@ -253,9 +264,11 @@ def _hindrance(target: _Target) -> str | None:
     return None
 
 
-def _merged(target: _Target) -> tuple[Tensor, MergedWeight]:
-    """The new weight in the dtype of the base, and what rounding did to it."""
-    parameter = target.parameter.detach()
+def _merged(target: _Target, requantize: bool = False) -> tuple[Tensor, MergedWeight]:
+    """The new weight, in the dtype of the base unless it is quantized again, and what rounding did
+    to it.
+    """
+    parameter = read_weight(target.module, target.name).detach()
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     base = parameter.to(wide)
     update = torch.zeros_like(base)
@@ -264,7 +277,10 @@ def _merged(target: _Target) -> tuple[Tensor, MergedWeight]:
     exact = base + update
     if len(target.parts) == 1 and target.parts[0][0] == 1.0 and target.parts[0][1].method.replaces:
         exact = target.parts[0][1].tensors[target.name].detach().to(base)  # bit for bit
+    packs = requantize and is_packed(target.module, target.name)
     rounded = exact.to(parameter.dtype)
+    if packs:
+        rounded = rounded_weight(target.module, exact)
     error = (rounded.to(torch.float64) - base.to(torch.float64)).sub_(update)
     size = _rms(update)
     entry = MergedWeight(
@@ -275,7 +291,7 @@ def _merged(target: _Target) -> tuple[Tensor, MergedWeight]:
         _rms(error) / size if size else 0.0,
         float((rounded != parameter).double().mean()),
     )
-    return rounded, entry
+    return (exact if packs else rounded), entry
 
 
 def _update(target: _Target, slot: Slot, base: Tensor) -> Tensor:

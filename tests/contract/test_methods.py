@@ -22,6 +22,8 @@ from lorica.attach.activate import Activation, activate
 from lorica.attach.attach import Adapter, attach_tensors
 from lorica.attach.layers import describe, to_stored
 from lorica.attach.site import Route
+from lorica.base.quantize import quantize_model
+from lorica.base.storage import write_weight
 from lorica.errors import ActivationError, MergeError, TargetError
 from lorica.methods import METHODS as EVERY
 from lorica.methods.copy import Copy
@@ -128,12 +130,14 @@ class Case:
     Attributes:
         reads: the parameter that other code reads, where the layer itself is not called.
         path: the module.
+        storage: the quantizer that stores the layer's weight; None where it is plain.
     """
 
     make: Callable[[], nn.Module]
     sample: Callable[[torch.Generator], Tensor]
     reads: str | None = None
     path: str = "layer"
+    storage: str | None = None
 
     @property
     def target(self) -> str:
@@ -147,6 +151,8 @@ class Case:
 
 CASES = {
     "linear": Case(lambda: nn.Linear(7, 11), _vectors(5, 7)),
+    "linear-nf4": Case(lambda: nn.Linear(70, 11), _vectors(5, 70), storage="nf4"),
+    "linear-int8": Case(lambda: nn.Linear(7, 11, bias=False), _vectors(5, 7), storage="int8"),
     "linear-no-bias": Case(lambda: nn.Linear(13, 4, bias=False), _vectors(3, 13)),
     "linear-2d": Case(lambda: nn.Linear(7, 11), _vectors(7)),
     "linear-4d": Case(lambda: nn.Linear(7, 11), _vectors(3, 2, 7)),
@@ -211,10 +217,12 @@ def _fits(method: Method, case: Case) -> bool:
     return readable and not method.problems(layer)
 
 
+_FIRST = {f"{kind}-{next(iter(VARIANTS.get(kind, {'plain': {}})))}" for kind in METHODS} | {"copy"}
 PAIRS = [
     pytest.param(SETTINGS[key], case, id=f"{key}-{name}")
     for key in SETTINGS
     for name, case in CASES.items()
+    if case.storage is None or key in _FIRST  # how a weight is stored is no matter of variants
     # test_a_copy_of_a_read_weight_is_refused, test_a_copy_that_returns_a_tuple_cannot_be_mixed
     if not (key == "copy" and name in ("weight-read", "packed"))
     and not _dropping(SETTINGS[key](case), case)  # test_dropout_that_could_not_act_is_refused
@@ -226,7 +234,6 @@ UNFIT = [
     for name, case in CASES.items()
     if key != "copy" and not _fits(SETTINGS[key](case), case)
 ]
-_FIRST = {f"{kind}-{next(iter(VARIANTS.get(kind, {'plain': {}})))}" for kind in METHODS} | {"copy"}
 PLAIN = [p for p in PAIRS if str(p.id).startswith(tuple(f"{key}-" for key in _FIRST))]
 every = pytest.mark.parametrize(("settings", "case"), PAIRS)
 # Where no setting but the tensors matter, one variant is enough.
@@ -241,6 +248,8 @@ def build(case: Case, *, dtype: torch.dtype = torch.float32) -> tuple[Host, Tens
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        if case.storage is not None:
+            quantize_model(model.to(dtype), case.storage)
     x = case.sample(torch.Generator().manual_seed(5))
     return model.to(dtype).eval(), x.to(dtype) if x.is_floating_point() else x
 
@@ -440,7 +449,7 @@ def _write_merged(model: Host, case: Case, adapter: Adapter) -> bool:
     with torch.no_grad():
         if slot.method.replaces:
             for name, tensor in slot.tensors.items():
-                module.get_parameter(name).copy_(tensor)
+                write_weight(module, name, tensor)
             return True
         weight = layer.weight()
         merged = slot.method.merged(weight, slot.tensors, layer)
@@ -450,7 +459,7 @@ def _write_merged(model: Host, case: Case, adapter: Adapter) -> bool:
         stored = to_stored(module, parameter, merged)
         if hasattr(slot.method, "merged_bias") and getattr(module, "bias", None) is not None:
             module.bias.copy_(slot.method.merged_bias(module.bias, slot.tensors, layer))
-        module.get_parameter(parameter).copy_(stored)
+        write_weight(module, parameter, stored)
     return True
 
 

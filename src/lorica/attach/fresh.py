@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorica.base.storage import weight_shape
 from lorica.errors import TargetError
 from lorica.methods.method import Tensors
 
@@ -25,8 +26,8 @@ def fresh_parameters(
     """
     base: Any = getattr(type(module), "_lorica_base", type(module))
     stand_in = base.__new__(base)
-    own = {name: p for name, p in module._parameters.items() if p is not None}
-    blank = {name: nn.Parameter(torch.full(p.shape, math.nan)) for name, p in own.items()}
+    own = [name for name, parameter in module._parameters.items() if parameter is not None]
+    blank = {name: nn.Parameter(torch.full(weight_shape(module, name), math.nan)) for name in own}
     parameters = {name: blank.get(name) for name in module._parameters}
     stand_in.__dict__.update(module.__dict__, _parameters=parameters)
     draw: Any = getattr(model, "_init_weights", None)

@@ -15,6 +15,7 @@ from torch import nn
 from lorica.attach.choices import CHOICES
 from lorica.attach.survey import Place, Survey, suffix_of, survey
 from lorica.attach.targets import Targets, resolve
+from lorica.base.storage import num_parameters
 from lorica.errors import ConfigError, TargetError
 
 
@@ -117,7 +118,7 @@ def inspect(model: nn.Module, *, r: int = 8) -> Inspection:
         raise ConfigError(f"r is {r!r}", expected="a whole number of at least 1")
     found = survey(model)
     parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
+    total = num_parameters(model)
     numbers = [p.layer for p in found.places.values() if p.layer is not None]
     return Inspection(
         model_class=type(found.modules[""]).__name__,

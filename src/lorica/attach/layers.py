@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorica.attach.stack import geometry
+from lorica.base.storage import read_weight, weight_state
 from lorica.methods.method import Layer
 
 
@@ -31,6 +32,7 @@ def describe(module: nn.Module, parameter: str | None = None) -> Layer:
         "parameters": partial(_copies, module),
         "stored": partial(_view, module, parameter or "weight"),
         "bias_values": partial(_bias, module),
+        "state": partial(weight_state, module, parameter or "weight"),
     }
     if isinstance(module, nn.Linear):
         width_in, width_out = module.in_features, module.out_features
@@ -45,7 +47,8 @@ def describe(module: nn.Module, parameter: str | None = None) -> Layer:
         return _convolution(module, weight, access)
     if parameter is not None:  # a bare 2-D parameter, (out, in)
         width_out, width_in = _stored(module, parameter).shape
-        return Layer("linear", width_in, width_out, weight, stored=access["stored"])
+        more = {"stored": access["stored"], "state": access["state"]}
+        return Layer("linear", width_in, width_out, weight, **more)
     if isinstance(module, PreTrainedModel) and (made := describe_model(module)) is not None:
         return made
     inside = [m for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
@@ -89,7 +92,9 @@ def _experts(module: nn.Module, parameter: str) -> Layer:
         width_out, width_in = width_in, width_out
     weight = partial(_plain, module, parameter)
     stored = partial(_view, module, parameter)
-    return Layer("experts", width_in, width_out, weight, num_experts=experts, stored=stored)
+    state = partial(weight_state, module, parameter)
+    more = {"num_experts": experts, "stored": stored, "state": state}
+    return Layer("experts", width_in, width_out, weight, **more)
 
 
 def _convolution(
@@ -125,12 +130,13 @@ def _stored(module: nn.Module, parameter: str) -> Tensor:
 
 def _plain(module: nn.Module, parameter: str) -> Tensor:
     """A float32 copy in the layout of `Layer.weight`."""
-    weight = to_stored(module, parameter, _stored(module, parameter).detach().float())
+    numbers = read_weight(module, parameter).detach()
+    weight = to_stored(module, parameter, numbers.float())
     return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _view(module: nn.Module, parameter: str) -> Tensor:
-    return to_stored(module, parameter, _stored(module, parameter).detach())
+    return to_stored(module, parameter, read_weight(module, parameter).detach())
 
 
 def _bias(module: nn.Module) -> Tensor | None:
@@ -139,4 +145,5 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 
 def _copies(module: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().float().clone() for n, p in module._parameters.items() if p is not None}
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    return {name: read_weight(module, name).detach().float().clone() for name in names}

@@ -33,6 +33,8 @@ from lorica.attach.gates import Gates, is_gated, open_prefix, opened, with_gates
 from lorica.attach.intervene import edited, is_intervention, locate
 from lorica.attach.layers import describe, to_stored
 from lorica.attach.prompt import is_prompt, run
+from lorica.base.quantized import QuantizedLinear
+from lorica.base.storage import packed_weight, weight_dtype
 from lorica.errors import ActivationError, LoricaError, LoricaWarning
 from lorica.methods.method import Layer, Method, Tensors
 from lorica.ops.lora import Segment, adapted_linear, lora_linear
@@ -197,7 +199,8 @@ class Site:
         if names and plates.layer.kind in ("model", "block"):
             return _run_whole(self, inner, plates, names, args, kwargs)
         if names and (segments := _segments_of_dense(self, plates, names, args, kwargs)):
-            return adapted_linear(args[0], self.weight, self.bias, segments)  # pyright: ignore
+            weight = packed_weight(cast(nn.Module, self)) or self.weight  # pyright: ignore
+            return adapted_linear(args[0], weight, self.bias, segments)  # pyright: ignore
         y = inner(*args, **kwargs)
         return _add_adapters(self, plates, names, y, args, kwargs) if names else y
 
@@ -258,7 +261,7 @@ def _segments_of_dense(
     """The products of a plain dense layer in training, where one function can make all of it."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     plain = (
-        module._lorica_base is nn.Linear
+        module._lorica_base in (nn.Linear, QuantizedLinear)
         and "_lorica_inner" not in module.__dict__
         and torch.is_grad_enabled()
         and len(args) == 1
@@ -272,7 +275,7 @@ def _segments_of_dense(
     if (
         not all(slot.method.stacks for slot in slots)
         or x.is_meta
-        or x.dtype != weight.dtype
+        or x.dtype != weight_dtype(module)
         or torch.is_autocast_enabled(x.device.type)
     ):
         return None
@@ -463,7 +466,7 @@ def _run_copy(module: Any, slot: Slot, *args: Any, **kwargs: Any) -> Any:
     base = type(module)._lorica_base
     stand_in = base.__new__(base)
     parameters = {
-        name: slot.tensors[name].to(p.dtype) if name in slot.tensors else p
+        name: slot.tensors[name].to(weight_dtype(module, name)) if name in slot.tensors else p
         for name, p in module._parameters.items()
     }
     stand_in.__dict__.update(module.__dict__, _parameters=parameters)

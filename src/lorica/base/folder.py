@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers.models.auto import configuration_auto
 
+from lorica.base.stored import method_of, stored_problems
 from lorica.errors import nearest
 
 KNOWN_KINDS = getattr(configuration_auto, "CONFIG_MAPPING_NAMES")  # noqa: B009 (not exported)
@@ -120,12 +121,8 @@ def _config_problems(folder: Path, trust_remote_code: bool) -> Iterator[str]:
             f"{folder} brings Python code of its own (auto_map), which is not run; where you trust "
             "it: trust_remote_code"
         )
-    if method := config.get("quantization_config"):
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        yield (
-            f"{folder} is quantized ({str(name)[:40]}), which is not supported: name the base in "
-            "its full precision"
-        )
+    if config.get("quantization_config") and (word := method_of(config)):
+        yield from (f"{folder}: {text}" for text in stored_problems(word[:40]))
     for most, keys in MOST.items():
         for key in keys:
             value = config.get(key)
@@ -183,12 +180,18 @@ def _weight_problems(folder: Path) -> list[str]:
             problems.append(header)
             continue
         kinds = {str(entry.get("dtype")) for entry in header.values() if isinstance(entry, dict)}
-        if other := sorted(kinds & {*_OTHER_NUMBERS}):
+        if not _lies_quantized(folder) and (other := sorted(kinds & {*_OTHER_NUMBERS})):
             problems.append(
                 f"{path} holds numbers of the type {', '.join(other)}; a base is read in F32, F16, "
                 "BF16 or F64"
             )
     return problems
+
+
+def _lies_quantized(folder: Path) -> bool:
+    """Whether the config says that the weights are stored in other numbers."""
+    config = _json(folder / "config.json")
+    return isinstance(config, dict) and bool(config.get("quantization_config"))
 
 
 def _no_weights(folder: Path) -> str:

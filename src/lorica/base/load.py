@@ -17,8 +17,12 @@ from transformers.utils.hub import cached_file
 
 from lorica.base.ending import end_token_note, set_end_token
 from lorica.base.folder import folder_problems, unfit_files
+from lorica.base.hf_quantizer import OnTheWay
 from lorica.base.hub import hub_options, nearest_base
 from lorica.base.labels import Classes, output_tensors, restart, set_labels
+from lorica.base.quantize import quantization_of, quantizer_of
+from lorica.base.quantizer import Quantizer
+from lorica.base.stored import OWN, fill, method_of, quantizers_of, read_stored
 from lorica.errors import BaseModelError, LoricaError, nearest
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -50,6 +54,8 @@ class Base:
         labels: names of the classes, in order of their index; empty for other tasks.
         new_modules: modules that the weight files lack and that were started at random: they must
             be trained.
+        quantize: the word of the quantizer that its layers went through on the way in; None where
+            they lie as the files have them.
         notes: what the user should be told.
     """
 
@@ -59,11 +65,13 @@ class Base:
     tokenizer: Any = None
     labels: tuple[str, ...] = ()
     new_modules: tuple[str, ...] = ()
+    quantize: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, str]:
         """What an adapter's files say of their base."""
-        return {"name": self.name, "task": self.task, "digest": self.digest}
+        found = {"name": self.name, "task": self.task, "digest": self.digest}
+        return {**found, "quantize": self.quantize} if self.quantize else found
 
 
 def base_of(model: nn.Module) -> Base | None:
@@ -82,6 +90,8 @@ def load_model(
     device: str = "auto",
     eos_token: str | None = None,
     seed: int = 0,
+    quantize: str | Quantizer | None = None,
+    quantize_head: bool = False,
 ) -> nn.Module:
     """Load a pretrained model and its tokenizer; `base_of(model)` knows the rest.
 
@@ -97,6 +107,10 @@ def load_model(
         device: "cpu", "cuda", ..., or "auto": the first GPU where there is one.
         eos_token: end texts with this token instead of the tokenizer's own end token.
         seed: start of the modules that the files have no weights for.
+        quantize: "nf4", "fp4" or "int8" (or a quantizer with settings of its own): store the linear
+            layers so. Each is quantized as soon as it is read, so that never more than one lies in
+            memory in full. Norms, embeddings and the output head stay in `dtype`.
+        quantize_head: quantize the output head too, where it has a weight of its own.
 
     Raises:
         BaseModelError: nothing there, no safetensors, an unknown task or dtype, labels without a
@@ -110,12 +124,25 @@ def load_model(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     local = hub_options(path, revision)
     base = Base(_lasting(name, path), task, digest="")
+    kind = quantizer_of(quantize) if quantize is not None else None
+    way = OnTheWay(kind, head=quantize_head) if kind is not None else None
+    layers: dict[str, dict[str, torch.Tensor]] = {}
     with _reading(name, task), _seeded(seed):
         config = transformers.AutoConfig.from_pretrained(path, **options, **local)
+        if stored := method_of(config):
+            _refuse_twice(name, stored, kind)
+        if stored == OWN and (files := _files_of(path, revision)):
+            del config.quantization_config
+            weights, layers = read_stored(files)
+            way, local = OnTheWay(stored=quantizers_of(layers)), {}
+            options = {"state_dict": weights}
+        if way is not None:
+            options["quantization_config"] = way
         auto_class = getattr(transformers, AUTO_CLASSES[task])
         classes = set_labels(config, labels) if task == "text-classification" else Classes(())
-        model, info = auto_class.from_pretrained(
-            path,
+        found: Any = auto_class._model_mapping[type(config)] if layers else auto_class
+        model, info = found.from_pretrained(
+            None if layers else path,
             config=config,
             dtype=choose_dtype(dtype, target),
             use_safetensors=True,
@@ -124,6 +151,12 @@ def load_model(
             **options,
             **local,
         )
+        if way is not None:
+            way.finish()
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if layers and way is not None:
+            fill(model, layers, way.stored, model.dtype)
+            info["missing_keys"] = {*info["missing_keys"]} - {f"{p}.weight" for p in layers}
         if classes.contradict:
             foreign = output_tensors(config, auto_class)
             restart(model, foreign)
@@ -139,7 +172,11 @@ def load_model(
     if target.type == "cpu" and model.dtype == torch.bfloat16 and not _cpu_has_bfloat16():
         base.notes.append(SLOW_BFLOAT16)
     folder = _weights_folder(path, revision)
-    base.digest = digest_of_files(folder) if folder else digest_of_tensors(model)
+    plain = quantization_of(model) is None
+    base.digest = digest_of_files(folder) if folder and plain else digest_of_tensors(model)
+    if kind is not None:
+        base.quantize = kind.word
+        base.notes.append(f"its layers are quantized: {kind.settings()}")
     if target.type == "cpu":
         _leave_files(model)
     model.__dict__["_lorica_base"] = base
@@ -316,6 +353,21 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def _refuse_twice(name: str | Path, stored: str, kind: Quantizer | None) -> None:
+    if kind is not None:
+        raise BaseModelError(
+            f"{name} is quantized already ({stored})",
+            expected="a base in full precision",
+            mend="load it without quantize, or name the base that it was made from",
+        )
+
+
+def _files_of(path: str | Path, revision: str) -> list[Path]:
+    """The weight files, where they are on this machine."""
+    folder = _weights_folder(path, revision)
+    return sorted(folder.glob("*.safetensors")) if folder else []
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype | Literal["auto"]:

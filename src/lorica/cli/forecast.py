@@ -75,6 +75,7 @@ def request_of(settings: Resolved, material: Material, kind: str) -> Request:
         run.revision or "main",
         run.trust_remote_code,
         run.eos_token,
+        run.quantize,  # type: ignore[arg-type]
     )
 
 
@@ -207,11 +208,11 @@ def _again(
     train: TrainSettings | None = None,
     method: Any = None,
     work: Work | None = None,
-    dtype: str | None = None,
+    base: dict[str, str] | None = None,
 ) -> Memory:
     shadow = found.shadow
-    if dtype is not None:
-        shadow = make_shadow(replace(shadow.request, dtype=dtype))
+    if base is not None:
+        shadow = make_shadow(replace(shadow.request, **base))  # type: ignore[arg-type]
         shadow.packs, shadow.plain = found.shadow.packs, found.shadow.plain
         shadow.place = found.shadow.place
     return estimate(
@@ -259,7 +260,17 @@ def _changes(found: Forecast) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "target_modules: attention", "the other layers do not learn", other
     if next(found.shadow.model.parameters()).dtype == torch.float32:
         price = "rounds to 8 bits; slow on processors without it"
-        yield "dtype: bfloat16", price, {"dtype": "bfloat16"}
+        yield "dtype: bfloat16", price, {"base": {"dtype": "bfloat16"}}
+    if not found.shadow.request.quantize:
+        for word, price in _QUANTIZED.items():
+            yield f"quantize: {word}", price, {"base": {"quantize": word}}
+
+
+_QUANTIZED = {
+    "int8": "weights rounded to 8 bits; unpacked in every step",
+    "nf4": "weights rounded to 4 bits, which costs accuracy; unpacked in every step",
+}
+"""Quantizer -> its price."""
 
 
 def _with(train: TrainSettings, **other: Any) -> TrainSettings:

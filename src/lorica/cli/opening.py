@@ -100,6 +100,7 @@ def open_subject(
             dtype=dtype,
             labels=tuple(asked.get("labels", ())),
             eos_token=asked.get("eos_token"),
+            quantize=known.get("quantize"),
         )
     _take_template(model, folder)
     adapter = load_adapter(model, folder)
@@ -185,7 +186,7 @@ def _fitting(name: str, folder: Path, known: dict[str, Any], *, recorded: bool) 
     try:
         yield
     except BaseModelError as error:
-        if _has_other_weights(name, known.get("digest")):
+        if not known.get("quantize") and _has_other_weights(name, known.get("digest")):
             raise AdapterFileError(
                 f"{folder} was made for another base than {name}: the weights differ",
                 expected=f"the base {known.get('name')}",

@@ -6,6 +6,7 @@ memory; the time is measured on a few real batches where the base is on this mac
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -128,6 +129,7 @@ def _pace(found: Forecast, *, probe: bool) -> Pace:
     """Measured where the base can be loaded, else by the law of 4 N."""
     from lorica.attach.survey import LINEAR
     from lorica.base.load import load_model, weight_files
+    from lorica.base.storage import weight_shape
     from lorica.cli.start import stacked
     from lorica.train.budget import chosen_batches
     from lorica.train.pace import by_law, probed
@@ -136,7 +138,7 @@ def _pace(found: Forecast, *, probe: bool) -> Pace:
     here = weight_files(request.name, revision=request.revision) or request.name == "embedded"
     if not (probe and here and found.fits):
         linear = [m for m in found.shadow.model.modules() if isinstance(m, LINEAR)]
-        number = sum(m.weight.numel() for m in linear)
+        number = sum(math.prod(weight_shape(m)) for m in linear)
         return by_law(number, next(found.shadow.model.parameters()).dtype, request.device)
     model = load_model(
         request.name,
@@ -146,6 +148,7 @@ def _pace(found: Forecast, *, probe: bool) -> Pace:
         revision=request.revision,
         trust_remote_code=request.trust_remote_code,
         eos_token=request.eos_token,
+        quantize=request.quantize,
     )
     adapter = stacked(model, found.method, found.lower, seed=settings.seed)
     task = found.shadow.task(found.task)

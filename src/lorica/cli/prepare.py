@@ -12,6 +12,7 @@ from torch import nn
 
 from lorica.attach.attach import Adapter
 from lorica.base.load import Base, base_of, load_model
+from lorica.base.storage import num_parameters
 from lorica.cli.forecast import (
     Forecast,
     forecast,
@@ -113,7 +114,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
         model, settings = load_base(settings, material, kind)
     base = known(model)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    number = sum(p.numel() for p in model.parameters())
+    number = num_parameters(model)
     voice.say(
         f"base: {type(model).__name__}, {parameters(number)} parameters in {dtype}, for {kind}"
     )
@@ -271,6 +272,7 @@ def load_base(settings: Resolved, material: Material, kind: str) -> tuple[nn.Mod
         revision=run.revision or "main",
         trust_remote_code=run.trust_remote_code,
         eos_token=run.eos_token,
+        quantize=run.quantize,  # type: ignore[arg-type]
     )
     given = tuple(settings.method.modules_to_save or ())
     new = tuple(name for name in known(model).new_modules if name not in given)

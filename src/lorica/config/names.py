@@ -12,6 +12,7 @@ _SAME = {
     "test_data": "test_dataset test_file",
     "eval_size": "val_size val_set_size validation_split test_size",
     "output_dir": "out_dir adapter_path output_path",
+    "quantize": "load_in_4bit load_in_8bit",
     "system": "system_prompt default_system",
     "num_samples": "num_examples",
     "max_new_tokens": "max_completion_length",
@@ -59,6 +60,9 @@ ALIASES: dict[str, str] = {
 }
 """Another tool's name -> the name here."""
 
+MEANT: dict[str, dict[str, str]] = {"load_in_8bit": {"true": "int8"}}
+"""Another tool's name -> value there -> value here, where it is another one."""
+
 NO_TWIN: dict[str, str] = {
     "beta1": "write adam_beta1 for AdamW, sensitivity_beta for AdaLoRA",
     "beta2": "write adam_beta2 for AdamW, uncertainty_beta for AdaLoRA",
@@ -73,8 +77,6 @@ NO_TWIN: dict[str, str] = {
     "keys": "name the layers in target_modules",
     "local_files_only": "nothing is fetched where the environment variable HF_HUB_OFFLINE is 1",
     "lora_target_linear": "write target_modules: all-linear",
-    "load_in_4bit": "the base is held in the precision that dtype names",
-    "load_in_8bit": "the base is held in the precision that dtype names",
     "report_to": "every run writes metrics.jsonl and report.html",
     "resume_from_checkpoint": "resuming is an option of the command: --resume",
     "scale": "set lora_alpha to scale times r",

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lorica.config.choose import Found, Methods, Part, choose
 from lorica.config.contradictions import contradictions
-from lorica.config.names import ALIASES, NO_TWIN, SECRET_KEY, SECRET_VALUE
+from lorica.config.names import ALIASES, MEANT, NO_TWIN, SECRET_KEY, SECRET_VALUE
 from lorica.config.settings import (
     REQUIRED,
     RunConfig,
@@ -249,6 +249,7 @@ def _merge(
                 )
             else:
                 written[key] = name
+                value = MEANT.get(name, {}).get(str(value).lower(), value)
                 found[key] = (value, origin)
                 if key != name:
                     notes.append(f"{origin}: {name} is taken as {key}")

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     Strict,
@@ -45,6 +46,11 @@ def _one_line(text: str) -> str:
 def _path(text: str) -> str:
     """Only a leading `~/` is expanded: nothing else in a path is read as an instruction."""
     return str(Path(text).expanduser()) if text.startswith("~/") else text
+
+
+def _quantizer(word: Any) -> Any:
+    """A truth for the usual one, as other tools' `load_in_4bit` has it."""
+    return {True: "nf4", False: None}.get(word, word) if isinstance(word, bool) else word
 
 
 def _share_or_number(size: float) -> float:
@@ -417,6 +423,13 @@ class RunConfig(Settings):
     )
     num_samples: int = Field(
         default=8, ge=0, le=10_000, description="before-and-after samples shown in the report"
+    )
+    quantize: Annotated[
+        Literal["nf4", "fp4", "int8"] | bool | None, BeforeValidator(_quantizer)
+    ] = Field(
+        default=None,
+        description="store the base's linear layers in 4 bits (nf4, fp4) or 8 (int8): a quarter "
+        "or half of the memory of bfloat16, some accuracy and some time; true: nf4",
     )
     trust_remote_code: bool = Field(
         default=False, description="let the base bring and run Python code of its own"

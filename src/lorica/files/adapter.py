@@ -331,7 +331,8 @@ def _base_facts(facts: Mapping[str, Any]) -> dict[str, str]:
     base = facts.get("base")
     if not isinstance(base, dict):
         return {}
-    return {key: base[key] for key in ("name", "task", "digest") if isinstance(base.get(key), str)}
+    keys = ("name", "task", "digest", "quantize")
+    return {key: base[key] for key in keys if isinstance(base.get(key), str)}
 
 
 def _check_base(

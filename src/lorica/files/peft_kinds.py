@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.attach.attach import Adapter, Places
 from lorica.attach.layers import describe
+from lorica.base.storage import weight_shape
 from lorica.config.resolve import build_method
 from lorica.errors import AdapterFileError, ConfigError, nearest
 from lorica.files import peft_ranks
@@ -479,15 +480,19 @@ class _Plan:
         for path, module in self.modules.items():
             if not path or not self.config.may_save_whole(path) or path in self.places:
                 continue
-            own = {n: p for n, p in module._parameters.items() if p is not None}
+            own = {
+                name: weight_shape(module, name)
+                for name, parameter in module._parameters.items()
+                if parameter is not None
+            }
             keys = {name: f"{PREFIX}{path}.{name}" for name in own}
             if not any(key in entries for key in keys.values()):
                 continue
             self.places[path] = module, None, Copy()
-            self.wanted[path] = {name: (key, tuple(own[name].shape)) for name, key in keys.items()}
+            self.wanted[path] = {name: (key, own[name]) for name, key in keys.items()}
             for name, key in keys.items():
-                if entries.get(key) != tuple(own[name].shape):
-                    self.problems.append(f"{key}: missing, or not of {tuple(own[name].shape)}")
+                if entries.get(key) != own[name]:
+                    self.problems.append(f"{key}: missing, or not of {own[name]}")
 
 
 def _settings(method: Any) -> dict[str, Any]:

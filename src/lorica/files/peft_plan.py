@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorica.attach.attach import Places
 from lorica.attach.survey import clean, survey
 from lorica.attach.tokens import SETTING, add_rows, rows_of
+from lorica.base.storage import weight_shape
 from lorica.errors import TargetError
 from lorica.files.peft_config import HEADS_OF_PEFT, PeftConfig
 from lorica.files.peft_layout import (
@@ -146,10 +147,10 @@ def _plan_plain(
     found.seen.add(f"{path}.{parameter}")
     if own is None or other:
         found.unexpected.append(f"{key}: {other or 'the base has no such parameter'}")
-    elif tuple(own.shape) != shape:
-        resized = own.dim() == len(shape) == 2 and own.shape[1] == shape[1]
+    elif (there := weight_shape(modules[path], parameter)) != shape:
+        resized = len(there) == len(shape) == 2 and there[1] == shape[1]
         hint = " (a vocabulary of another size? resize the base first)" if resized else ""
-        found.misshapen.append(f"{key}: {shape}, but the base has {tuple(own.shape)}{hint}")
+        found.misshapen.append(f"{key}: {shape}, but the base has {there}{hint}")
     elif repeats:
         found.repeated[key] = own
     elif not config.may_save_whole(path):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorica.attach.attach import Adapter, Places
 from lorica.attach.layers import describe
 from lorica.attach.prompt import stacks_of
+from lorica.base.storage import weight_shape
 from lorica.config.resolve import build_method
 from lorica.errors import AdapterFileError, ConfigError, TargetError
 from lorica.files.found import Found
@@ -303,7 +304,8 @@ def _copies(
     """Path of a module trained whole -> its parameters -> their keys."""
     found = {}
     for path, module in modules_of(model).items():
-        own = {n: tuple(p.shape) for n, p in module._parameters.items() if p is not None}
+        names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        own = {name: weight_shape(module, name) for name in names}
         keys = {name: f"{PREFIX}{path}.{name}" for name in own}
         if not path or not config.may_save_whole(path) or not entries.keys() & set(keys.values()):
             continue

@@ -87,17 +87,16 @@ class DoRA(LoRA):
         A pass with gradients computes it and forgets what was kept: a step may follow, and a fused
         optimizer does not count its writes in a tensor's version.
         """
-        A, B, weight = tensors["A"], tensors["B"], layer.stored()
+        A, B = tensors["A"], tensors["B"]
         if torch.is_grad_enabled():
             _NORMS.pop(B, None)
             with torch.set_grad_enabled(not self.dora_detach_norm):
-                return _norm(as_matrix(weight, layer), *_thin(A, B, layer), self.scale)
-        own = [tensor.untyped_storage()._cdata for tensor in (A, weight)]
-        state = (*own, A._version, B._version, weight._version)
+                return _norm(as_matrix(layer.stored(), layer), *_thin(A, B, layer), self.scale)
+        state = (A.untyped_storage()._cdata, A._version, B._version, *layer.state())
         known = _NORMS.get(B)
         if known is None or known[0] != state:
             with torch.no_grad():
-                norm = _norm(as_matrix(weight, layer), *_thin(A, B, layer), self.scale)
+                norm = _norm(as_matrix(layer.stored(), layer), *_thin(A, B, layer), self.scale)
             known = _NORMS[B] = state, norm
         return known[1]
 

@@ -21,6 +21,10 @@ Tensors = dict[str, Tensor]
 LayerKind = Literal["linear", "embedding", "conv1d", "conv2d", "experts", "block", "model", "other"]
 
 
+def _no_state() -> tuple[int, ...]:
+    return ()
+
+
 def _no_bias() -> None:  # no lambda: a layer is pickled with its model
     return None
 
@@ -47,8 +51,9 @@ class Layer:
             bidirectional, and no_prefix: why there can be no keys and values in front; else empty.
         output_scale: what the layer multiplies its output with (scaled embeddings), else 1.
         parameters: makes copies of all own parameters by name.
-        stored: the weight in the layout of `weight` without a copy, and in its own dtype. It is
-            the base's: read it, never write it.
+        stored: the weight in the layout of `weight` and in its own dtype, without a copy where the
+            base has it as plain numbers. It is the base's: read it, never write it.
+        state: numbers that change whenever the weight may have changed.
         bias_values: the base's bias (out,), likewise only to be read; None where there is none.
     """
 
@@ -64,6 +69,7 @@ class Layer:
     parameters: Callable[[], Tensors] = dict
     stored: Callable[[], Tensor] = torch.Tensor
     bias_values: Callable[[], Tensor | None] = _no_bias
+    state: Callable[[], tuple[int, ...]] = _no_state
 
     @property
     def shape(self) -> str:

@@ -29,8 +29,8 @@ class Code:
     comparison with it tells the rest. The places are those of the search, exactly.
 
     Attributes:
-        values: (256,) float32, ascending.
-        borders: (256,) between a value and the next; infinity after the last.
+        values: (N,) float32, ascending, N at most 256.
+        borders: (N,) between a value and the next; infinity after the last.
         first: (65536,) uint8, the table.
     """
 
@@ -52,11 +52,15 @@ def dynamic_code(*, signed: bool) -> Code:
     """The dynamic map, with both signs or from 0."""
     values = [0.0, 1.0]
     for i in range(_DECADES):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
         middles = 10 ** (i + 1 - _DECADES) * (edges[:-1] + edges[1:]) / 2
         values += middles.tolist()
         values += (-middles).tolist() if signed else []
-    ascending = torch.tensor(sorted(values))
+    return code_of(torch.tensor(sorted(values), dtype=torch.float32))
+
+
+def code_of(ascending: Tensor) -> Code:
+    """The code of these values, (N,) float32 with N at most 256."""
     borders = (ascending[:-1] + ascending[1:]) / 2
     upper = torch.arange(2**16, dtype=torch.int32).bitwise_left_shift(16)
     lowest = upper.where(upper >= 0, upper | 0xFFFF).view(torch.float32).nan_to_num()

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
+from lorica.ops.packed import Packed, at_hand
 from lorica.ops.triton.choose import twin
 from lorica.ops.weight import padded
 
@@ -83,23 +84,25 @@ def lora_linear(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> Tensor:
 
 
 def adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, segments: Sequence[Segment]
+    x: Tensor, weight: Tensor | Packed, bias: Tensor | None, segments: Sequence[Segment]
 ) -> Tensor:
     """A frozen dense layer and its LoRA products in one function.
 
     Semantics: lora_linear(x, F.linear(x, weight, bias), segments)
 
     Args:
-        x: (..., I), in the dtype of the weight.
-        weight: (O, I), which needs no gradient.
+        x: (..., I), in the dtype of the weight where that is plain.
+        weight: (O, I), which needs no gradient. A packed one is unpacked here, and again for the
+            gradient of `x`; in between nothing of its numbers is kept.
         bias: (O,), which needs none either.
     """
-    fused = None if _drops(segments) else twin("adapted_linear", x, weight)
+    plain = x if isinstance(weight, Packed) else weight
+    fused = None if _drops(segments) else twin("adapted_linear", x, plain)
     if fused is not None and (adapted := fused(x, weight, bias, segments)) is not None:
         return adapted
     if torch.is_grad_enabled():
         return _LoraLinear.apply(x, None, weight, bias, *_arguments(segments))
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, at_hand(weight, x.dtype), bias)
     _add_products(x, y, segments)
     return y
 
@@ -166,7 +169,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         y: Tensor | None,
-        weight: Tensor | None,
+        weight: Tensor | Packed | None,
         bias: Tensor | None,
         rows: list,
         gates: list,
@@ -175,7 +178,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         if y is None:
             assert weight is not None
-            out = F.linear(x, weight, bias)
+            out = F.linear(x, at_hand(weight, x.dtype), bias)
         else:
             # The sum goes into the memory of y, but under a new tensor: y may be a view (a linear
             # layer with a bias returns one), and autograd does not take an in-place function of
@@ -190,7 +193,9 @@ class _LoraLinear(torch.autograd.Function):
             seen_TI, A_RI, B_OR = _thinned(x_TI[a:b], kept[i], dropped), *factors[2 * i : 2 * i + 2]
             products.append(_add_product(seen_TI, y_TO[a:b], A_RI, B_OR, scale, gates[i]))
         keeps_x = any(ctx.needs_input_grad[7::2])  # only the gradients of A need the input
-        keeps_weight = ctx.needs_input_grad[0]
+        packed = isinstance(weight, Packed)
+        keeps_weight = ctx.needs_input_grad[0] and not packed
+        ctx.packed = weight if packed else None
         ctx.save_for_backward(
             x if keeps_x else None,
             weight if keeps_weight else None,
@@ -207,6 +212,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:
         n = len(ctx.rows)
         x, weight, *saved = ctx.saved_tensors
+        weight = ctx.packed if weight is None else weight
         factors, products = saved[: 2 * n], saved[2 * n : 3 * n]
         gates, kept = saved[3 * n : 4 * n], saved[4 * n :]
         shape, dtype = ctx.like_x
@@ -246,13 +252,13 @@ def _add_input_gradient(
     dx_TI.copy_(dx_TI + part_TI if ctx.whole else part_TI)
 
 
-def _input_gradient(ctx: Any, g_TO: Tensor, weight: Tensor | None) -> Tensor:
+def _input_gradient(ctx: Any, g_TO: Tensor, weight: Tensor | Packed | None) -> Tensor:
     """Where the gradient of the input is summed up, with the part of the frozen layer in it if that
     is made here. Segments are disjoint; rows of none are zero without it.
     """
     if ctx.whole:
         assert weight is not None
-        return g_TO @ weight
+        return g_TO @ at_hand(weight, g_TO.dtype)
     covered = sum(len(g_TO[a:b]) for a, b, *_ in ctx.rows) == len(g_TO)
     make = torch.empty if covered else torch.zeros
     return make(len(g_TO), ctx.like_x[0][-1], dtype=g_TO.dtype, device=g_TO.device)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lorica.attach.activate import activate
 from lorica.attach.layers import to_stored
-from lorica.errors import NonFiniteError
+from lorica.base.storage import is_packed
+from lorica.errors import ConfigError, NonFiniteError
 from lorica.methods.update import as_matrix
 from lorica.train.choice import Question
 
@@ -24,6 +25,14 @@ def each_gradient(question: Question, take: Callable[[str, Tensor], None]) -> No
     want gradients for the time of it, and are left as they were; the base answers as in evaluation.
     """
     model, task = question.model, question.task
+    packed = [path for path, at in question.places.items() if is_packed(at[0], at[1] or "weight")]
+    if packed:
+        raise ConfigError(
+            f"the weights of {len(packed)} layers are quantized and have no gradients",
+            problems=packed[:3],
+            mend="choose by gradients on the base in full precision, or begin otherwise: "
+            "init_lora_weights: eva or loftq",
+        )
     paths: dict[int, list[str]] = {}  # a tied weight has several
     weights: dict[int, nn.Parameter] = {}
     for path, (module, parameter, _) in question.places.items():

@@ -16,6 +16,7 @@ from torch import nn
 from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter
 from lorica.base.load import base_of
+from lorica.base.storage import num_parameters
 from lorica.config.settings import method_values
 from lorica.errors import ConfigError, Interrupted, LoricaError, NonFiniteError, TrainingError
 from lorica.files.adapter import save_adapter
@@ -483,7 +484,7 @@ class _Run:
             "base": {
                 "name": base.name if base else name,
                 "digest": base.digest if base else None,
-                "num_parameters": sum(p.numel() for p in self.model.parameters()),
+                "num_parameters": num_parameters(self.model),
                 "dtype": self.identity["dtype of the base"],
                 "architecture": name,
             },

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorica.attach.attach import Adapter, attach, detach
 from lorica.base.load import Base, choose_dtype, empty_model, load_tokenizer, missing_heads
+from lorica.base.quantize import check, make_room, quantizable, quantize_model, quantizer_of
 from lorica.config import TrainSettings
 from lorica.data.encode import IGNORED, Example
 from lorica.errors import LoricaError
@@ -58,6 +59,7 @@ class Request:
     revision: str = "main"
     trust_remote_code: bool = False
     eos_token: str | None = None
+    quantize: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -169,6 +171,10 @@ def make_shadow(request: Request) -> Shadow:
         dtype=dtype if isinstance(dtype, torch.dtype) else None,
         **how,  # type: ignore[arg-type]
     )
+    if request.quantize:
+        kind, layers = quantizer_of(request.quantize), quantizable(made)
+        check(kind, layers, type(made).__name__)
+        make_room(made, dict.fromkeys(layers, kind), next(made.parameters()).dtype)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model = made.to_empty(device=request.device)
@@ -245,7 +251,10 @@ def _miniature(shadow: Shadow) -> nn.Module | None:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return empty_model(request.name, **how, device=str(request.device)).eval()
+        model = empty_model(request.name, **how, device=str(request.device)).eval()
+    if request.quantize:
+        quantize_model(model, request.quantize)
+    return model
 
 
 def _shrink(config: Any) -> None:

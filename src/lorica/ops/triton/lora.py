@@ -19,6 +19,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 from lorica.ops.lora import Segment
+from lorica.ops.packed import Packed, at_hand
 from lorica.ops.triton.launch import rows_of
 from lorica.ops.triton.lora_kernels import (
     FUSED_RANK,
@@ -52,7 +53,7 @@ def lora_linear(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> Tensor | N
 
 
 def adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, segments: Sequence[Segment]
+    x: Tensor, weight: Tensor | Packed, bias: Tensor | None, segments: Sequence[Segment]
 ) -> Tensor | None:
     """A frozen dense layer and its LoRA products in one function.
 
@@ -81,7 +82,7 @@ def _pays(segments: Sequence[Segment]) -> bool:
 def _apply(
     x: Tensor,
     y: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor | Packed | None,
     bias: Tensor | None,
     segments: Sequence[Segment],
 ) -> Tensor:
@@ -152,7 +153,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         y: Tensor | None,
-        weight: Tensor | None,
+        weight: Tensor | Packed | None,
         bias: Tensor | None,
         spans: tuple,
         scales: tuple,
@@ -161,7 +162,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         if y is None:
             assert weight is not None
-            out = F.linear(x, weight, bias)
+            out = F.linear(x, at_hand(weight, x.dtype), bias)
         else:
             out = y.data  # as in ops.lora: y may be a view, which must not be overwritten as such
             increment_version(y)
@@ -169,7 +170,9 @@ class _LoraLinear(torch.autograd.Function):
         add = _add_one if len(spans) == 1 else _add_many
         S_TR = add(x_TI, y_TO, Parts(spans, scales, gates, factors))
         keeps_x = any(ctx.needs_input_grad[7::2])
-        keeps_weight = ctx.needs_input_grad[0]
+        packed = isinstance(weight, Packed)
+        keeps_weight = ctx.needs_input_grad[0] and not packed
+        ctx.packed = weight if packed else None
         ctx.save_for_backward(
             x if keeps_x else None, weight if keeps_weight else None, S_TR, *factors, *gates
         )
@@ -181,11 +184,12 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:
         spans, scales, shape, dtype = ctx.given
         x, weight, S_TR, *saved = ctx.saved_tensors
+        weight = ctx.packed if weight is None else weight
         parts = Parts(spans, scales, saved[2 * len(spans) :], saved[: 2 * len(spans)])
         wants, g_TO, dx_TI = ctx.needs_input_grad[7:], rows_of(g), None
         if ctx.needs_input_grad[0]:  # rows of no segment have the layer's own gradient, or none
             zeros = (len(g_TO), shape[-1])
-            dx_TI = g_TO @ weight if ctx.whole else g_TO.new_zeros(zeros)
+            dx_TI = g_TO @ at_hand(weight, g_TO.dtype) if ctx.whole else g_TO.new_zeros(zeros)
         found = (_gradients_of_one if len(spans) == 1 else _gradients_of_many)(
             None if x is None else rows_of(x.to(g.dtype)),
             g_TO,
