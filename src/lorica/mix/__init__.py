@@ -1,0 +1,6 @@
+"""Adapters mixed, merged into a base, and taken out of a full fine-tune."""
+
+from lorica.mix.merging import merge
+from lorica.mix.report import MergedWeight, MergeReport
+
+__all__ = ["MergeReport", "MergedWeight", "merge"]
