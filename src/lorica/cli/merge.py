@@ -50,7 +50,6 @@ def command(
 ) -> None:
     import json as jsonlib
     import sys
-    from dataclasses import asdict
 
     from transformers.utils import logging
 
@@ -77,11 +76,11 @@ def command(
     assert opened.adapter is not None
     logging.disable_progress_bar()  # of the writing, which would come among the lines below
     with voice.work("merging"):
-        report = merge(opened.model, {opened.adapter.name: weight}, force=force)
+        report = merge(opened.model, {opened.adapter.name: weight}, force=force, keep=False)
         tokenizer = known(opened.model).tokenizer
         asked = {"format": opened.format, "system": opened.system, "task": opened.task.facts()}
         save_merged(opened.model, output_dir, tokenizer, facts=asked, overwrite=overwrite)
-    facts = {**asdict(report), "damage": report.damage, "path": str(output_dir)}
+    facts = {**report.facts(), "path": str(output_dir)}
     write_file(output_dir / REPORT, jsonlib.dumps(facts, indent=2) + "\n")
     print(jsonlib.dumps(facts) if json else "\n".join(_lines(report, output_dir, opened.task.kind)))
 

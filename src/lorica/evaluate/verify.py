@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lorica.attach.activate import Mixture, activate
 from lorica.errors import CheckRefused, ConfigError, nearest
-from lorica.tasks.task import answering, device_of, wide
+from lorica.tasks.task import answering, device_of, num_positions, wide
 
 LIMITS: Mapping[str, float] = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.25, "int8": 0.25}
 """The largest `lost` by the type of the stored weights. In float32 there is nothing but another
@@ -163,6 +163,9 @@ def expect(
     given = random_prompts(model) if prompts is None else [tuple(ids) for ids in prompts]
     if not given or not all(given):
         raise ConfigError("there is nothing to ask", problems=["a prompt has no tokens"])
+    if (most := num_positions(model)) is not None:
+        max_new_tokens = min(max_new_tokens, most // 2)
+        given = [ids[: most - max_new_tokens] for ids in given]
     with answering(model), activate(model, mixture):
         questions = tuple(_answered(model, prompt, max_new_tokens) for prompt in given)
         attached = tuple(_logits(model, question) for question in questions)
