@@ -43,6 +43,8 @@ _PUBLIC = {
     "attach_by_records": "lorica.train.starts",
     "merge": "lorica.mix.merging",
     "MergeReport": "lorica.mix.report",
+    "mix": "lorica.mix.mixing",
+    "MixReport": "lorica.mix.mixing",
     # judging
     "score": "lorica.evaluate.score",
     "compare": "lorica.evaluate.compare",
@@ -72,8 +74,10 @@ if TYPE_CHECKING:  # the same for editors and type checkers; a test holds both e
     from lorica.files.adapter import load_adapter as load_adapter
     from lorica.files.adapter import save_adapter as save_adapter
     from lorica.methods.lora import LoRA as LoRA
-    from lorica.mix.report import MergeReport as MergeReport
     from lorica.mix.merging import merge as merge
+    from lorica.mix.mixing import MixReport as MixReport
+    from lorica.mix.mixing import mix as mix
+    from lorica.mix.report import MergeReport as MergeReport
     from lorica.records.report import write_report as write_report
     from lorica.train.loop import train as train
     from lorica.train.starts import attach_by_records as attach_by_records
