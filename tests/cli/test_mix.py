@@ -69,7 +69,9 @@ def test_weights_that_are_searched(lorica, two, stock):
     )  # fmt: skip
     assert done.code == 0, done.err
     found = done.rows[0]["search"]
-    assert found["tried"] >= 8 and found["loss"] <= found["before"]
+    sizes = sum(map(abs, found["weights"].values()))  # 1 at the beginning
+    assert found["tried"] >= 8
+    assert found["loss"] + 0.05 * sizes <= found["before"] + 0.05
     assert done.rows[0]["weights"] == found["weights"]
 
 

@@ -49,6 +49,7 @@ def same(name: str, model: nn.Module, mixture, other, tolerance: float = 1e-5) -
 PLACES = {"cnn": ("conv1", "conv2", "embedding", "fc1"), "qwen3": ("embed_tokens", "q_proj")}
 
 
+@pytest.mark.filterwarnings("ignore:PEFT's layout cannot name")
 @pytest.mark.parametrize(
     "name", ["llama", "gpt2", "mixtral", "bart", "attention-net", "cnn", "qwen3"]
 )

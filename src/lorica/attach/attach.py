@@ -561,6 +561,9 @@ def _end_activation(model: nn.Module, name: str, status: Status) -> None:
     places = [p for m in model.modules() for p in plates_of(m)]
     if any(p.route is not None and name in p.route.names for p in places):
         status.owner = None
+        if status.schedule is not None:
+            status.schedule.stop()
+            status.schedule = None
         for place in places:
             place.route = None
 

@@ -94,6 +94,7 @@ class Status:
         tokens: rows times positions that the newest layer with a batch was given.
         prompts: how long the prompts of the batch are, if a task told it; see `base.batch`.
         where: by adapter, the tokens whose hidden states it edits in this forward pass.
+        schedule: what changes the weights from step to step; see `attach.weights`.
     """
 
     decided: bool = False
@@ -101,9 +102,10 @@ class Status:
     tokens: int = 0
     prompts: Sequence[int] | None = None
     where: dict[str, Tensor] = field(default_factory=dict)
+    schedule: Any = None
 
     def __getstate__(self) -> dict[str, Any]:  # a copy is inactive, and nobody's
-        plain = {"decided": False, "owner": None, "tokens": 0}
+        plain = {"decided": False, "owner": None, "tokens": 0, "schedule": None}
         return {**plain, "prompts": None, "where": {}}
 
     def warn_undecided(self) -> None:
