@@ -84,9 +84,12 @@ def merge(
 
 
 def check_mergeable(
-    model: nn.Module, shares: Mapping[str, float], targets: list[Target]
+    model: nn.Module, shares: Mapping[str, float], targets: list[Target], *, held: bool = True
 ) -> dict[str, list[str]]:
     """The parameters that must be untied, each with all names of its tie.
+
+    Args:
+        held: whether the weights are in memory; they may lie on the disk alone.
 
     Raises:
         MergeError: all reasons why these adapters cannot become weights.
@@ -105,7 +108,7 @@ def check_mergeable(
         for other in adapters(model).values()
         if other.on is not None and other.on.name == name and other.name not in shares
     ]
-    problems += folded((t.path, why) for t in targets if (why := hindrance(t)))
+    problems += folded((t.path, why) for t in targets if (why := hindrance(t, held)))
     apart, tied_problems = find_ties(model, targets)
     problems += tied_problems
     if problems:

@@ -79,12 +79,12 @@ def _scales_bias(slot: Slot) -> bool:
     return hasattr(slot.method, "merged_bias")
 
 
-def hindrance(target: Target) -> str | None:
-    """Why an update cannot go into this weight."""
+def hindrance(target: Target, held: bool = True) -> str | None:
+    """Why an update cannot go into this weight; `held`: whether its values are in memory."""
     parameter, layer = target.parameter, target.layer
     adds = [slot for _, slot in target.parts if not slot.method.replaces]
     copies = [(share, slot) for share, slot in target.parts if slot.method.replaces]
-    if parameter.is_meta or parameter.dtype not in _FLOATS:
+    if (held and parameter.is_meta) or parameter.dtype not in _FLOATS:
         return f"a weight of type {parameter.dtype} on {parameter.device} cannot be written"
     if "parametrizations" in target.module._modules:
         return "the weight is computed by a parametrization; remove it first"
@@ -109,12 +109,17 @@ def rounded(target: Target) -> Tensor:
 
 def measured(target: Target) -> MergedWeight:
     """What rounding the new weight will do to it."""
+    return merged(target)[1]
+
+
+def merged(target: Target) -> tuple[Tensor, MergedWeight]:
+    """The new weight, in the dtype of the base, and what rounding did to it."""
     parameter = target.parameter.detach()
     base, update = _parts(target)
     new = _exact(target, base, update).to(parameter.dtype)
     error = (new.to(torch.float64) - base.to(torch.float64)).sub_(update)
     size = _rms(update)
-    return MergedWeight(
+    entry = MergedWeight(
         target.path,
         tuple(parameter.shape),
         str(parameter.dtype).removeprefix("torch."),
@@ -122,6 +127,7 @@ def measured(target: Target) -> MergedWeight:
         _rms(error) / size if size else 0.0,
         float((new != parameter).double().mean()),
     )
+    return new, entry
 
 
 def _parts(target: Target) -> tuple[Tensor, Tensor]:
