@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": "write an adapter into its base: a plain model for any tool",
     "verify": "check that a merged or exported model answers as its adapter does",
     "mix": "one adapter made of several: their weighted sum, exact or cut to a rank; ties ...",
+    "extract": "a LoRA adapter of what a full fine-tune changed in its base",
     "average": "one adapter from several of one kind: the mean of their tensors",
     "report": "make the page of a run anew",
     "config": "a settings file to start from, or the JSON Schema",
