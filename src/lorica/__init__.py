@@ -41,11 +41,14 @@ _PUBLIC = {
     # doing
     "train": "lorica.train.loop",
     "attach_by_records": "lorica.train.starts",
-    "merge": "lorica.mix",
-    "MergeReport": "lorica.mix",
+    "merge": "lorica.mix.merging",
+    "MergeReport": "lorica.mix.report",
+    "mix": "lorica.mix.mixing",
+    "MixReport": "lorica.mix.mixing",
     # judging
     "score": "lorica.evaluate.score",
     "compare": "lorica.evaluate.compare",
+    "verify": "lorica.evaluate.verify",
     "write_report": "lorica.records.report",
 }
 """Public name -> the module that defines it."""
@@ -67,11 +70,14 @@ if TYPE_CHECKING:  # the same for editors and type checkers; a test holds both e
     from lorica.errors import LoricaWarning as LoricaWarning
     from lorica.evaluate.compare import compare as compare
     from lorica.evaluate.score import score as score
+    from lorica.evaluate.verify import verify as verify
     from lorica.files.adapter import load_adapter as load_adapter
     from lorica.files.adapter import save_adapter as save_adapter
     from lorica.methods.lora import LoRA as LoRA
-    from lorica.mix import MergeReport as MergeReport
-    from lorica.mix import merge as merge
+    from lorica.mix.merging import merge as merge
+    from lorica.mix.mixing import MixReport as MixReport
+    from lorica.mix.mixing import mix as mix
+    from lorica.mix.report import MergeReport as MergeReport
     from lorica.records.report import write_report as write_report
     from lorica.train.loop import train as train
     from lorica.train.starts import attach_by_records as attach_by_records

@@ -1,71 +1,86 @@
-"""Ranks of a product of thin factors, against the SVD of the product itself."""
+"""The nearest thin products, against the SVD of the whole matrix."""
 
 import math
 
 import pytest
 import torch
 
-from lorica.ops.low_rank import effective_rank, energy_rank, product_svd, truncated
+from lorica.ops.low_rank import (
+    effective_rank,
+    error_by_rank,
+    factorise,
+    factorise_quickly,
+    rank_of_energy,
+    singular_values,
+    truncate,
+)
 
 
-def factors(out, rank, wide, *batch, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    B = torch.randn(*batch, out, rank, generator=generator)
-    return B, torch.randn(*batch, rank, wide, generator=generator)
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("rows, columns, wide", [(52, 37, 11), (7, 123, 9), (5, 6, 8)])
+def test_a_product_is_truncated_without_being_formed(rows, columns, wide, lead):
+    A, B = drawn(*lead, wide, columns), drawn(*lead, rows, wide, seed=1)
+    U, S, V = torch.linalg.svd(B.double() @ A.double(), full_matrices=False)
+    for rank in (1, 4, 20):
+        A_K, B_K, values = truncate(A, B, rank)
+        wanted = (U[..., :rank] * S[..., None, :rank]) @ V[..., :rank, :]
+        torch.testing.assert_close((B_K @ A_K).double(), wanted, atol=1e-4, rtol=1e-4)
+        count = values.shape[-1]
+        torch.testing.assert_close(values, S[..., :count], atol=1e-9, rtol=1e-6)
+        assert A_K.dtype == B_K.dtype == torch.float32 and A_K.shape[-2] <= rank
+        torch.testing.assert_close(A_K.norm(dim=-1), B_K.norm(dim=-2), atol=1e-4, rtol=1e-4)
+
+
+def test_a_whole_matrix():
+    W = drawn(41, 67)
+    A, B, S = factorise(W, 5)
+    error = error_by_rank(S)
+    assert float((W - B @ A).norm() / W.norm()) == pytest.approx(float(error[5]), rel=1e-4)
+    assert error[0] == 1 and float(error[-1]) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_randomised_one_is_nearly_as_near():
+    W = drawn(300, 200) @ torch.diag(0.97 ** torch.arange(200.0)) @ drawn(200, 250, seed=2)
+    _, _, S = factorise(W, 12)
+    A, B, quick = factorise_quickly(W, 12, seed=4)
+    best = float(error_by_rank(S)[12] * W.norm())
+    assert float((W - B @ A).norm()) < 1.01 * best
+    assert len(quick) == 12 and (quick <= S[:12] * (1 + 1e-5)).all()
+    assert torch.equal(factorise_quickly(W, 12, seed=4)[0], A)
+
+
+def test_the_rank_of_an_energy():
+    S = torch.tensor([2.0, 1.0, 1.0])
+    assert [rank_of_energy(S, share) for share in (0.5, 0.67, 0.84, 1.0)] == [1, 2, 3, 3]
+    assert rank_of_energy(S[:1], 0.9, energy=6.0) == 2
+    assert error_by_rank(torch.zeros(3)).tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("shape", [(133, 12, 53), (7, 12, 41), (50, 5, 3)])
-def test_the_svd_of_a_product_is_that_of_the_formed_product(shape):
-    B, A = factors(*shape)
-    U, S, Vh = product_svd(B, A)
-    product = B.double() @ A.double()
-    expected = torch.linalg.svdvals(product)[: len(S)]
+def test_the_singular_values_of_a_product_are_those_of_the_formed_product(shape):
+    rows, wide, columns = shape
+    A, B = drawn(wide, columns), drawn(rows, wide, seed=1)
+    S = singular_values(A, B)
+    expected = torch.linalg.svdvals(B.double() @ A.double())[: len(S)]
     torch.testing.assert_close(S, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close((U * S) @ Vh, product, rtol=1e-10, atol=1e-9)
-    torch.testing.assert_close(U.mT @ U, torch.eye(len(S), dtype=U.dtype), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("rank", [1, 3, 11, 12])
-def test_a_truncation_is_the_nearest_product_of_its_rank(rank):
-    B, A = factors(133, 12, 53)
-    B_K, A_K = truncated(B, A, rank)
-    assert B_K.shape == (133, rank) and A_K.shape == (rank, 53) and B_K.dtype == torch.float32
-    product = B.double() @ A.double()
-    U, S, Vh = torch.linalg.svd(product, full_matrices=False)
-    nearest = (U[:, :rank] * S[:rank]) @ Vh[:rank]
-    torch.testing.assert_close((B_K @ A_K).double(), nearest, rtol=0, atol=2e-5)
-    lost = torch.linalg.norm(product - B_K.double() @ A_K.double())
-    torch.testing.assert_close(lost, S[rank:].square().sum().sqrt(), rtol=1e-4, atol=1e-4)
-
-
-def test_every_expert_is_cut_by_itself():
-    B, A = factors(17, 6, 11, 3)
-    B_K, A_K = truncated(B, A, 2)
-    for number in range(3):
-        alone_B, alone_A = truncated(B[number], A[number], 2)
-        torch.testing.assert_close(B_K[number] @ A_K[number], alone_B @ alone_A)
-
-
-def test_more_rank_than_there_is_adds_zeros():
-    B, A = factors(5, 2, 4)
-    B_K, A_K = truncated(B, A, 9)
-    assert B_K.shape == (5, 9) and A_K.shape == (9, 4)
-    torch.testing.assert_close(B_K @ A_K, B @ A)
-    assert not B_K[:, 2:].any() and not A_K[2:].any()
 
 
 def test_an_update_that_never_moved_has_rank_zero():
-    B, A = torch.zeros(9, 4), torch.randn(4, 7)
-    S = product_svd(B, A)[1]
-    assert effective_rank(S) == 0 and energy_rank(S, 0.99) == 0
-    assert not (truncated(B, A, 2)[0] @ truncated(B, A, 2)[1]).any()
+    A, B = drawn(4, 7), torch.zeros(9, 4)
+    S = singular_values(A, B)
+    assert effective_rank(S) == 0 and rank_of_energy(S, 0.99) == 0
+    shorter_A, shorter_B, _ = truncate(A, B, 2)
+    assert not (shorter_B @ shorter_A).any()
 
 
-def test_ranks_of_known_spectra():
+def test_the_effective_rank_of_known_spectra():
     assert effective_rank(torch.ones(7)) == pytest.approx(7)
     assert effective_rank(torch.tensor([3.0, 0.0, 0.0])) == pytest.approx(1)
     two = torch.tensor([3.0, 1.0])
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert effective_rank(two) == pytest.approx(math.exp(entropy))
-    assert [energy_rank(two, share) for share in (0.5, 0.9, 0.901, 1.0)] == [1, 1, 2, 2]
-    assert energy_rank(torch.ones(10), 0.9) == 9
+    assert [rank_of_energy(two, share) for share in (0.5, 0.9, 0.901, 1.0)] == [1, 1, 2, 2]

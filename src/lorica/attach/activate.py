@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorica.attach.attach import Adapter, adapters, attached_to
 from lorica.attach.site import Plates, Route, plates_of
+from lorica.attach.survey import unwrap
+from lorica.attach.weights import (
+    Amount,
+    Schedule,
+    Weight,
+    at_place,
+    check_patterns,
+    is_plain,
+    problem_of,
+    table_of,
+)
 from lorica.errors import ActivationError, ConfigError, nearest
 
 
@@ -31,14 +42,21 @@ class Stack:
         object.__setattr__(self, "adapters", adapters)
 
 
-Mixture = str | Adapter | Mapping[str, float] | Mapping[Adapter, float] | None
+Mixture = str | Adapter | Mapping[str, Weight] | Mapping[Adapter, Weight] | None
 """One adapter, several by weight, or none: the base."""
 
 
 class Activation:
     """What `activate` returns. In force from the call on; as a context it ends with the block."""
 
-    def __init__(self, model: nn.Module, route: Route | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        route: Route | None,
+        routes: Mapping[str, Route] | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        """`routes`: those of places that have another one than `route`."""
         self._plates: list[Plates] = [p for m in model.modules() for p in plates_of(m)]
         self._status = attached_to(model).status
         self._before = [(p.route, p.recorded) for p in self._plates]
@@ -51,14 +69,32 @@ class Activation:
                 "adapters of this model are active in another thread, whose answers would change",
                 mend="use a model from one thread, or give every row of a batch its own entry",
             )
-        self.route = route
+        self.route, self.schedule = route, schedule
+        self._schedule_before = self._status.schedule
         self._status.owner = None if route is None else thread
         self._status.decided = True
         for plates in self._plates:
-            plates.route, plates.recorded = route, None
+            plates.route = (routes or {}).get(plates.path, route)
+            plates.recorded = None
+        self._follow(schedule)
 
     def __enter__(self) -> Activation:
         return self
+
+    def restart(self) -> None:
+        """Let the next forward pass be step 0 of the schedules. A text that is generated with a
+        cache does so by itself.
+        """
+        if self.schedule is not None:
+            self.schedule.step = -1
+
+    def _follow(self, schedule: Schedule | None) -> None:
+        """Let this schedule count the steps, and no other one."""
+        if self._status.schedule is not None:
+            self._status.schedule.stop()
+        self._status.schedule = schedule
+        if schedule is not None:
+            schedule.start(unwrap(self._model))
 
     def __exit__(
         self,
@@ -75,6 +111,7 @@ class Activation:
             elif plates.recorded is None:  # nothing here can be recomputed, so what was counts
                 plates.recorded = recorded
         self._status.owner = self._owner_before
+        self._follow(None if stale else self._schedule_before)
 
     def _stale(self) -> set[str]:
         """The adapters that were detached since. Another one of the same name does not step in."""
@@ -90,6 +127,11 @@ def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture] | Stack) -> 
             updates, which is exact; None for the bare base. A list gives one such entry per row of
             the batch. An adapter that lies on another one brings that in with its own weight.
             `Stack("language", "task")` for adapters that follow each other.
+            A weight may be negative. It may differ by place, `{"style": {"layers.0": 0.5,
+            "mlp": 0}}`: names or patterns of layers or of blocks around them, the first that fits
+            counts, and 1 where none does. And it may change from step to step, a step being a
+            forward pass (a token of a text, a step of a denoiser): `{"style": [1, 0.5, 0]}`, whose
+            last number stays, or a function of the number of the step.
 
     Returns:
         an object that is also a context manager: `with activate(model, "sql"): ...` puts back what
@@ -126,11 +168,45 @@ def activate(model: nn.Module, mixture: Mixture | Sequence[Mixture] | Stack) -> 
         return Activation(model, Route(names))
     if not names:
         return Activation(model, None)
-    table = torch.tensor([[float(entry.get(name, 0.0)) for name in names] for entry in entries])
+    amounts = [[entry.get(name, 0.0) for name in names] for entry in entries]
+    if all(is_plain(weight) for row in amounts for weight in row):
+        return Activation(model, _route(model, names, amounts, by_row=rows is not None))
+    return _varied(model, names, amounts, by_row=rows is not None)
+
+
+def _route(
+    model: nn.Module, names: tuple[str, ...], amounts: list[list[Amount]], *, by_row: bool
+) -> Route:
+    """One route with these weights, on the device of the adapters."""
     slots = (slot for name in names for slot in adapters(model)[name].slots.values())
-    device = next((t.device for slot in slots for t in slot.tensors.values()), table.device)
-    table = table.to(device)
-    return Activation(model, Route(names, table if rows is not None else table[0]))
+    device = next((t.device for slot in slots for t in slot.tensors.values()), None)
+    table = table_of(amounts).to(device)
+    return Route(names, table if by_row else table[0])
+
+
+def _varied(
+    model: nn.Module, names: tuple[str, ...], weights: list[list[Weight]], *, by_row: bool
+) -> Activation:
+    """Weights that differ by place or change by step: a route for every set of them."""
+    known = adapters(model)
+    for row in weights:
+        for name, weight in zip(names, row, strict=True):
+            check_patterns(name, weight, known[name].slots)
+    routes: dict[str, Route] = {}
+    made: dict[tuple, tuple[Route, list[list[Amount]]]] = {}
+    for path in dict.fromkeys(path for name in names for path in known[name].slots):
+        amounts = [[at_place(weight, path) for weight in row] for row in weights]
+        key = tuple(a if isinstance(a, int | float) else id(a) for row in amounts for a in row)
+        if key not in made:
+            made[key] = _route(model, names, amounts, by_row=by_row), amounts
+        routes[path] = made[key][0]
+    changing = [
+        (route, amounts)
+        for route, amounts in made.values()
+        if not all(is_plain(amount) for row in amounts for amount in row)
+    ]
+    first = next(iter(routes.values()))
+    return Activation(model, first, routes, Schedule(changing) if changing else None)
 
 
 def _stack_route(model: nn.Module, stack: Stack) -> Route:
@@ -150,16 +226,28 @@ def _stack_route(model: nn.Module, stack: Stack) -> Route:
     return Route(names, torch.ones(len(names), device=device), stacked=True)
 
 
-def with_stages(model: nn.Module, entry: Mapping[str, float]) -> dict[str, float]:
-    """A mixture with the adapters below its own, which take part with the same weights."""
-    found: dict[str, float] = {}
+def with_stages(model: nn.Module, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A mixture with the adapters below its own, which take part with the same weights.
+
+    Raises:
+        ConfigError: one lies below two others, and their weights are no numbers that have a sum.
+    """
+    found: dict[str, Any] = {}
     for name, weight in entry.items():
         for stage in adapters(model)[name].stages:
-            found[stage.name] = found.get(stage.name, 0.0) + weight
+            if stage.name not in found:
+                found[stage.name] = weight
+            elif is_plain(weight) and is_plain(found[stage.name]):
+                found[stage.name] += weight
+            else:
+                raise ConfigError(
+                    f"{stage.name!r} takes part twice, and weights by place or step have no sum",
+                    mend="give the adapters that lie on it numbers",
+                )
     return found
 
 
-def _weights(entry: Mixture) -> dict[str, float]:
+def _weights(entry: Mixture) -> dict[str, Any]:
     if entry is None:
         return {}
     if isinstance(entry, Adapter):
@@ -174,7 +262,7 @@ def _weights(entry: Mixture) -> dict[str, float]:
     return {key.name if isinstance(key, Adapter) else key: weight for key, weight in entry.items()}
 
 
-def _check(model: nn.Module, names: tuple[str, ...], entries: list[dict[str, float]]) -> None:
+def _check(model: nn.Module, names: tuple[str, ...], entries: list[dict[str, Any]]) -> None:
     known = adapters(model)
     single = len(entries) == 1
     problems = []
@@ -186,15 +274,9 @@ def _check(model: nn.Module, names: tuple[str, ...], entries: list[dict[str, flo
             )
     for row, entry in enumerate(entries):
         for name, weight in entry.items():
-            if (
-                isinstance(weight, bool)
-                or not isinstance(weight, int | float)
-                or not math.isfinite(weight)
-            ):
+            if (wrong := problem_of(weight)) is not None:
                 where = "" if single else f"row {row}: "
-                problems.append(
-                    f"{where}the weight of {name!r} is {weight!r}; it must be a finite number"
-                )
+                problems.append(f"{where}the weight of {name!r} {wrong}")
     if problems:
         raise ConfigError(
             "this activation is not possible",

@@ -226,14 +226,20 @@ def _put(
     except BaseException:
         _withdraw(model, name)
         raise
+    known = base_of(model)
+    base = known.facts() if known is not None else {}
+    adapter = Adapter(name, method, slots, model, reason, base)
+    _register(model, attached, adapter)
+    return adapter
+
+
+def _register(model: nn.Module, attached: Attached, adapter: Adapter) -> None:
+    """Enter an adapter in the model's record; the first one freezes the base."""
     if not attached.adapters:
         attached.unfrozen = [n for n, p in model.named_parameters() if p.requires_grad]
         model.requires_grad_(False)
-    known = base_of(model)
-    base = known.facts() if known is not None else {}
-    adapter = attached.adapters[name] = Adapter(name, method, slots, model, reason, base)
+    attached.adapters[adapter.name] = adapter
     model.__dict__["_lorica_attached"] = attached
-    return adapter
 
 
 def detach(model: nn.Module, adapter: str | Adapter) -> None:
@@ -270,6 +276,25 @@ def detach(model: nn.Module, adapter: str | Adapter) -> None:
             if path in attached.unfrozen:
                 parameter.requires_grad_(True)
         del model.__dict__["_lorica_attached"]
+
+
+def put_back(adapter: Adapter) -> None:
+    """Put an adapter that was detached on its model again: the same handle, the same tensors.
+
+    Raises:
+        ConfigError: its name was taken meanwhile.
+    """
+    model = adapter.model
+    attached = attached_to(model)
+    _check_name(adapter.name, attached)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, slot in adapter.slots.items():
+        core, _, name = path.rpartition(".")
+        module, parameter = (modules[path], None) if path in modules else (modules[core], name)
+        enter(module, path, attached.status, parameter).slots[adapter.name] = slot
+    _register(model, attached, adapter)
+    if adapter.on is not None:
+        lay_on(adapter, adapter.on, adapter.together, adapter.stacked)
 
 
 def reshape(
@@ -542,6 +567,9 @@ def _end_activation(model: nn.Module, name: str, status: Status) -> None:
     places = [p for m in model.modules() for p in plates_of(m)]
     if any(p.route is not None and name in p.route.names for p in places):
         status.owner = None
+        if status.schedule is not None:
+            status.schedule.stop()
+            status.schedule = None
         for place in places:
             place.route = None
 

@@ -104,6 +104,7 @@ class Status:
         where: by adapter, the tokens whose hidden states it edits in this forward pass.
         gates: the texts of this forward pass, and what gates said of them; None where nothing has
             told them.
+        schedule: what changes the weights from step to step; see `attach.weights`.
     """
 
     decided: bool = False
@@ -112,9 +113,10 @@ class Status:
     prompts: Sequence[int] | None = None
     where: dict[str, Tensor] = field(default_factory=dict)
     gates: Gates | None = None
+    schedule: Any = None
 
     def __getstate__(self) -> dict[str, Any]:  # a copy is inactive, and nobody's
-        plain = {"decided": False, "owner": None, "tokens": 0}
+        plain = {"decided": False, "owner": None, "tokens": 0, "schedule": None}
         return {**plain, "prompts": None, "where": {}, "gates": None}
 
     def warn_undecided(self) -> None:

@@ -1,7 +1,9 @@
 """Write an adapter into its base: a plain model folder that any tool loads.
 
 The sum is taken in float32 and rounded once. How much of the adapter the rounding destroys is told
-weight by weight, and written beside the model.
+weight by weight, and written beside the model. The weights go from disk to disk, one at a time,
+where the files of the base name them as the model does. Afterwards the new model is asked what base
+and adapter were asked, and is kept only where it answers the same.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 
-REPORT = "merge_report.json"
 SHOWN = 10
 """So many weights are printed, those with the greatest damage; the report holds all."""
 
@@ -44,23 +45,25 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace a model that is in output_dir")
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="ask the new model what base and adapter were asked, and keep it only where it "
+            "answers the same",
+        ),
+    ] = True,
     json: Annotated[
         bool, typer.Option("--json", help="the report as one JSON object on standard output")
     ] = False,
 ) -> None:
     import json as jsonlib
     import sys
-    from dataclasses import asdict
 
-    from transformers.utils import logging
-
-    from lorica.cli.opening import adapter_folder, open_subject
-    from lorica.cli.prepare import known
+    from lorica.cli.opening import adapter_folder
     from lorica.cli.voice import Voice
+    from lorica.cli.writing import Order, write_merged
     from lorica.errors import AdapterFileError, BaseModelError
-    from lorica.files.whole import save_merged
-    from lorica.mix import merge
-    from lorica.records.atomic import write_file
 
     if adapter_folder(Path(adapter)) is None:
         raise AdapterFileError(
@@ -71,26 +74,21 @@ def command(
         raise BaseModelError(
             f"{output_dir} exists", mend="choose another --output-dir, or replace it: --overwrite"
         )
-    voice = Voice(quiet=json, stream=sys.stderr)
-    with voice.work(f"loading {adapter}"):
-        opened = open_subject(adapter, base=model, dtype=dtype)
-    assert opened.adapter is not None
-    logging.disable_progress_bar()  # of the writing, which would come among the lines below
-    with voice.work("merging"):
-        report = merge(opened.model, {opened.adapter.name: weight}, force=force)
-        tokenizer = known(opened.model).tokenizer
-        asked = {"format": opened.format, "system": opened.system, "task": opened.task.facts()}
-        save_merged(opened.model, output_dir, tokenizer, facts=asked, overwrite=overwrite)
-    facts = {**asdict(report), "damage": report.damage, "path": str(output_dir)}
-    write_file(output_dir / REPORT, jsonlib.dumps(facts, indent=2) + "\n")
-    print(jsonlib.dumps(facts) if json else "\n".join(_lines(report, output_dir, opened.task.kind)))
+    order = Order(adapter, output_dir, model, dtype, weight, force, overwrite, verify)
+    written = write_merged(order, Voice(quiet=json, stream=sys.stderr))
+    if json:
+        print(jsonlib.dumps(written.facts))
+    else:
+        print("\n".join(_lines(written, output_dir)))
 
 
-def _lines(report: Any, folder: Path, kind: str) -> list[str]:
+def _lines(written: Any, folder: Path) -> list[str]:
     """The damage of the rounding, the worst weights, and how the model is loaded."""
     from lorica.base.load import AUTO_CLASSES
+    from lorica.cli.writing import REPORT
     from lorica.records.lines import aligned
 
+    report = written.report
     worst = sorted(report.merged, key=lambda w: -w.damage)[:SHOWN]
     rows = [["weight", "dtype", "update", "lost by rounding", "elements changed"]]
     rows += [
@@ -104,7 +102,8 @@ def _lines(report: Any, folder: Path, kind: str) -> list[str]:
         *aligned(rows),
         *([f"and {more} weights with less; {folder / REPORT} has all"] if more else []),
         *(f"untied from the input embedding: {path}" for path in report.untied),
+        *([f"verified: {written.verified}"] if written.verified is not None else []),
         "",
         f"model  {folder}",
-        f"load   transformers.{AUTO_CLASSES[kind]}.from_pretrained({str(folder)!r})",
+        f"load   transformers.{AUTO_CLASSES[written.kind]}.from_pretrained({str(folder)!r})",
     ]

@@ -87,8 +87,8 @@ def open_subject(
         facts = adapter_facts(Path(path))  # of a model that an adapter was merged into
         asked, format, system = (facts.get(key) for key in ("task", "format", "system"))
         asked, notes = _parted(_object(asked), kind, records)
-        task_of = _task(model, asked, max_new_tokens)
-        return Subject(path, model, None, task_of, format, system, notes)
+        own = task_of(model, asked, max_new_tokens)
+        return Subject(path, model, None, own, format, system, notes)
     facts = adapter_facts(folder)
     asked, known = (_object(facts.get(key)) for key in ("task", "base"))
     name = base or known.get("name") or configured_base(folder)
@@ -111,7 +111,7 @@ def open_subject(
         path,
         model,
         adapter,
-        _task(model, asked, max_new_tokens),
+        task_of(model, asked, max_new_tokens),
         _object(_object(_json(run / "run.json").get("data")).get("train")).get("format"),
         load_yaml(run / "config.yaml").values.get("system")
         if (run / "config.yaml").is_file()
@@ -230,7 +230,7 @@ def configured_base(folder: Path) -> str:
     return str(name)
 
 
-def _task(model: nn.Module, facts: dict[str, Any], max_new_tokens: int) -> Task:
+def task_of(model: nn.Module, facts: dict[str, Any], max_new_tokens: int) -> Task:
     """The task of a loaded model, asked as the facts of its adapter say."""
     base = base_of(model)
     assert base is not None

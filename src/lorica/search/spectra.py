@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorica.attach.attach import Adapter, Slot, attach_tensors, places_of
 from lorica.methods.lora import LoRA
 from lorica.methods.method import Tensors
-from lorica.ops.low_rank import effective_rank, energy_rank, product_svd, truncated
+from lorica.ops.low_rank import effective_rank, rank_of_energy, singular_values, truncate
 
 ENERGY = 0.9
 """Of the update of a layer that its suggested rank keeps."""
@@ -62,15 +63,15 @@ def spectra(adapter: Adapter) -> list[Spectrum]:
     for path, slot in adapter.slots.items():
         if isinstance(slot.method, LoRA) and "A" in slot.tensors:
             B, A = _matrices(slot)
-            S = product_svd(B, A)[1].flatten().sort(descending=True).values
+            S = singular_values(A, B).flatten().sort(descending=True).values
             found.append(
                 Spectrum(
                     path=path,
                     rank=slot.method.r,
                     values=tuple(S.tolist()),
                     effective=effective_rank(S),
-                    energy_90=energy_rank(S, 0.9),
-                    energy_99=energy_rank(S, 0.99),
+                    energy_90=rank_of_energy(S, 0.9),
+                    energy_99=rank_of_energy(S, 0.99),
                 )
             )
     return found
@@ -135,7 +136,10 @@ def _neutral(method: LoRA) -> dict[str, object]:
 
 def _cut(slot: Slot, rank: int) -> Tensors:
     """The factors of one layer at a smaller rank, in its shapes and with a scale of 1."""
-    B, A = truncated(*_matrices(slot), rank)
+    B, A = _matrices(slot)
+    A, B, _ = truncate(A, B, rank)
+    missing = rank - A.shape[-2]  # where the layer has fewer features than the rank
+    A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
     shape_A, shape_B = slot.tensors["A"].shape, slot.tensors["B"].shape
     if A.dim() == 3:  # experts
         return {"A": A, "B": B}
