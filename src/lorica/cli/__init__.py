@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "score a run, an adapter or a base on records",
     "chat": "talk to a base or an adapter",
     "merge": "write an adapter into its base: a plain model for any tool",
+    "grid": "pictures of one prompt with several weights of image adapters",
     "average": "one adapter from several of one kind: the mean of their tensors",
     "report": "make the page of a run anew",
     "config": "a settings file to start from, or the JSON Schema",

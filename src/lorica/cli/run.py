@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorica import __version__
+from lorica.base.load import IMAGES
+from lorica.cli.images import picture_samples
 from lorica.cli.judge import predictions, samples, tell_of_chance
 from lorica.cli.manifest import manifest, marked, trial_of
 from lorica.cli.opening import adapter_facts
@@ -133,7 +135,10 @@ class _Run:
             after = self._predict(tuned=True)
             scores = compare(before, after, self.prepared.metrics) if before else {}
             run = self.prepared.settings.run
-            shown = samples(before, after, self.prepared.task, run.num_samples)
+            if self.prepared.task.kind == IMAGES:
+                shown = picture_samples(self.prepared, self.folder, self.voice)
+            else:
+                shown = samples(before, after, self.prepared.task, run.num_samples)
             self.folder.write_samples(shown)
             self._complete_adapter()
         self._finish(scores, report)
@@ -179,7 +184,11 @@ class _Run:
         )
 
     def _complete_adapter(self) -> None:
-        """The tokenizer beside the adapter, with the chat template that it was trained with."""
+        """The tokenizer beside the adapter, with the chat template that it was trained with; not
+        where texts are captions, which the pipeline has its own tokenizers for.
+        """
+        if self.prepared.task.kind == IMAGES:
+            return
         tokenizer = self.prepared.task.tokenizer
         if source := own_template(self.prepared):
             tokenizer.chat_template = source

@@ -11,10 +11,11 @@ from torch import nn
 from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter, adapters, find
 from lorica.base.load import base_of
+from lorica.base.pipeline import ImagePipeline
 from lorica.config import TrainSettings
 from lorica.data.encode import Example, separator_of
 from lorica.errors import ConfigError, DataError
-from lorica.tasks import CausalLM, Seq2Seq, TextClassification
+from lorica.tasks import CausalLM, Seq2Seq, TextClassification, TextToImage
 from lorica.tasks.task import Task, num_positions
 from lorica.train.course import GROUP, Course
 from lorica.train.engine import Trainee
@@ -39,6 +40,8 @@ def default_task(model: nn.Module, settings: TrainSettings, data: Collection[Rec
         )
     if base.task == "text-classification":
         return TextClassification(base.tokenizer, base.labels, settings.max_length)
+    if isinstance(model, ImagePipeline):
+        return TextToImage(model)
     if base.task == "seq2seq":
         return Seq2Seq(base.tokenizer, settings.max_length)
     separator = _separator(data)
