@@ -259,7 +259,9 @@ def guided_paths(model: nn.Module) -> tuple[str, ...]:
     kinds = ("diffusers.models.unets", "diffusers.models.transformers")
     found: list[str] = []
     for path, module in model.named_modules():
-        if type(module).__module__.startswith(kinds) and not _inside(path, found):
+        own = type(module)
+        whole = any(base.__name__ == "ModelMixin" for base in own.__mro__)  # no block of another
+        if whole and own.__module__.startswith(kinds) and not _inside(path, found):
             found.append(path)
     return tuple(found)
 

@@ -13,7 +13,7 @@ from lorica.errors import BaseModelError, ConfigError, nearest
 
 
 def kind_of(model: str) -> str:
-    """The task that a base suggests: "causal-lm", "seq2seq" or "text-classification"; for a pipeline
+    """The task that a base suggests: "causal-lm", "seq2seq", "text-classification"; for a pipeline
     of diffusers "text-to-image".
 
     An encoder without a head is taken for a classification, which is what one adapts it to.
@@ -51,6 +51,15 @@ def checked_kind(wanted: str, model: str) -> str:
             mend=f"did you mean {near}?" if near else None,
         )
     return wanted
+
+
+def refuse_pictures(task: str, model: str) -> None:
+    """Raises ConfigError where a command that knows texts alone is given what draws pictures."""
+    if task == IMAGES or (task == "auto" and is_pipeline(model)):
+        raise ConfigError(
+            f"{model} draws pictures, which this command does not know",
+            expected="one of: lorica train, lorica grid, lorica inspect",
+        )
 
 
 def is_encoder(model: str) -> bool:
