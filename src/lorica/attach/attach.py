@@ -22,8 +22,8 @@ from lorica.attach.stages import check_stack, check_stages, check_union, lay_on,
 from lorica.attach.survey import unwrap
 from lorica.attach.targets import resolve
 from lorica.attach.tokens import SETTING, add_rows
+from lorica.base.image_pipeline import guided_paths
 from lorica.base.load import base_of
-from lorica.base.pipeline import guided_paths
 from lorica.errors import ConfigError, TargetError, folded, nearest
 from lorica.methods.copy import Copy
 from lorica.methods.method import Layer, Method, Tensors, is_chosen

@@ -18,8 +18,7 @@ from transformers.utils.hub import cached_file
 from lorica.base.ending import end_token_note, set_end_token
 from lorica.base.folder import folder_problems, unfit_files
 from lorica.base.hub import hub_options, nearest_base
-from lorica.base.labels import Classes, output_tensors, restart, set_labels
-from lorica.base.pipeline import (
+from lorica.base.image_pipeline import (
     INDEX_FILE,
     ImagePipeline,
     check_pipeline,
@@ -27,6 +26,7 @@ from lorica.base.pipeline import (
     pipeline_files,
     read_pipeline,
 )
+from lorica.base.labels import Classes, output_tensors, restart, set_labels
 from lorica.errors import BaseModelError, LoricaError, nearest
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -99,7 +99,7 @@ def load_model(
     Args:
         name: a folder, a hub id, or "embedded".
         task: one of `AUTO_CLASSES`; or "text-to-image": a pipeline of diffusers, as a module whose
-            `pipe` draws (`base.pipeline.ImagePipeline`).
+            `pipe` draws (`base.image_pipeline.ImagePipeline`).
         dtype: of the frozen weights: "float32", "bfloat16", "float16", or "auto": bfloat16 where
             the processor multiplies it natively, else float32; "as-stored": as the files have it.
         labels: names of the classes of a classification. The head of the files is kept where it has

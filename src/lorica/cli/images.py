@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.attach.activate import activate
+from lorica.base.image_pipeline import ImagePipeline, is_pipeline
 from lorica.base.load import IMAGES, load_model
-from lorica.base.pipeline import ImagePipeline, is_pipeline
 from lorica.cli.material import Material
 from lorica.config import Resolved, RunConfig
 from lorica.data.dataset import Dataset

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lorica.base.hub import hub_options
+from lorica.base.image_pipeline import is_pipeline
 from lorica.base.load import AUTO_CLASSES, EMBEDDED, IMAGES
-from lorica.base.pipeline import is_pipeline
 from lorica.errors import BaseModelError, ConfigError, nearest
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorica.attach.activate import activate
-from lorica.base.pipeline import ImagePipeline
+from lorica.base.image_pipeline import ImagePipeline
 from lorica.errors import ConfigError
 from lorica.tasks.drawing import draw
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.base.pipeline import ImagePipeline
+from lorica.base.image_pipeline import ImagePipeline
 from lorica.errors import BaseModelError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lorica.base.pipeline import ImagePipeline
+from lorica.base.image_pipeline import ImagePipeline
 from lorica.errors import ConfigError
 from lorica.tasks.task import answering
 

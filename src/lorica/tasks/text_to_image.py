@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorica.base.pipeline import ImagePipeline
+from lorica.base.image_pipeline import ImagePipeline
 from lorica.data.encode import Encoded, Example, Progress
 from lorica.data.encoded_cache import Encoding, encoding_of
 from lorica.data.images import pixels_of

@@ -8,8 +8,8 @@ import torch
 
 import lorica
 import pipelines
+from lorica.base.image_pipeline import guided_paths, is_pipeline
 from lorica.base.load import base_of, empty_model
-from lorica.base.pipeline import guided_paths, is_pipeline
 from lorica.errors import BaseModelError
 
 
