@@ -23,6 +23,7 @@ from lorica.attach.stages import check_stack, check_stages, check_union, lay_on,
 from lorica.attach.survey import unwrap
 from lorica.attach.targets import resolve
 from lorica.attach.tokens import SETTING, add_rows
+from lorica.base.image_pipeline import guided_paths
 from lorica.base.load import base_of
 from lorica.errors import ConfigError, TargetError, folded, nearest
 from lorica.methods.copy import Copy
@@ -215,9 +216,11 @@ def _put(
     """Make the sites; on any error the model is left as it was."""
     attached = attached_to(model)
     slots: dict[str, Slot] = {}
+    guided = guided_paths(model)
     try:
         for path, (module, parameter, own) in places.items():
             plates = enter(module, path, attached.status, parameter)
+            plates.guided = any(not one or path.startswith(f"{one}.") for one in guided)
             if (tie := getattr(own, "tied_to", None)) is not None:
                 held = slots[tie].tensors
             else:

@@ -107,8 +107,11 @@ def _ends_any(path: str, names: tuple[str, ...]) -> bool:
 
 
 def _take(found: Survey, picked: Picked, roles: set[str], kinds: tuple[str, ...]) -> None:
+    denoiser = getattr(found.modules[""], "denoiser_name", None)  # of a text-to-image pipeline
     for path, place in found.places.items():
-        if place.role in roles and place.kind in kinds and not place.refusal:
+        if denoiser is not None and not path.startswith(f"{denoiser}."):
+            picked.left_out[path] = f"another part of the pipeline than {denoiser}: name it"
+        elif place.role in roles and place.kind in kinds and not place.refusal:
             picked.places[path] = place
         else:
             picked.left_out[path] = place.refusal or _WHY_NOT[place.role]

@@ -141,6 +141,8 @@ class Plates:
     layer: Layer
     status: Status
     slots: dict[str, Slot] = field(default_factory=dict)
+    guided: bool = False
+    """Whether a pipeline that guides gives every row twice: all without the prompt, then all."""
     route: Route | None = None
     last: Route | None = None
     """The route of the newest forward pass: what tells sites that were passed by."""
@@ -404,6 +406,8 @@ def _row_gate(plates: Plates, gate: Tensor, like: Tensor) -> Tensor:
     """
     if gate.dim() == 1:
         return gate
+    if plates.guided:
+        gate = _twice(plates, gate, like)
     times, rest = divmod(like.shape[0], gate.shape[0])
     flat = like.dim() == 2
     if not torch.compiler.is_compiling():
@@ -422,6 +426,21 @@ def _row_gate(plates: Plates, gate: Tensor, like: Tensor) -> Tensor:
     if plates.layer.kind in ("conv1d", "conv2d"):  # channels first
         return gate.view(-1, gate.shape[1], *ones)
     return gate.view(-1, *ones, gate.shape[1])
+
+
+def _twice(plates: Plates, gate: Tensor, like: Tensor) -> Tensor:
+    """One entry per picture for a denoiser: the same for its pass without the prompt, which come
+    first, and for its pass with it (classifier-free guidance).
+    """
+    if like.shape[0] == 2 * gate.shape[0]:
+        return torch.cat([gate, gate])
+    if like.shape[0] != gate.shape[0]:
+        raise ActivationError(
+            f"{plates.path}: {gate.shape[0]} rows are active, but this layer was given "
+            f"{tuple(like.shape)}",
+            expected="one entry of the activation per picture; with guidance two rows per picture",
+        )
+    return gate
 
 
 def _dropout(x: Tensor, share: float, plates: Plates) -> Tensor:

@@ -66,6 +66,8 @@ def _no_config(folder: Path) -> str:
         return f"{folder} is GGUF, which is not read: name the safetensors base it was made from"
     if folder.is_file():
         return f"{folder} is a file: name the folder with config.json and *.safetensors"
+    if (folder / "model_index.json").is_file():
+        return f"{folder} is a pipeline of diffusers: its task is text-to-image"
     if (folder / "adapter_config.json").is_file():
         return (
             f"{folder} is an adapter, not a base model: name the base, and load the adapter on it"

@@ -21,22 +21,27 @@ from huggingface_hub.errors import (
 from lorica.errors import BaseModelError, nearest
 
 
-def hub_options(name: str | Path, revision: str = "main") -> dict[str, Any]:
+def hub_options(
+    name: str | Path, revision: str = "main", file: str = "config.json"
+) -> dict[str, Any]:
     """What to hand to transformers for a base: nothing for a folder, or for one that the hub has;
     `local_files_only` where the hub does not answer but the cache has it.
+
+    Args:
+        file: what every base of this kind has.
 
     Raises:
         BaseModelError: the name is neither a folder, nor in the cache, nor on the hub.
     """
-    return {} if Path(name).expanduser().exists() else _asked(str(name), revision)
+    return {} if Path(name).expanduser().exists() else _asked(str(name), revision, file)
 
 
 @cache
-def _asked(name: str, revision: str) -> dict[str, Any]:
+def _asked(name: str, revision: str, file: str) -> dict[str, Any]:
     """Likewise for what is no folder; asked once for each name that is there."""
     try:
-        cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
-        url = hf_hub_url(name, "config.json", revision=revision)
+        cached = isinstance(try_to_load_from_cache(name, file, revision=revision), str)
+        url = hf_hub_url(name, file, revision=revision)
     except HFValidationError:
         raise _nowhere(name, "it is no possible hub id either") from None
     if constants.HF_HUB_OFFLINE:

@@ -19,6 +19,14 @@ from lorica.base.ending import end_token_note, set_end_token
 from lorica.base.folder import folder_problems, unfit_files
 from lorica.base.hf_quantizer import OnTheWay
 from lorica.base.hub import hub_options, nearest_base
+from lorica.base.image_pipeline import (
+    INDEX_FILE,
+    ImagePipeline,
+    check_pipeline,
+    empty_pipeline,
+    pipeline_files,
+    read_pipeline,
+)
 from lorica.base.labels import Classes, output_tensors, restart, set_labels
 from lorica.base.quantize import quantization_of, quantizer_of
 from lorica.base.quantizer import Quantizer
@@ -34,6 +42,9 @@ AUTO_CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
 """Task -> the class of transformers that loads a model for it."""
+
+IMAGES = "text-to-image"
+"""The task whose bases are pipelines of diffusers."""
 
 SLOW_BFLOAT16 = (
     "this processor has no instructions for bfloat16: that saves memory, and is many times slower "
@@ -97,7 +108,8 @@ def load_model(
 
     Args:
         name: a folder, a hub id, or "embedded".
-        task: one of `AUTO_CLASSES`.
+        task: one of `AUTO_CLASSES`; or "text-to-image": a pipeline of diffusers, as a module whose
+            `pipe` draws (`base.image_pipeline.ImagePipeline`).
         dtype: of the frozen weights: "float32", "bfloat16", "float16", or "auto": bfloat16 where
             the processor multiplies it natively, else float32; "as-stored": as the files have it.
         labels: names of the classes of a classification. The head of the files is kept where it has
@@ -121,6 +133,8 @@ def load_model(
     target = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
+    if task == IMAGES:
+        return _load_pipeline(name, path, choose_dtype(dtype, target), target, revision)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     local = hub_options(path, revision)
     base = Base(_lasting(name, path), task, digest="")
@@ -183,6 +197,35 @@ def load_model(
     return model.to(target).eval()
 
 
+def _load_pipeline(
+    name: str | Path,
+    path: str | Path,
+    dtype: torch.dtype | Literal["auto"],
+    target: torch.device,
+    revision: str,
+) -> ImagePipeline:
+    """A pipeline of diffusers with what is known of it."""
+    if dtype == "auto":
+        raise BaseModelError(
+            "dtype as-stored cannot be had for a pipeline: its parts may differ",
+            expected="auto, float32, bfloat16 or float16",
+        )
+    options: dict[str, Any] = hub_options(path, revision, INDEX_FILE)
+    if not Path(path).is_dir():
+        options = {**options, "revision": revision}
+    with _reading(name, IMAGES):
+        model = read_pipeline(path, dtype, options)
+    known = Base(_lasting(name, path), IMAGES, digest="", tokenizer=model.pipe.tokenizer)
+    files = pipeline_files(Path(path)) if Path(path).is_dir() else []
+    known.digest = _digest_of(files) if files else digest_of_tensors(model)
+    if target.type == "cpu":
+        _leave_files(model)
+        if dtype == torch.bfloat16 and not _cpu_has_bfloat16():
+            known.notes.append(SLOW_BFLOAT16)
+    model.__dict__["_lorica_base"] = known
+    return model.to(target).requires_grad_(False).eval()
+
+
 def load_tokenizer(
     name: str | Path,
     *,
@@ -231,9 +274,13 @@ def empty_model(
         BaseModelError: there is no config, or none for this task.
     """
     path = _located(name)
+    if task == IMAGES:
+        check_pipeline(Path(path))
+        with _reading(name, task):
+            return empty_pipeline(Path(path))
     if task not in AUTO_CLASSES:
         raise BaseModelError(
-            f"unknown task {task!r}", expected=f"one of: {', '.join(AUTO_CLASSES)}"
+            f"unknown task {task!r}", expected=f"one of: {', '.join((*AUTO_CLASSES, IMAGES))}"
         )
     _refuse(_path_problems(Path(path), trust_remote_code, weights=False))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -393,8 +440,12 @@ def _cpu_has_bfloat16() -> bool:
 
 def digest_of_files(folder: Path) -> str:
     """SHA-256 over the weight files of a folder, in the order of their names."""
+    return _digest_of(sorted(folder.glob("*.safetensors")))
+
+
+def _digest_of(files: list[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files:
         with open(file, "rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
@@ -430,8 +481,8 @@ def _check_request(
     path: str | Path, task: str, dtype: str, labels: tuple[str, ...], trust_remote_code: bool
 ) -> None:
     problems = []
-    if task not in AUTO_CLASSES:
-        problems.append(f"unknown task {task!r}; there are {', '.join(AUTO_CLASSES)}")
+    if task not in (*AUTO_CLASSES, IMAGES):
+        problems.append(f"unknown task {task!r}; there are {', '.join((*AUTO_CLASSES, IMAGES))}")
     elif labels and task != "text-classification":
         problems.append(f"labels belong to text-classification and have no effect on {task}")
     if len(labels) == 1 or len(set(labels)) < len(labels):
@@ -439,6 +490,10 @@ def _check_request(
     if dtype not in (*_DTYPES, "auto", "as-stored"):
         near = nearest(dtype, _DTYPES)
         problems.append(f"unknown dtype {dtype!r}; did you mean {near or 'auto'!r}?")
+    if task == IMAGES and Path(path).is_dir():
+        _refuse(problems)
+        check_pipeline(Path(path))
+        return
     _refuse(problems + _path_problems(Path(path), trust_remote_code))
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "verify": "check that a merged or exported model answers as its adapter does",
     "mix": "one adapter made of several: their weighted sum, exact or cut to a rank; ties ...",
     "extract": "a LoRA adapter of what a full fine-tune changed in its base",
+    "grid": "pictures of one prompt with several weights of image adapters",
     "average": "one adapter from several of one kind: the mean of their tensors",
     "report": "make the page of a run anew",
     "config": "a settings file to start from, or the JSON Schema",

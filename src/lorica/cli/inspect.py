@@ -19,7 +19,8 @@ def command(
     task: Annotated[
         str,
         typer.Option(
-            help="causal-lm, text-classification or seq2seq; auto: as the model's config says"
+            help="causal-lm, text-classification, seq2seq or text-to-image; auto: as the model's "
+            "config says"
         ),
     ] = "auto",
     r: Annotated[int, typer.Option("--r", help="rank with which to count", metavar="N", min=1)] = 8,

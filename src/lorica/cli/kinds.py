@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from lorica.base.hub import hub_options
-from lorica.base.load import AUTO_CLASSES, EMBEDDED
+from lorica.base.image_pipeline import is_pipeline
+from lorica.base.load import AUTO_CLASSES, EMBEDDED, IMAGES
 from lorica.errors import BaseModelError, ConfigError, nearest
 
 
 def kind_of(model: str) -> str:
-    """The task that a base suggests: "causal-lm", "seq2seq" or "text-classification".
+    """The task that a base suggests: "causal-lm", "seq2seq", "text-classification"; for a pipeline
+    of diffusers "text-to-image".
 
     An encoder without a head is taken for a classification, which is what one adapts it to.
     """
+    if is_pipeline(model):
+        return IMAGES
     config = config_of(model)
     made = [str(name) for name in config.get("architectures") or ()]
     if config.get("is_encoder_decoder"):
@@ -38,14 +42,24 @@ def checked_kind(wanted: str, model: str) -> str:
     """
     if wanted == "auto":
         return kind_of(model)
-    if wanted not in AUTO_CLASSES:
-        near = nearest(wanted, AUTO_CLASSES)
+    known = (*AUTO_CLASSES, IMAGES)
+    if wanted not in known:
+        near = nearest(wanted, known)
         raise ConfigError(
             f"there is no task {wanted!r}",
-            expected=f"auto, {', '.join(AUTO_CLASSES)}",
+            expected=f"auto, {', '.join(known)}",
             mend=f"did you mean {near}?" if near else None,
         )
     return wanted
+
+
+def refuse_pictures(task: str, model: str) -> None:
+    """Raises ConfigError where a command that knows texts alone is given what draws pictures."""
+    if task == IMAGES or (task == "auto" and is_pipeline(model)):
+        raise ConfigError(
+            f"{model} draws pictures, which this command does not know",
+            expected="one of: lorica train, lorica grid, lorica inspect",
+        )
 
 
 def is_encoder(model: str) -> bool:

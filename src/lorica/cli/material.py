@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lorica.cli.kinds import is_encoder, is_encoder_decoder
+from lorica.cli.kinds import is_encoder, is_encoder_decoder, refuse_pictures
 from lorica.config import RunConfig
 from lorica.data.dataset import Dataset, group_references
 from lorica.data.facts import facts
@@ -194,6 +194,7 @@ def _embedded() -> dict[str, Dataset]:
 
 def read_parts(run: RunConfig, *, max_bad_rows: int = 0) -> dict[str, Dataset]:
     """The records that the settings name, by split: "train", "valid", "test"."""
+    refuse_pictures(run.task, run.model)
     if run.data == "embedded":
         return _embedded()
     how = {"format": run.format, "columns": run.columns, "max_bad_rows": max_bad_rows}

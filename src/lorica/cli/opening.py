@@ -14,7 +14,7 @@ from torch import nn
 from lorica.attach.activate import Mixture, Stack, activate
 from lorica.attach.attach import Adapter
 from lorica.base.load import base_of, digest_of_files, load_model, weight_files
-from lorica.cli.kinds import checked_kind, names_classes
+from lorica.cli.kinds import checked_kind, names_classes, refuse_pictures
 from lorica.cli.material import class_names
 from lorica.config import load_yaml
 from lorica.data.dataset import Dataset
@@ -81,6 +81,7 @@ def open_subject(
         if base is not None:
             raise ConfigError(f"--model goes with an adapter, but {path} is none")
         kind = checked_kind(task, path)
+        refuse_pictures(kind, path)
         bare = records and kind == "text-classification" and not names_classes(path)
         labels = class_names(records) if records and bare else ()
         model = load_model(path, task=kind, dtype=dtype, labels=labels)
@@ -94,6 +95,7 @@ def open_subject(
     name = base or known.get("name") or configured_base(folder)
     with _fitting(name, folder, known, recorded=base is None):
         kind = asked.get("kind") or known.get("task") or checked_kind(task, name)
+        refuse_pictures(kind, name)
         model = load_model(
             name,
             task=kind,

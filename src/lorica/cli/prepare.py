@@ -21,8 +21,10 @@ from lorica.cli.forecast import (
     verdict_on,
     way_out,
 )
+from lorica.cli.images import OF_IMAGES, is_for_images, prepare_images
 from lorica.cli.material import Material, gather
 from lorica.cli.start import (
+    Begun,
     begin,
     begin_by_records,
     lay_below,
@@ -95,9 +97,11 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     Raises:
         LoricaError: settings, data or base with which no run can begin.
     """
-    source = check_start(settings)
     for note in settings.notes:
         voice.say(note)
+    if is_for_images(settings.run):
+        return prepare_images(settings, voice)
+    source = check_start(settings)
     with voice.work("reading the data"):
         material = gather(settings.run, seed=settings.data_seed)
     for line in material.statements:
@@ -120,11 +124,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     )
     for note in base.notes:
         voice.say(f"base: {note}")
-    waits = waits_for_records(settings)
-    below = lay_below(settings, model)
-    if below is not None:
-        kinds = ", then ".join(stage.method.kind for stage in below.stages)
-        voice.say(f"below: {kinds} of {settings.run.on_adapter}, which stays as it is")
+    waits, below = waits_for_records(settings), _laid_below(settings, model, voice)
     begun = None if waits else begin(settings, model, below)
     if early is None:
         task, examples, held_out, settings = encode(settings, material, model, voice)
@@ -147,6 +147,35 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     memory = early.as_dict() if early else {}
     parts = settings, material, model, adapter, task, examples, held_out, metrics
     return Prepared(*parts, memory, begun.relevance, begun.trial)
+
+
+def _laid_below(settings: Resolved, model: nn.Module, voice: Voice) -> Adapter | None:
+    """The adapter that this run trains on top of, put on the model and told of."""
+    below = lay_below(settings, model)
+    if below is not None:
+        kinds = ", then ".join(stage.method.kind for stage in below.stages)
+        voice.say(f"below: {kinds} of {settings.run.on_adapter}, which stays as it is")
+    return below
+
+
+def begun_on(
+    settings: Resolved,
+    model: nn.Module,
+    task: Task,
+    examples: Encoded,
+    held_out: list[Example],
+    voice: Voice,
+    source: Path | None,
+) -> Begun:
+    """The adapter of a run, on its base and whatever lies below, from its start."""
+    waits, below = waits_for_records(settings), _laid_below(settings, model, voice)
+    if waits:
+        begun = begin_by_records(settings, model, task, examples, held_out, voice)
+    else:
+        begun = begin(settings, model, below)
+    for line in begin_from(begun.adapter, source) if source is not None else ():
+        voice.say(f"start: {line}")
+    return begun
 
 
 def check_start(settings: Resolved) -> Path | None:
@@ -321,6 +350,7 @@ def check_effects(settings: Resolved, material: Material, kind: str) -> None:
         "add_bos": causal,
         "packing": causal,
         "max_new_tokens": material.generates,
+        **dict.fromkeys(OF_IMAGES, False),
     }
     neutral = {"packing": (False, "auto")}
     problems = []

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorica import __version__
+from lorica.base.load import IMAGES
+from lorica.cli.images import picture_samples
 from lorica.cli.judge import predictions, samples, tell_of_chance
 from lorica.cli.manifest import manifest, marked, trial_of
 from lorica.cli.opening import adapter_facts
@@ -134,7 +136,10 @@ class _Run:
             after = self._predict(tuned=True)
             scores = compare(before, after, self.prepared.metrics) if before else {}
             run = self.prepared.settings.run
-            shown = samples(before, after, self.prepared.task, run.num_samples)
+            if self.prepared.task.kind == IMAGES:
+                shown = picture_samples(self.prepared, self.folder, self.voice)
+            else:
+                shown = samples(before, after, self.prepared.task, run.num_samples)
             self.folder.write_samples(shown)
             complete(self.prepared, self.folder.adapter())
         self._finish(scores, report)

@@ -98,7 +98,13 @@ def command(
         outcome = execute_stages(settings, resume=resume, discard=replace, **how)
     else:
         outcome = execute(settings, resume=resume, discard=replace, **how)
-    if not (json or quiet):
+    if json or quiet:
+        return
+    from lorica.cli.images import closing, is_for_images
+
+    if is_for_images(settings.run):
+        print("\n".join(closing(outcome.folder, settings.run.model)))
+    else:
         print("\n".join(closing_lines(outcome.folder, outcome.samples)))
 
 

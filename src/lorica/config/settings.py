@@ -301,7 +301,7 @@ class RunConfig(Settings):
         description="records for the final scores; null: the evaluation records, which then also "
         "choose the adapter that is kept",
     )
-    task: Literal["auto", "causal-lm", "text-classification", "seq2seq"] = Field(
+    task: Literal["auto", "causal-lm", "text-classification", "seq2seq", "text-to-image"] = Field(
         default="auto", description="what the model learns to do; auto: as model and data say"
     )
     output_dir: PathText | None = Field(
@@ -430,6 +430,26 @@ class RunConfig(Settings):
         default=None,
         description="store the base's linear layers in 4 bits (nf4, fp4) or 8 (int8): a quarter "
         "or half of the memory of bfloat16, some accuracy and some time; true: nf4",
+    )
+    resolution: int | None = Field(
+        default=None,
+        ge=8,
+        le=16384,
+        description="text-to-image: pixels of a side, to which pictures are resized and cropped; "
+        "null: as the base was made for",
+    )
+    num_inference_steps: int = Field(
+        default=30,
+        ge=1,
+        le=1000,
+        description="text-to-image: denoising steps of a picture in the report",
+    )
+    guidance_scale: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="text-to-image: how far pictures in the report follow their caption; null: "
+        "the pipeline's own",
     )
     trust_remote_code: bool = Field(
         default=False, description="let the base bring and run Python code of its own"

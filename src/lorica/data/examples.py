@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from lorica.data.problems import counted
 
@@ -40,6 +40,10 @@ class Example:
     def num_trained(self) -> int:
         """Tokens on which the loss falls."""
         return len(self.labels) - self.labels.count(IGNORED)
+
+    def drawn(self, seed: int, epoch: int) -> Self:
+        """The example as it is in one epoch, where anything of it is drawn anew in each."""
+        return self
 
     @property
     def num_prompt(self) -> int:

@@ -3,7 +3,7 @@
 config.yaml     resolved settings, each with a comment saying where the value came from
 run.json        versions, digests, seed, status, scores of base and tuned, resources
 metrics.jsonl   a row per logged step          events.jsonl   warnings, checkpoints, best marks
-samples.jsonl   input, before, after, references
+samples.jsonl   input, before, after, references; samples/ holds the pictures of a run that draws
 relevance.json  how much each layer matters, where records decided about the adapter; and
                 relevance.safetensors, the scores of single neurons or heads
 adapter/        the adapter (adapters/NAME/ where a run trains several)
@@ -35,11 +35,12 @@ CONFIG, MANIFEST, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 EVENTS, SAMPLES, REPORT, LOCK = "events.jsonl", "samples.jsonl", "report.html", ".lock"
 ADAPTER, ADAPTERS, CHECKPOINTS = "adapter", "adapters", "checkpoints"
 STAGES = "stages"
+PICTURES = "samples"
 STUDY, SEARCH, RUN_YAML = "study.db", "search.json", "run.yaml"
 RELEVANCE, RELEVANCE_SCORES = "relevance.json", "relevance.safetensors"
 LAYOUT = (
     *(MANIFEST, CONFIG, METRICS, EVENTS, SAMPLES, RELEVANCE, RELEVANCE_SCORES, REPORT),
-    *(ADAPTER, ADAPTERS, CHECKPOINTS, STAGES),
+    *(ADAPTER, ADAPTERS, CHECKPOINTS, STAGES, PICTURES),
     *(STUDY, f"{STUDY}-journal", SEARCH, RUN_YAML),
 )
 

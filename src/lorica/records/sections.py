@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lorica.records import relevance, seeds, stages
+from lorica.records import pictures, relevance, seeds, stages
 from lorica.records.card import is_for_peft, lorica_snippet, merges, peft_snippet, shell_line
 from lorica.records.difference import Piece, marked, nearest_reference
 from lorica.records.folder import ADAPTER, ADAPTERS
@@ -51,7 +51,8 @@ def content(run: Run) -> dict:
     """Everything that the template prints, by name."""
     curves = curves_of(run.rows)
     scores = list(_score_parts(run.manifest))
-    shown = run.samples[: SAMPLES_SHOWN + SAMPLES_FOLDED]
+    texts = [sample for sample in run.samples if not pictures.has_pictures(sample)]
+    shown = texts[: SAMPLES_SHOWN + SAMPLES_FOLDED]
     return {
         "css": (HERE / "report.css").read_text("utf-8"),
         "title": _title(run),
@@ -73,7 +74,8 @@ def content(run: Run) -> dict:
         "relevance": relevance.section(run.relevance),
         "samples": [_sample(sample) for sample in shown[:SAMPLES_SHOWN]],
         "more_samples": [_sample(sample) for sample in shown[SAMPLES_SHOWN:]],
-        "samples_left": len(run.samples) - len(shown),
+        "samples_left": len(texts) - len(shown),
+        "pictures": pictures.rows(run.path, run.samples[: SAMPLES_SHOWN + SAMPLES_FOLDED]),
         "data": [_split(name, split) for name, split in _mappings(run.manifest.get("data"))],
         "settings": run.settings,
         "method": [(key, str(v)) for key, v in _mapping(run.manifest.get("method")).items()],
@@ -86,8 +88,8 @@ def content(run: Run) -> dict:
 
 def _loss_unit(run: Run) -> str:
     """A class is one decision per record; everything else is learned token by token."""
-    whole = run.manifest.get("task") == "text-classification"
-    return "nats per record" if whole else "nats per token"
+    units = {"text-classification": "nats per record", "text-to-image": "mean squared error"}
+    return units.get(str(run.manifest.get("task")), "nats per token")
 
 
 def _title(run: Run) -> str:

@@ -189,7 +189,9 @@ class TextClassification:
                     f"packing is on, but this model cannot: {reason}", mend="set packing: auto"
                 )
             if reason is not None:
-                self.notes.append(f"batches are of similar lengths and padded, not packed: {reason}")
+                self.notes.append(
+                    f"batches are of similar lengths and padded, not packed: {reason}"
+                )
             self._ends[model] = None if place is None else LastLayer(model, place)
         end = self._ends[model]
         return end if end is not None and end.free(model) else None

@@ -134,7 +134,8 @@ class Course:
             self._batches = epoch, made
         number = self.settings.gradient_accumulation_steps
         chosen = self._batches[1][place * number : (place + 1) * number]
-        return [[self.examples[i] for i in batch] for batch in chosen]
+        seed = self.settings.seed
+        return [[self.examples[i].drawn(seed, epoch) for i in batch] for batch in chosen]
 
     def due(self, every: int) -> bool:
         """Whether what happens every so many steps, and at the last one, happens now."""

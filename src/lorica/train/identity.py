@@ -122,6 +122,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
         digest.update(array("q", map(len, parts)))
         for numbers in parts:
             digest.update(array("q", numbers))
+        digest.update(getattr(example, "content", b""))
     return f"{len(examples):,} examples, {digest.hexdigest()}"
 
 

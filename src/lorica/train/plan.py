@@ -10,11 +10,12 @@ from torch import nn
 
 from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter, adapters, find
+from lorica.base.image_pipeline import ImagePipeline
 from lorica.base.load import base_of
 from lorica.config import TrainSettings
 from lorica.data.encode import Example, separator_of
 from lorica.errors import ConfigError, DataError
-from lorica.tasks import CausalLM, Seq2Seq, TextClassification
+from lorica.tasks import CausalLM, Seq2Seq, TextClassification, TextToImage
 from lorica.tasks.task import Task, num_positions
 from lorica.train.agreement import Given, of_the_run, settings_of
 from lorica.train.course import GROUP, Course
@@ -41,6 +42,8 @@ def default_task(model: nn.Module, settings: TrainSettings, data: Collection[Rec
         return TextClassification(
             base.tokenizer, base.labels, settings.max_length, settings.packing
         )
+    if isinstance(model, ImagePipeline):
+        return TextToImage(model)
     if base.task == "seq2seq":
         return Seq2Seq(base.tokenizer, settings.max_length)
     separator = _separator(data)

@@ -1,0 +1,146 @@
+"""Two adapters of a small image model, mixed at 0, 0.5 and 1: a colour and a slant, measured.
+
+    python benchmarks/image_mix_base.py --output-dir runs/digits
+    python benchmarks/image_mix.py --base runs/digits --output-dir runs/image_mix
+
+Trains an adapter on orange digits and one on slanted digits with `lorica train`, draws every digit
+at every pair of weights from the same noise, and measures on the pictures how orange and how
+slanted they are. One core, minutes; writes results.json and grid.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from image_mix_base import SHARED, WORDS, coloured, digits, slanted
+from PIL import Image
+from torch import Tensor
+
+import lorica
+from lorica.tasks.drawing import draw
+
+WEIGHTS = (0.0, 0.5, 1.0)
+ORANGE = torch.tensor([1.0, 0.45, 0.05])
+SLANT = 0.7
+"""Pixels to the right for every pixel up."""
+FIRST = 30_000
+"""Records before it made the base."""
+COMMAND = [sys.executable, "-c", "import sys; from lorica.cli import main; main(sys.argv[1:])"]
+
+
+def write_data(folder: Path, images: Tensor, labels: Tensor) -> None:
+    """Pictures (n, 3, 32, 32) from 0 to 1 with captions, as `lorica train` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as file:
+        for i, (image, label) in enumerate(zip(numbers, labels.tolist(), strict=True)):
+            Image.fromarray(image).save(folder / f"{i:04d}.png")
+            row = {"file_name": f"{i:04d}.png", "text": f"a {WORDS[label]}"}
+            file.write(json.dumps(row) + "\n")
+
+
+def how_orange(picture: np.ndarray) -> float:
+    """Of a picture (h, w, 3): red less blue, as a share of the ink; 0 for white."""
+    return float((picture[..., 0] - picture[..., 2]).sum() / picture.max(-1).sum().clip(1e-6))
+
+
+def how_slanted(picture: np.ndarray) -> float:
+    """Pixels to the right per pixel up, by the second moments of the ink."""
+    ink = picture.max(-1)
+    y, x = np.mgrid[: ink.shape[0], : ink.shape[1]].astype(float)
+    total = ink.sum().clip(1e-6)
+    x, y = x - (x * ink).sum() / total, y - (y * ink).sum() / total
+    return float(-(x * y * ink).sum() / (y * y * ink).sum().clip(1e-6))
+
+
+def command(*words: object) -> None:
+    subprocess.run([*COMMAND, *map(str, words)], check=True)
+
+
+def train_adapter(base: Path, data: Path, folder: Path, steps: int) -> None:
+    settings = {"task": "text-to-image", "model": base, "data": data, "output-dir": folder}
+    settings |= {"r": 8, "max-steps": steps, "batch-size": 16, "learning-rate": 3e-3}
+    settings |= {"dtype": "float32", "threads": 1, "eval-size": 32, "num-samples": 6}
+    settings |= {"guidance-scale": 2.0, "num-inference-steps": 20, "logging-steps": 20}
+    command("train", "--quiet", *(w for k, v in settings.items() for w in (f"--{k}", v)))
+
+
+def measured(model, mixture: dict[str, float], number: int) -> dict[str, float]:
+    """Means over `number` pictures of every digit, with standard errors."""
+    found = []
+    for digit, word in enumerate(WORDS):
+        with lorica.activate(model, mixture):
+            seeds = [1000 * digit + i for i in range(number)]
+            how = {"seeds": seeds, "num_inference_steps": 20, "guidance_scale": 2.0}
+            pictures = draw(model, [f"a {word}"] * number, **how)
+        arrays = [np.asarray(p, dtype=float) / 255 for p in pictures]
+        found += [(how_orange(a), how_slanted(a)) for a in arrays]
+    means = np.mean(found, axis=0)
+    errors = np.std(found, axis=0, ddof=1) / len(found) ** 0.5
+    names = ("orange", "slant")
+    return {
+        **dict(zip(names, map(float, means), strict=True)),
+        **{f"{n}_error": float(e) for n, e in zip(names, errors, strict=True)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=SHARED)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--number", type=int, default=4, help="pictures of each digit in a cell")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    ink, labels = digits("train", given.data)
+    ink, labels = ink[FIRST : FIRST + 512], labels[FIRST : FIRST + 512]
+    sets = {
+        "orange": coloured(ink, ORANGE),
+        "slanted": coloured(slanted(ink, SLANT), torch.ones(3)),
+    }
+    began, root = time.process_time(), given.output_dir
+    for name, images in sets.items():
+        if not (root / name / "adapter").is_dir():
+            write_data(root / "data" / name, images, labels)
+            train_adapter(given.base, root / "data" / name, root / name, given.steps)
+    model = lorica.load_model(given.base, task="text-to-image", dtype="float32")
+    for name in sets:
+        lorica.load_adapter(model, root / name / "adapter", name=name)
+    cells = []
+    for slant in WEIGHTS:
+        for orange in WEIGHTS:
+            mixture = {"orange": orange, "slanted": slant}
+            cells.append({**mixture, **measured(model, mixture, given.number)})
+            print(json.dumps(cells[-1]), flush=True)
+    data = {
+        name: {
+            "orange": float(np.mean([how_orange(a) for a in _arrays(images)])),
+            "slant": float(np.mean([how_slanted(a) for a in _arrays(images)])),
+        }
+        for name, images in {"base": coloured(ink, torch.ones(3)), **sets}.items()
+    }
+    result = {"cells": cells, "data": data, "pictures_per_cell": 10 * given.number}
+    result["drawing_seconds"] = time.process_time() - began
+    (root / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    adapters = f"{root / 'orange'},{root / 'slanted'}"
+    how = ("--num-inference-steps", 20, "--guidance-scale", 2.0, "--dtype", "float32")
+    command(
+        *("grid", given.base, "--adapters", adapters, "--weights", "0,0.5,1", "--overwrite"),
+        *("--prompt", "a seven", "--output", root / "grid.png", *how),
+    )
+
+
+def _arrays(images: Tensor) -> list[np.ndarray]:
+    return list(images.permute(0, 2, 3, 1).numpy().astype(float))
+
+
+if __name__ == "__main__":
+    main()
