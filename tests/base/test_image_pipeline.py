@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-import lorica
 import image_pipelines as pipelines
+import lorica
 from lorica.base.image_pipeline import guided_paths, is_pipeline
 from lorica.base.load import base_of, empty_model
 from lorica.errors import BaseModelError

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import lorica
 import image_pipelines as pipelines
+import lorica
 
 TEXT = {"sd": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2"), "sd3": ()}
 """Text encoders that diffusers loads adapters for, as tested here."""

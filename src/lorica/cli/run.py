@@ -265,7 +265,11 @@ def signals_raise() -> Iterator[None]:
 
 
 def complete(prepared: Prepared, folder: Path) -> None:
-    """The tokenizer beside the adapter, with the chat template that it was trained with."""
+    """The tokenizer beside the adapter, with the chat template that it was trained with; not where
+    texts are captions, which the pipeline has its own tokenizers for.
+    """
+    if prepared.task.kind == IMAGES:
+        return
     tokenizer = prepared.task.tokenizer
     if source := own_template(prepared):
         tokenizer.chat_template = source
