@@ -1,9 +1,6 @@
 """`lorica search` from a file to its answer; stopped and gone on with; and what it refuses."""
 
 import json
-import os
-import signal
-import sqlite3
 
 import pytest
 import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -311,12 +311,13 @@ class _Run:
         due = [c for c in fresh if c.held_out and c.due(self._eval_every(c))]
         found = {c.name: self._evaluate(c, stop) for c in due}
         self.unjudged = False
+        self.company.hear(found)
         for course in fresh:
-            scores, each = found.get(course.name, ({}, []))
+            scores, _ = found.get(course.name, ({}, []))
             if scores or course.due(self.settings.logging_steps):
                 self._log(course, scores)
             if scores:
-                self._take(course, scores, each)
+                self._take(course, scores)
 
     def _advised(self, courses: list[Course], what: str) -> AbstractContextManager[None]:
         largest = max(courses, key=lambda c: c.settings.batch_size).settings
@@ -340,7 +341,7 @@ class _Run:
         scores = {"eval_loss": loss, **{f"eval_{name}": value for name, value in more.items()}}
         return scores, each
 
-    def _take(self, course: Course, scores: dict[str, float], each: Sequence[float]) -> None:
+    def _take(self, course: Course, scores: dict[str, float]) -> None:
         who = "" if self.company.alone else f"{course.name}: "
         try:
             best = course.judge(scores["eval_loss"])
@@ -349,7 +350,7 @@ class _Run:
         if best:
             text = f"best so far, step {course.step}, eval loss {course.eval_loss:.4f}"
             self.recorder.event("best", f"{who}{text}")
-        self.company.judge(course, scores, best, each)
+        self.company.judge(course)
         if course.stopped:
             self.recorder.event("info", f"{who}{course.stopped}")
 
