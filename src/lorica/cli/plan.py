@@ -54,6 +54,12 @@ def command(
     layers = [load_yaml(file) for file in line.files]
     settings = resolve(*layers, flag_layer(line.flags, known), methods=WORDS)
     voice = Voice(quiet=json, stream=sys.stderr)
+    if settings.run.search is not None:
+        from lorica.cli.search_plan import lines_of, plan_search
+
+        plan = plan_search(settings, voice, lambda found: _pace(found, probe=probe))
+        print(jsonlib.dumps(plan, ensure_ascii=False) if json else "\n".join(lines_of(plan)))
+        return
     told = []
     for title, one, lower in _runs(settings):
         found = _forecast(one, voice, lower)
