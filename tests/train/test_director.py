@@ -254,7 +254,13 @@ def test_every_adapter_needs_settings_and_only_those_that_train(tmp_path):
     model = model_with("a", "b")
     own = {"a": settings("a"), adapters(model)["a"]: settings("b")}
     with pytest.raises(ConfigError) as caught:
-        train(model, {"b": DATA["b"]}, own, output_dir=tmp_path / "r", eval_data=HELD_OUT)
+        train(
+            model,
+            {"b": DATA["b"]},
+            own,
+            output_dir=tmp_path / "r",
+            task=CausalLM.of(WordTokenizer()),
+        )
     assert caught.value.problems == (
         "'b' trains, and has no settings",
         "there are settings for 'a', which does not train",

@@ -11,6 +11,7 @@ from lorica.attach.attach import attach
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import NonFiniteError, TrainingError
+from lorica.methods.dora import DoRA
 from lorica.methods.lora import LoRA
 from lorica.tasks.causal_lm import CausalLM
 from lorica.tasks.seq2seq import Seq2Seq
@@ -230,3 +231,71 @@ def test_clipping_is_each_adapters_own():
         settings=TrainSettings(max_steps=3, max_grad_norm=0.01, learning_rate=1e-2),
     )
     assert all(torch.equal(v, both["a"][k]) for k, v in tame_alone["a"].items())
+
+
+def tried(names, *, dropout=0.0, dtype=torch.float32, together=True, steps=2, method=None):
+    """Tensors of adapters of mixed rank after some steps, each with its own rate and seed."""
+    model = build(dtype=dtype)
+    handles, trainees = {}, {}
+    for i, n in enumerate(names):
+        own = LoRA(r=(2, 5, 12, 4)[i % 4], target_modules="all-linear", lora_dropout=dropout)
+        own = method(n) or own if method else own
+        handles[n] = attach(model, own, name=n, seed=ord(n))
+        how = TrainSettings(learning_rate=1e-2 / (1 + i), seed=i, max_steps=steps)
+        trainees[n] = Trainee(handles[n], how, steps)
+    engine = Engine(model, task())
+    for step in range(steps):
+        work = {n: [examples(50 * ord(n) + step, 1 + i % 4)] for i, n in enumerate(names)}
+        for group in [names] if together else [[n] for n in names]:
+            engine.step([trainees[n] for n in group], [work[n] for n in group])
+    return {n: {k: p.detach().clone() for k, p in handles[n].named_parameters()} for n in names}
+
+
+def assert_equal_bits(found, wanted):
+    for name, tensors in found.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, wanted[name][key]), f"{name}: {key}"
+        assert any(t.abs().sum() > 0 for k, t in tensors.items() if k.endswith(".B"))
+
+
+def passes(monkeypatch):
+    """How many blocks each pass has, from now on."""
+    calls, original = [], CausalLM.losses
+    monkeypatch.setattr(
+        CausalLM, "losses", lambda self, m, b: calls.append(len(b.labels)) or original(self, m, b)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("number", [2, 3, 8])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_is_drawn_by_adapter_and_row(monkeypatch, number, dropout):
+    calls = passes(monkeypatch)
+    together = tried("abcdefgh"[:number], dropout=dropout)
+    assert calls == [number, number]
+    assert_equal_bits(together, tried("abcdefgh"[:number], dropout=dropout, together=False))
+
+
+@pytest.mark.slow
+def test_dropout_over_a_base_in_bfloat16():
+    how = {"dropout": 0.3, "dtype": torch.bfloat16}
+    assert_equal_bits(tried("abc", **how), tried("abc", together=False, **how))
+
+
+def test_an_adapter_that_cannot_share_a_pass_goes_alone(monkeypatch):
+    def method(name):
+        return DoRA(r=3, target_modules="all-linear") if name == "b" else None
+
+    calls = passes(monkeypatch)
+    together = tried("abc", method=method)
+    assert calls == [2, 1] * 2
+    assert_equal_bits(together, tried("abc", method=method, together=False))
+
+
+def test_how_a_step_is_cut_into_passes_changes_no_bit(monkeypatch):
+    whole = tried("abcd", dropout=0.2)
+    calls = passes(monkeypatch)
+    monkeypatch.setitem(Engine.step.__globals__, "MOST_TOKENS", 40)
+    assert_equal_bits(tried("abcd", dropout=0.2), whole)
+    assert len(calls) > 2
+    assert sum(calls) == 8

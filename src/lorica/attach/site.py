@@ -19,7 +19,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -65,6 +65,7 @@ class Route:
         segments: instead of weights, for training: (start, end, name) over the rows of the
             flattened batch.
         dropout_seed: makes the adapters' dropout repeatable; None draws from torch's global state.
+        seeds: the same for each segment, where there are segments.
         stacked: at every place the adapters follow each other in the order of `names`, each given
             what the one before made of the output; else all are given the base's, and are added.
     """
@@ -73,6 +74,7 @@ class Route:
     weights: Tensor | None = None
     segments: tuple[tuple[int, int, str], ...] | None = None
     dropout_seed: int | None = None
+    seeds: tuple[int, ...] = ()
     stacked: bool = False
 
     @cached_property
@@ -247,18 +249,16 @@ def _segments_of_dense(
         return None
     x, route, slots = args[0], plates.route, [plates.slots[n] for n in names]
     assert route is not None
-    stack = all(s.method.stacks and not (module.training and s.dropout) for s in slots)
     if (
-        not stack
+        not all(slot.method.stacks for slot in slots)
         or x.is_meta
         or x.dtype != weight.dtype
         or torch.is_autocast_enabled(x.device.type)
     ):
         return None
     if route.segments is not None:
-        return _segments(plates, x)
-    first: Any = slots[0].method
-    return [first.segment(slots[0].tensors)] if route.weights is None else None
+        return _segments(plates, x, module.training)
+    return [_only_segment(plates, slots[0], x, module.training)] if route.weights is None else None
 
 
 def _add_adapters(
@@ -276,16 +276,13 @@ def _add_adapters(
         return y
     x = args[0] if args else next(iter(kwargs.values()))
     if route.segments is not None:
-        segments = _segments(plates, x)
+        segments = _segments(plates, x, training)
         return lora_linear(x, y, segments) if segments else y
     slots = [plates.slots[n] for n in names]
-    first: Any = slots[0].method
-    stack = plates.layer.kind == "linear" and all(
-        s.method.stacks and not (training and s.dropout) for s in slots
-    )
+    stack = plates.layer.kind == "linear" and all(s.method.stacks for s in slots)
     if route.weights is None and stack:
-        return lora_linear(x, y, [first.segment(slots[0].tensors)])
-    if stack:
+        return lora_linear(x, y, [_only_segment(plates, slots[0], x, training)])
+    if stack and not (training and any(s.dropout for s in slots)):
         return _add_stack(plates, slots, x, y)
     result = y
     for name, slot in zip(names, slots, strict=True):
@@ -306,7 +303,26 @@ def _add_adapters(
     return result
 
 
-def _segments(plates: Plates, x: Tensor) -> list[Segment]:
+def _only_segment(plates: Plates, slot: Slot, x: Tensor, training: bool) -> Segment:
+    """The products of the one adapter that acts, on all rows."""
+    method: Any = slot.method
+    seed = plates.route.dropout_seed if plates.route is not None else None
+    return _dropping(method.segment(slot.tensors), slot, plates, x, training, seed)
+
+
+def _dropping(
+    segment: Segment, slot: Slot, plates: Plates, x: Tensor, training: bool, seed: int | None
+) -> Segment:
+    """A segment with what dropout keeps of its rows: of these alone, whatever lies beside them."""
+    if not (training and slot.dropout):
+        return segment
+    start, end, _ = slice(segment.start, segment.end).indices(x.shape[:-1].numel())
+    shape = torch.Size((end - start, x.shape[-1]))
+    kept = _kept(shape, slot.dropout, plates, seed, x.device)
+    return replace(segment, kept=kept, dropped=slot.dropout)
+
+
+def _segments(plates: Plates, x: Tensor, training: bool) -> list[Segment]:
     """Training: every adapter has rows of its own; its products see those rows alone."""
     route = plates.route
     assert route is not None and route.segments is not None
@@ -317,10 +333,12 @@ def _segments(plates: Plates, x: Tensor) -> list[Segment]:
             mend="adapt this layer with one adapter at a time",
         )
     segments: list[Segment] = []
-    for start, end, name in route.segments:
+    seeds = route.seeds or (None,) * len(route.segments)
+    for (start, end, name), seed in zip(route.segments, seeds, strict=True):
         if slot := plates.slots.get(name):
             method: Any = slot.method
-            segments.append(method.segment(slot.tensors, start, end))
+            own = method.segment(slot.tensors, start, end)
+            segments.append(_dropping(own, slot, plates, x, training, seed))
     return segments
 
 
@@ -384,10 +402,18 @@ def _dropout(x: Tensor, share: float, plates: Plates) -> Tensor:
     seed = plates.route.dropout_seed if plates.route is not None else None
     if seed is None:
         return F.dropout(x, share)
+    return x * _kept(x.shape, share, plates, seed, x.device).to(x.dtype) / (1 - share)
+
+
+def _kept(
+    shape: torch.Size, share: float, plates: Plates, seed: int | None, device: torch.device
+) -> Tensor:
+    """What dropout keeps: drawn from the seed of the step and the place, or from torch's state."""
+    if seed is None:
+        return torch.rand(shape, device=device) >= share
     digest = hashlib.sha256(f"{seed}/{plates.path}".encode()).digest()
-    generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:7], "big"))
-    kept = torch.rand(x.shape, generator=generator, device=x.device) >= share
-    return x * kept.to(x.dtype) / (1 - share)
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.rand(shape, generator=generator, device=device) >= share
 
 
 def _covers_all(plates: Plates) -> bool:

@@ -76,14 +76,22 @@ def command(
             print(f"lorica: warning: {text}", file=sys.stderr)
     if json:
         fits = all(one["fits"] for one in told)
-        made = {"fits": fits, "stages": told} if told[1:] else told[0]
+        many = "adapters" if settings.adapters else "stages"
+        made = {"fits": fits, many: told} if told[1:] else told[0]
         print(jsonlib.dumps(made, ensure_ascii=False))
 
 
 def _runs(settings: Resolved) -> Iterator[tuple[str, Resolved, tuple[Lower, ...]]]:
-    """(title, settings, what will lie below) of the run, or of each of its stages."""
+    """(title, settings, what will lie below) of the run, or of each of its stages or adapters."""
     from lorica.cli.start import lower_of
 
+    if settings.adapters:
+        from lorica.cli.several import check_several
+
+        check_several(settings)
+        for name, own in settings.adapters.items():
+            yield f"adapter {name}, as if it trained by itself", own, ()
+        return
     if not settings.stages:
         yield "", settings, lower_of(settings)
         return

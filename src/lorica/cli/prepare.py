@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ from lorica.tasks.task import Task, num_positions
 from lorica.train.choice import Relevance
 from lorica.train.plan import courses_of
 from lorica.train.trial import Trial
+
+_PATHS = (
+    *("model", "data", "eval_data", "test_data", "chat_template"),
+    *("init_adapter", "on_adapter"),
+)
+"""Settings that name a file or a folder."""
 
 
 @dataclass
@@ -132,7 +139,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
     courses_of(model, task, {adapter: examples}, held_out, settings.train)  # refuses early
     for part in adapter.parts:
         voice.say(f"targets: {part.reason}")
-    voice.say(f"adapter: {_size(adapter, number)}")
+    voice.say(f"adapter: {size_line(adapter, number)}")
     voice.say(f"encoded: {encoded_statement(task, examples)}")
     tell(screen_tokens(sight(settings, material, model, examples)), settings, voice)
     metrics = list(settings.run.metrics or material.metrics(kind))
@@ -159,14 +166,20 @@ def anchored(settings: Resolved) -> Resolved:
     """The settings with the paths of files that are here made absolute: what a run folder records
     must be good from every directory.
     """
+    found: dict[str, Any] = _anchored(settings.run.__dict__)
+    if settings.run.adapters is not None:
+        found["adapters"] = tuple({**one, **_anchored(one)} for one in settings.run.adapters)
+    return replace(settings, run=settings.run.model_copy(update=found))
+
+
+def _anchored(values: Mapping[str, Any]) -> dict[str, str]:
     found = {}
-    paths = ("model", "data", "eval_data", "test_data", "chat_template")
-    for key in (*paths, "init_adapter", "on_adapter"):
-        value = getattr(settings.run, key)
+    for key in _PATHS:
+        value = values.get(key)
         stem = re.sub(r"#\d+$", "", value or "")  # records.jsonl#500: a sample of so many
         if stem not in ("", "embedded") and (path := Path(stem).expanduser()).exists():
             found[key] = str(path.absolute()) + value.removeprefix(stem)
-    return replace(settings, run=settings.run.model_copy(update=found))
+    return found
 
 
 def chosen_by_scored(settings: Resolved, material: Material) -> bool:
@@ -248,7 +261,7 @@ def known(model: nn.Module) -> Base:
 
 
 def load_base(settings: Resolved, material: Material, kind: str) -> tuple[nn.Module, Resolved]:
-    """The base of a run, and the settings with what it decides."""
+    """The base of a run, and the settings with the modules that it has no weights for."""
     run = settings.run
     model = load_model(
         run.model,
@@ -277,7 +290,8 @@ def _with_modules(settings: Resolved, names: list[str], why: str) -> Resolved:
     return settings.decided("method", [*parts, {**last, "modules_to_save": names}], why)  # type: ignore[dict-item]
 
 
-def _size(adapter: Adapter, of: int) -> str:
+def size_line(adapter: Adapter, of: int) -> str:
+    """What trains, and how much that is of a base of so many parameters."""
     methods: list[Any] = [part.method for part in adapter.parts]
     share = adapter.num_parameters / of
     number = sum(len(part.slots) for part in adapter.parts)

@@ -11,8 +11,8 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from lorica.cli.start import ADAPTER
 from lorica.cli.voice import Voice
 from lorica.config import Resolved, load_yaml, resolve
 from lorica.errors import ConfigError, Interrupted, LoricaError
+from lorica.files.adapter import CONFIG
 from lorica.files.safetensors_file import write_tensors
 from lorica.methods import WORDS
 from lorica.records.atomic import write_file
@@ -77,7 +78,7 @@ def execute(
         return outcome
     path = resume or Path(settings.run.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        with _signals_raise(), ExitStack() as held:
+        with signals_raise(), ExitStack() as held:
             if resume:  # the lock first: two must not load a model for the run of one
                 folder = held.enter_context(RunFolder.open(path))
             else:
@@ -92,12 +93,12 @@ def execute(
             if not resume:
                 folder = held.enter_context(RunFolder.create(path, replace=discard))
             return _Run(prepared, folder, voice, began).go(resume=resume is not None)
-    except _Signal as asked:
+    except Signal as asked:
         voice.display.work(None)
-        raise _stopped(path, asked.number) from None
+        raise stopped(path, asked.number) from None
 
 
-def _stopped(path: Path, number: int) -> LoricaError:
+def stopped(path: Path, number: int) -> LoricaError:
     """What is told when a signal came while nothing was half done."""
     if (path / "run.json").is_file():
         stop = Stop()
@@ -135,7 +136,7 @@ class _Run:
             run = self.prepared.settings.run
             shown = samples(before, after, self.prepared.task, run.num_samples)
             self.folder.write_samples(shown)
-            self._complete_adapter()
+            complete(self.prepared, self.folder.adapter())
         self._finish(scores, report)
         return Outcome(self.folder.path, scores, shown)
 
@@ -178,22 +179,6 @@ class _Run:
             resume=resume,
         )
 
-    def _complete_adapter(self) -> None:
-        """The tokenizer beside the adapter, with the chat template that it was trained with."""
-        tokenizer = self.prepared.task.tokenizer
-        if source := own_template(self.prepared):
-            tokenizer.chat_template = source
-        try:
-            tokenizer.save_pretrained(self.folder.adapter())
-        except Exception as error:  # the tokenizer's own writer raises a bare Exception
-            if not (isinstance(error, OSError) or "os error" in str(error)):
-                raise
-            again = shlex.quote(str(self.folder.path))
-            raise LoricaError(
-                f"the tokenizer could not be written in {self.folder.adapter()}: {error}",
-                mend=f"free space, then: lorica train --resume {again}",
-            ) from error
-
     def _finish(self, scores: dict[str, Comparison], report: TrainReport) -> None:
         planned = self.prepared.memory
         summary = {
@@ -211,30 +196,41 @@ class _Run:
         dress(self.folder.path)
         self.voice.display.finish(summary)
 
-    @contextmanager
-    def _resumable(self) -> Iterator[None]:
-        """What is stopped or fails in here leaves a run that can be gone on with."""
-        try:
-            with _signals_raise():
-                yield
-        except _Signal as asked:
-            self._mark({"status": "interrupted"})
-            raise _stopped(self.folder.path, asked.number) from None
-        except BaseException as error:
-            self._mark({"status": "failed", "error": f"{type(error).__name__}: {error}"})
-            raise
+    def _resumable(self) -> AbstractContextManager[None]:
+        return resumable(self.folder, self.voice, lambda: self.recorder)
 
-    def _mark(self, outcome: dict[str, Any]) -> None:
-        if self.recorder is not None:
-            self.recorder.finish(outcome)
+
+@contextmanager
+def resumable(
+    folder: RunFolder, voice: Voice, recorder: Callable[[], Recorder | None]
+) -> Iterator[None]:
+    """What is stopped or fails in here leaves a run that can be gone on with.
+
+    Args:
+        recorder: that of the run, where it has one by then.
+    """
+
+    def mark(outcome: dict[str, Any]) -> None:
+        if (writer := recorder()) is not None:
+            writer.finish(outcome)
             return
-        self.voice.display.work(None)
-        earlier = read_manifest(self.folder.manifest)
+        voice.display.work(None)
+        earlier = read_manifest(folder.manifest)
         with suppress(OSError):  # what is wrong with the disk is told by who came here
-            write_file(self.folder.manifest, json_text({**earlier, **outcome, "ended": now()}))
+            write_file(folder.manifest, json_text({**earlier, **outcome, "ended": now()}))
+
+    try:
+        with signals_raise():
+            yield
+    except Signal as asked:
+        mark({"status": "interrupted"})
+        raise stopped(folder.path, asked.number) from None
+    except BaseException as error:
+        mark({"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        raise
 
 
-class _Signal(KeyboardInterrupt):
+class Signal(KeyboardInterrupt):
     """A signal that asks the process to stop."""
 
     def __init__(self, number: int) -> None:
@@ -243,11 +239,11 @@ class _Signal(KeyboardInterrupt):
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
+def signals_raise() -> Iterator[None]:
     """While models are scored nothing is half done: the first signal stops at once."""
 
     def stop(number: int, frame: object) -> None:
-        raise _Signal(number)
+        raise Signal(number)
 
     heard = {
         number: signal.getsignal(number)
@@ -261,6 +257,22 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for number, handler in heard.items():
             signal.signal(number, handler)
+
+
+def complete(prepared: Prepared, folder: Path) -> None:
+    """The tokenizer beside the adapter, with the chat template that it was trained with."""
+    tokenizer = prepared.task.tokenizer
+    if source := own_template(prepared):
+        tokenizer.chat_template = source
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizer's own writer raises a bare Exception
+        if not (isinstance(error, OSError) or "os error" in str(error)):
+            raise
+        raise LoricaError(
+            f"the tokenizer could not be written in {folder}: {error}",
+            mend="free space and go on with the run: lorica train --resume FOLDER",
+        ) from error
 
 
 def _begin(folder: RunFolder, prepared: Prepared) -> None:
@@ -282,10 +294,21 @@ def dress(path: Path) -> None:
     """Model card and page, which say what run.json says, and the card what the adapter does."""
     from lorica.records.report import write_report
 
-    manifest, facts = read_manifest(path / "run.json"), adapter_facts(path / "adapter")
-    card = {**manifest, "settings": facts.get("settings", {})}
-    write_card(path / "adapter", card, adapter=ADAPTER)
+    manifest = read_manifest(path / "run.json")
+    for name, folder in adapters_of(path).items():
+        own = manifest.get("adapters", {}).get(name, {})
+        facts = adapter_facts(folder)
+        card = {**manifest, "settings": facts.get("settings", {})}
+        card |= {key: own[key] for key in ("data", "method") if key in own}
+        write_card(folder, card, adapter=name)
     write_report(path)
+
+
+def adapters_of(path: Path) -> dict[str, Path]:
+    """The adapters that a run has written, by name."""
+    if (path / "adapter").is_dir():
+        return {ADAPTER: path / "adapter"}
+    return {folder.parent.name: folder.parent for folder in path.glob(f"adapters/*/{CONFIG}")}
 
 
 def finished(path: Path, settings: Resolved, voice: Voice) -> Outcome | None:
@@ -307,7 +330,8 @@ def finished(path: Path, settings: Resolved, voice: Voice) -> Outcome | None:
     if found.get("status") != "finished":
         return None
     _check_unchanged(path, settings)
-    if not ((path / "report.html").is_file() and (path / "adapter" / "README.md").is_file()):
+    cards = [folder / "README.md" for folder in adapters_of(path).values()]
+    if not all(file.is_file() for file in (path / "report.html", *cards)):
         dress(path)
     steps = max(found.get("training", {}).get("steps", {}).values(), default=0)
     voice.say(f"the run in {path} is finished ({steps:,} steps, ended {found.get('ended', '?')})")

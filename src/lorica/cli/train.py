@@ -85,6 +85,13 @@ def command(
 
         execute_seeds(settings, go_on=go_on, discard=replace, **how)
         return
+    if settings.adapters:
+        from lorica.cli.several import closing_lines_of_several, execute_several
+
+        outcome = execute_several(settings, resume=resume, discard=replace, **how)
+        if not (json or quiet):
+            print("\n".join(closing_lines_of_several(outcome.folder)))
+        return
     if settings.stages:
         from lorica.cli.stages import execute_stages
 

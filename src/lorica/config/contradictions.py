@@ -27,7 +27,16 @@ def contradictions(run: RunConfig, train: TrainSettings) -> list[str]:
         *_paths(run),
         *_seeds(run, train),
         *_stages(run),
+        *_adapters(run),
     ]
+
+
+def _adapters(run: RunConfig) -> Iterator[str]:
+    for key in ("seeds", "stages", "on_adapter") if run.adapters is not None else ():
+        if getattr(run, key) is not None:
+            yield f"{key} is for a run of one adapter, and adapters lists several; take one out"
+    if run.adapters is not None and run.data == "-":
+        yield "data is standard input, which can be read once; every adapter reads its records"
 
 
 def _stages(run: RunConfig) -> Iterator[str]:

@@ -29,6 +29,7 @@ from lorica.config.settings import (
     method_fields,
     method_values,
 )
+from lorica.config.several import OF_THE_FIRST, several
 from lorica.config.text import Layer, yaml_text
 from lorica.config.words import is_mapping, problem_of, shown
 from lorica.errors import ConfigError, nearest
@@ -51,6 +52,7 @@ class Resolved:
         notes: what the user should read, such as aliases that were mapped.
         below: the methods that train together with `method`, as one adapter, the lowest first.
         stages: the settings of each stage of a run that has several; `method` is None there.
+        adapters: the settings of each adapter of a run that trains several, by name; likewise.
     """
 
     run: RunConfig
@@ -60,14 +62,17 @@ class Resolved:
     notes: tuple[str, ...] = ()
     below: tuple[Any, ...] = ()
     stages: tuple[Resolved, ...] = ()
+    adapters: Mapping[str, Resolved] = dataclasses.field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, Any]:
         """Name -> value, of everything; beside stages, of what is given for all of them."""
         found = {key: getattr(self.run, key) for key in RunConfig.model_fields}
         trained = list(TrainSettings.model_fields)
-        if self.stages:  # each has a method, and defaults, of its own
+        if self.stages or self.adapters:  # each has a method, and defaults, of its own
             del found["method"]
+            if self.origins.get("data", "").endswith(OF_THE_FIRST):
+                del found["data"]
             trained = [key for key in trained if key in self.origins]
         found |= {key: getattr(self.train, key) for key in trained}
         return found if self.below else found | method_values(self.method)
@@ -127,8 +132,11 @@ def resolve(
     notes: list[str] = []
     found = _merge(stack, known_settings(methods), problems, notes)
     staged = methods and found.get("stages", (None, ""))[0] is not None
+    shared = methods and not staged and found.get("adapters", (None, ""))[0] is not None
     stages = _stages(found, methods or {}, problems) if staged else []
-    parts = [] if staged else choose(found, methods or {}, problems)
+    places = {key: where for layer in stack for key, where in layer.origins.items() if "[" in key}
+    adapters = several(found, places, methods or {}, problems, resolve) if shared else {}
+    parts = [] if staged or shared else choose(found, methods or {}, problems)
     of_methods: list[str] = []
     made = [_made(part, of_methods) for part in parts]
     if len(made) > 1 and None not in made:  # written as settings that lead to the same again
@@ -149,6 +157,7 @@ def resolve(
         raise ConfigError(f"the settings cannot be used{reasons}", problems=problems)
     *below, method = made or [None]
     resolved = Resolved(run, train, method, origins, tuple(notes), tuple(below), tuple(stages))
+    resolved = dataclasses.replace(resolved, adapters=adapters)
     known = known_settings({part.kind.kind: part.kind for part in parts})
     for key, value in resolved.values.items():
         if key not in origins or (values[key] is None and value is not None):

@@ -326,6 +326,17 @@ class RunConfig(Settings):
         "learning_rate: {low: 1e-4, high: 1e-3, log: true}}; and how it goes: sampler, candidates, "
         "at_once, rungs, keep, hopeless, standard_errors, spectrum, storage",
     )
+    adapters: (
+        Annotated[
+            tuple[dict[str, Any], ...], Strict(False), Expects("a list of mappings with a name")
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="several adapters that train together on one base, each to the same bits as "
+        "alone: a list of {name: word, data: path, setting: value}; settings beside it are those "
+        "of all adapters",
+    )
     init_adapter: PathText | None = Field(
         default=None,
         description="a trained adapter to begin from, such as that of another task: a run folder "

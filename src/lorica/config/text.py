@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
-from yaml.nodes import MappingNode, Node, ScalarNode
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from lorica.config.settings import Setting
 from lorica.config.words import is_list, is_mapping, members
@@ -111,8 +111,19 @@ def parse_yaml(text: str, *, name: str = "settings") -> Layer:
         raise ConfigError(f"{name} holds a number of too many digits", mend=_MEND) from None
     finally:
         loader.dispose()
-    lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
-    return Layer(name, values, {key: f"{name}:{line}" for key, line in lines.items()})
+    return Layer(name, values, {key: f"{name}:{line}" for key, line in _lines_of(node)})
+
+
+def _lines_of(mapping: MappingNode) -> typing.Iterator[tuple[str, int]]:
+    """Every name with its line; those in lists of mappings as adapters[0] and adapters[0].r."""
+    for key, value in mapping.value:
+        yield key.value, key.start_mark.line + 1
+        for number, entry in enumerate(value.value if isinstance(value, SequenceNode) else ()):
+            if isinstance(entry, MappingNode):
+                place = f"{key.value}[{number}]"
+                yield place, entry.start_mark.line + 1
+                for inner, _ in entry.value:
+                    yield f"{place}.{inner.value}", inner.start_mark.line + 1
 
 
 class _Loader(yaml.SafeLoader):

@@ -41,6 +41,8 @@ class Segment:
         A_RI, B_OR: the factors.
         scale: multiplies the product. Used where `gate` is None.
         gate: scale times weight for every rank: shape (R,), or (rows of the segment, R).
+        kept: the inputs that dropout leaves to A, (rows of the segment, I), bool; None: all.
+        dropped: share of the inputs that `kept` leaves out on average; the others are that larger.
     """
 
     start: int
@@ -49,12 +51,16 @@ class Segment:
     B_OR: Tensor
     scale: float = 1.0
     gate: Tensor | None = None
+    kept: Tensor | None = None
+    dropped: float = 0.0
 
 
 def lora_linear(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Add the LoRA product of every segment to the output of any linear layer.
 
     Semantics: for s in segments: y[rows(s)] += ((x[rows(s)] @ s.A_RI.T) * gate(s)) @ s.B_OR.T
+
+    With `kept`, x[rows(s)] there is x[rows(s)] * s.kept / (1 - s.dropped).
 
     Args:
         x: input of the layer, (..., I).
@@ -67,7 +73,7 @@ def lora_linear(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> Tensor:
     """
     if not y.is_contiguous() or (y.is_leaf and y.requires_grad) or torch.compiler.is_compiling():
         y = y.clone(memory_format=torch.contiguous_format)
-    fused = twin("lora_linear", y)
+    fused = None if _drops(segments) else twin("lora_linear", y)
     if fused is not None and (adapted := fused(x, y, segments)) is not None:
         return adapted
     if torch.is_grad_enabled():
@@ -88,7 +94,7 @@ def adapted_linear(
         weight: (O, I), which needs no gradient.
         bias: (O,), which needs none either.
     """
-    fused = twin("adapted_linear", x, weight)
+    fused = None if _drops(segments) else twin("adapted_linear", x, weight)
     if fused is not None and (adapted := fused(x, weight, bias, segments)) is not None:
         return adapted
     if torch.is_grad_enabled():
@@ -98,17 +104,28 @@ def adapted_linear(
     return y
 
 
+def _drops(segments: Sequence[Segment]) -> bool:
+    """Whether any segment has dropout, which the twins do not know."""
+    return any(s.kept is not None for s in segments)
+
+
 def _arguments(segments: Sequence[Segment]) -> tuple:
-    """What `_LoraLinear` is given of the segments: rows, gates, factors."""
-    rows = [(s.start, s.end, s.scale) for s in segments]
+    """What `_LoraLinear` is given of the segments: rows, gates, what dropout keeps, factors."""
+    rows = [(s.start, s.end, s.scale, s.dropped) for s in segments]
     factors = [t for s in segments for t in (s.A_RI, s.B_OR)]
-    return rows, [s.gate for s in segments], *factors
+    return rows, [s.gate for s in segments], [s.kept for s in segments], *factors
 
 
 def _add_products(x: Tensor, y: Tensor, segments: Sequence[Segment]) -> None:
     x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for s in segments:
-        _add_product(x_TI[s.start : s.end], y_TO[s.start : s.end], s.A_RI, s.B_OR, s.scale, s.gate)
+        seen_TI = _thinned(x_TI[s.start : s.end], s.kept, s.dropped)
+        _add_product(seen_TI, y_TO[s.start : s.end], s.A_RI, s.B_OR, s.scale, s.gate)
+
+
+def _thinned(rows: Tensor, kept: Tensor | None, dropped: float) -> Tensor:
+    """Rows after dropout; of a gradient, what reaches them through it."""
+    return rows if kept is None else rows * kept.to(rows.dtype) / (1 - dropped)
 
 
 def _add_product(
@@ -153,6 +170,7 @@ class _LoraLinear(torch.autograd.Function):
         bias: Tensor | None,
         rows: list,
         gates: list,
+        kept: list,
         *factors: Tensor,
     ) -> Tensor:
         if y is None:
@@ -167,11 +185,11 @@ class _LoraLinear(torch.autograd.Function):
             if not torch.compiler.is_compiling():
                 increment_version(y)
         x_TI, y_TO = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
-        products = [
-            _add_product(x_TI[a:b], y_TO[a:b], factors[2 * i], factors[2 * i + 1], scale, gates[i])
-            for i, (a, b, scale) in enumerate(rows)
-        ]
-        keeps_x = any(ctx.needs_input_grad[6::2])  # only the gradients of A need the input
+        products = []
+        for i, (a, b, scale, dropped) in enumerate(rows):
+            seen_TI, A_RI, B_OR = _thinned(x_TI[a:b], kept[i], dropped), *factors[2 * i : 2 * i + 2]
+            products.append(_add_product(seen_TI, y_TO[a:b], A_RI, B_OR, scale, gates[i]))
+        keeps_x = any(ctx.needs_input_grad[7::2])  # only the gradients of A need the input
         keeps_weight = ctx.needs_input_grad[0]
         ctx.save_for_backward(
             x if keeps_x else None,
@@ -179,6 +197,7 @@ class _LoraLinear(torch.autograd.Function):
             *factors,
             *products,
             *gates,
+            *kept,
         )
         ctx.rows, ctx.like_x, ctx.whole = rows, (x.shape, x.dtype), y is None
         return out
@@ -188,30 +207,43 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:
         n = len(ctx.rows)
         x, weight, *saved = ctx.saved_tensors
-        factors, products, gates = saved[: 2 * n], saved[2 * n : 3 * n], saved[3 * n :]
+        factors, products = saved[: 2 * n], saved[2 * n : 3 * n]
+        gates, kept = saved[3 * n : 4 * n], saved[4 * n :]
         shape, dtype = ctx.like_x
         g_TO = g.reshape(-1, g.shape[-1])
         x_TI = None if x is None else x.reshape(-1, shape[-1])
         dx_TI = _input_gradient(ctx, g_TO, weight) if ctx.needs_input_grad[0] else None
         gradients: list[Tensor | None] = []
-        for i, (a, b, scale) in enumerate(ctx.rows):
+        for i, (a, b, scale, dropped) in enumerate(ctx.rows):
             A_RI, B_OR, S_RT, gate = factors[2 * i], factors[2 * i + 1], products[i], gates[i]
             g_seg = g_TO[a:b]
-            wants_A, wants_B = ctx.needs_input_grad[6 + 2 * i : 8 + 2 * i]
+            wants_A, wants_B = ctx.needs_input_grad[7 + 2 * i : 9 + 2 * i]
             dS_RT = _thin(B_OR.to(g.dtype).t(), g_seg).to(g.dtype)
             dS_RT = dS_RT.mul_(scale if gate is None else _by_rank(gate).to(g.dtype))
             dA = dB = None
             if wants_A:
                 assert x_TI is not None
-                dA = (dS_RT @ x_TI[a:b].to(g.dtype)).to(A_RI.dtype)
+                seen_TI = _thinned(x_TI[a:b], kept[i], dropped)
+                dA = (dS_RT @ seen_TI.to(g.dtype)).to(A_RI.dtype)
             if wants_B:
                 dB_RO = S_RT @ g_seg
                 dB = (dB_RO.mul_(scale) if gate is None else dB_RO).t().to(B_OR.dtype)
             if dx_TI is not None:
-                dx_TI[a:b].addmm_(dS_RT.t(), A_RI.to(g.dtype), beta=1 if ctx.whole else 0)
+                _add_input_gradient(ctx, dx_TI[a:b], dS_RT, A_RI.to(g.dtype), kept[i], dropped)
             gradients += [dA, dB]
         dx = dx_TI.view(shape).to(dtype) if dx_TI is not None else None
-        return dx, None if ctx.whole else g, None, None, None, None, *gradients
+        return dx, None if ctx.whole else g, None, None, None, None, None, *gradients
+
+
+def _add_input_gradient(
+    ctx: Any, dx_TI: Tensor, dS_RT: Tensor, A_RI: Tensor, kept: Tensor | None, dropped: float
+) -> None:
+    """The part of one segment, in place: beside that of the frozen layer where that is there."""
+    if kept is None:
+        dx_TI.addmm_(dS_RT.t(), A_RI, beta=1 if ctx.whole else 0)
+        return
+    part_TI = _thinned(dS_RT.t() @ A_RI, kept, dropped)
+    dx_TI.copy_(dx_TI + part_TI if ctx.whole else part_TI)
 
 
 def _input_gradient(ctx: Any, g_TO: Tensor, weight: Tensor | None) -> Tensor:
@@ -221,7 +253,7 @@ def _input_gradient(ctx: Any, g_TO: Tensor, weight: Tensor | None) -> Tensor:
     if ctx.whole:
         assert weight is not None
         return g_TO @ weight
-    covered = sum(len(g_TO[a:b]) for a, b, _ in ctx.rows) == len(g_TO)
+    covered = sum(len(g_TO[a:b]) for a, b, *_ in ctx.rows) == len(g_TO)
     make = torch.empty if covered else torch.zeros
     return make(len(g_TO), ctx.like_x[0][-1], dtype=g_TO.dtype, device=g_TO.device)
 

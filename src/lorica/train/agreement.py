@@ -8,19 +8,8 @@ from torch import nn
 
 from lorica.attach.attach import Adapter, find
 from lorica.config import TrainSettings
+from lorica.config.several import OF_THE_RUN
 from lorica.errors import ConfigError
-
-OF_THE_RUN = (
-    "dtype",
-    "max_length",
-    "packing",
-    "gradient_checkpointing",
-    "reuse_frozen_layers",
-    "save_steps",
-    "save_total_limit",
-    "logging_steps",
-)
-"""Settings of the base, of the task and of what a run writes: one for all of its adapters."""
 
 Given = TrainSettings | Mapping[Adapter | str, TrainSettings]
 

@@ -38,7 +38,20 @@ from lorica.methods.between import Between
 from lorica.tasks.task import Batch, Task, answering
 from lorica.train.optim import learning_rate, make_optimizer
 
+MOST_TOKENS = 4096
+"""Of a pass that adapters share. A pass of more is no faster per token, and takes more memory; how
+a step is cut into passes changes no bit of any adapter.
+"""
+
 Skipping = Callable[[Sequence[Sequence[Example]], Batch], AbstractContextManager]
+Sharing = Callable[[Sequence[Adapter], Sequence[Sequence[Example]], Batch], AbstractContextManager]
+
+
+def nothing_shared(
+    adapters: Sequence[Adapter], blocks: Sequence[Sequence[Example]], batch: Batch
+) -> AbstractContextManager:
+    """Every block of a pass goes through all layers."""
+    return nullcontext()
 
 
 class Trainee:
@@ -91,6 +104,7 @@ class Engine:
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
         skipping: what must hold during the passes of a batch, given its blocks of examples; see
             `FrozenLayers.skipped`.
+        sharing: what must hold during a pass of several adapters; see `SharedLayers.shared`.
 
     Raises:
         TrainingError: checkpointing was asked of a model that has none.
@@ -103,8 +117,9 @@ class Engine:
         *,
         gradient_checkpointing: bool = False,
         skipping: Skipping = lambda blocks, batch: nullcontext(),
+        sharing: Sharing = nothing_shared,
     ) -> None:
-        self.model, self.task, self.skipping = model, task, skipping
+        self.model, self.task, self.skipping, self.sharing = model, task, skipping, sharing
         self._checked: set[str] = set()
         with activate(model, None):
             self._shares = task.shares(model)
@@ -145,8 +160,6 @@ class Engine:
         self.model.train()
         for trainee in trainees:  # a step that failed may have left some
             trainee.optimizer.zero_grad(set_to_none=True)
-        together = len(trainees) == 1 or self._can_share(trainees)
-        groups = [list(range(len(trainees)))] if together else [[i] for i in range(len(trainees))]
         totals = [_Totals(sum(_num_labels(b) for b in batches)) for batches in work]
         for trainee, total in zip(trainees, totals, strict=True):
             if not total.labels:
@@ -155,7 +168,7 @@ class Engine:
                     expected="at least one label that is not -100",
                 )
         with resting(_idle(trainees)):
-            for group in groups:
+            for group in self._groups(trainees):
                 self._differentiate(trainees, work, totals, group)
             for trainee in trainees:
                 if (penalty := trainee.between.penalty()) is not None:
@@ -172,36 +185,34 @@ class Engine:
         totals: Sequence[_Totals],
         group: Sequence[int],
     ) -> None:
-        """The micro-batches of those trainees that go through one pass."""
+        """The micro-batches of those trainees that may share a pass."""
         for micro in range(max(len(work[i]) for i in group)):
             present = [i for i in group if micro < len(work[i])]
-            self._micro_step(
-                [trainees[i] for i in present],
-                [work[i][micro] for i in present],
-                [totals[i] for i in present],
-                micro,
-            )
+            for chosen in _passes(present, [_num_tokens(work[i][micro]) for i in present]):
+                self._micro_step(
+                    [trainees[i] for i in chosen],
+                    [work[i][micro] for i in chosen],
+                    [totals[i] for i in chosen],
+                    micro,
+                )
 
-    def _can_share(self, trainees: Sequence[Trainee]) -> bool:
-        """Whether all adapters can go through one pass and still train to the same bits as alone.
+    def _groups(self, trainees: Sequence[Trainee]) -> list[list[int]]:
+        """Who may go through one pass with whom and still train to the same bits as alone.
 
-        Not where a base layer or an adapter draws random numbers for the whole row, where the
-        output head is adapted (it sees labelled rows only), where a method does not stack on
-        linear layers, or where an adapter lies on top of another one.
+        Nobody where the base draws random numbers for the whole row, or where its output head is
+        adapted (it sees labelled rows only). Not an adapter whose method does not stack on linear
+        layers, or that lies on top of another one.
         """
-        if not self._shares:
-            return False
-        slots = [s for t in trainees for s in t.adapter.slots.values()]
-        plain = all(s.method.stacks and not s.method.dropout for s in slots)
-        linear = all(
-            p.layer.kind == "linear"
-            for m in self.model.modules()
-            if is_site(m)
-            for p in plates_of(m)
-        )
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        staged = any(t.adapter.on for t in trainees)
-        return plain and linear and not staged and not is_site(head) and not draws(self.model)
+        numbers = range(len(trainees))
+        if len(trainees) == 1 or not self._shares or draws(self.model):
+            return [[i] for i in numbers]
+        if is_site(self.model.get_output_embeddings()):  # type: ignore[operator]
+            return [[i] for i in numbers]
+        sharing = _sharing(self.model, [trainee.adapter for trainee in trainees])
+        together = [i for i in numbers if trainees[i].adapter.name in sharing]
+        return [
+            group for group in [together, *([i] for i in numbers if i not in together)] if group
+        ]
 
     def _micro_step(
         self,
@@ -211,18 +222,21 @@ class Engine:
         micro: int,
     ) -> None:
         batch = self.task.collate(blocks, self.model)
-        first = trainees[0]
-        seed = derive_seed(first.settings.seed, first.step, micro)
-        torch.manual_seed(seed)  # dropout of the base; where there is any, no pass is shared
-        route = route_of(first.adapter, dropout_seed=seed)  # with stages it has the pass for itself
+        seeds = tuple(derive_seed(t.settings.seed, t.step, micro) for t in trainees)
+        torch.manual_seed(seeds[0])  # dropout of the base; where there is any, no pass is shared
+        # with stages it has the pass for itself
+        route = route_of(trainees[0].adapter, dropout_seed=seeds[0])
         if len(trainees) > 1:
             names = tuple(t.adapter.name for t in trainees)
             segments = tuple(
                 (a, b, name) for (a, b), name in zip(batch.rows or (), names, strict=True)
             )
-            route = Route(names, None, segments, dropout_seed=seed)
+            route = Route(names, None, segments, seeds=seeds)
         skipped = self.skipping(blocks, batch)
-        with skipped, self.running(), Activation(self.model, route):
+        shared = nullcontext()
+        if len(trainees) > 1:
+            shared = self.sharing([t.adapter for t in trainees], blocks, batch)
+        with skipped, self.running(), shared, Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
             if new := set(route.names) - self._checked:
                 self._refuse_unvisited(new, batch)
@@ -315,6 +329,42 @@ def derive_seed(*parts: int | str) -> int:
     """A seed that depends on all parts, for one draw and no other."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")
+
+
+def _sharing(model: nn.Module, adapters: Sequence[Adapter]) -> set[str]:
+    """Names of the adapters whose arithmetic is that of segments of rows."""
+    elsewhere = {
+        name
+        for module in model.modules()
+        if is_site(module)
+        for plates in plates_of(module)
+        if plates.layer.kind != "linear"
+        for name in plates.slots
+    }
+    return {
+        adapter.name
+        for adapter in adapters
+        if adapter.name not in elsewhere
+        and not adapter.on
+        and all(slot.method.stacks for slot in adapter.slots.values())
+    }
+
+
+def _passes(present: Sequence[int], tokens: Sequence[int]) -> list[list[int]]:
+    """Those who share, cut into passes of at most `MOST_TOKENS`, or of one adapter."""
+    passes: list[list[int]] = []
+    room = 0
+    for index, size in zip(present, tokens, strict=True):
+        if size > room or not passes:
+            passes.append([])
+            room = MOST_TOKENS
+        passes[-1].append(index)
+        room -= size
+    return passes
+
+
+def _num_tokens(block: Sequence[Example]) -> int:
+    return sum(len(example) for example in block)
 
 
 def _num_labels(block: Sequence[Example]) -> int:

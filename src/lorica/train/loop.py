@@ -28,12 +28,13 @@ from lorica.train.agreement import Given, of_the_run
 from lorica.train.company import Company, Tell
 from lorica.train.course import Course, Window
 from lorica.train.director import Director
-from lorica.train.engine import Engine, StepResult
+from lorica.train.engine import Engine, StepResult, nothing_shared
 from lorica.train.identity import circumstances, identity, identity_of
 from lorica.train.measure import mean_loss, memory_bytes, versions
 from lorica.train.memory import memory_advised
 from lorica.train.plan import Records, courses_of, default_task, total_steps
 from lorica.train.reuse import reuse_of
+from lorica.train.shared import SharedLayers
 from lorica.train.signals import Stop, StopAsked, stopping
 
 __all__ = ["Evaluator", "MakeRecorder", "TrainReport", "default_task", "total_steps", "train"]
@@ -150,6 +151,7 @@ def train(
         task,
         gradient_checkpointing=run.gradient_checkpointing,
         skipping=reuse.skipped,
+        sharing=nothing_shared if reuse.layers else SharedLayers(model, task).shared,
     )
     notes += reuse.notes
     try:
