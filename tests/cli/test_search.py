@@ -1,6 +1,10 @@
 """`lorica search` from a file to its answer; stopped and gone on with; and what it refuses."""
 
 import json
+import signal
+import sqlite3
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -42,8 +46,8 @@ def test_the_answer_is_an_adapter_with_a_reason_a_page_and_settings(lorica, sett
     found = answer(tmp_path)
     outcomes = [c["outcome"] for c in found["candidates"]]
     assert len(outcomes) == 6 and set(outcomes) == {"finished", "cut"}
-    assert outcomes.count("finished") == 2  # 6, then 3, then 2
-    assert {c["steps"] for c in found["candidates"] if c["outcome"] == "cut"} <= {2, 4, 6, 8}
+    assert 1 <= outcomes.count("finished") <= 2  # 6, then 3, then 2, of whom one may be hopeless
+    assert {c["steps"] for c in found["candidates"] if c["outcome"] == "cut"} >= {2, 4}
     chosen = next(c for c in found["candidates"] if c["number"] == found["chosen"])
     assert chosen["outcome"] == "finished" and chosen["eligible"]
     assert found["sentence"] in told.out and chosen["name"] in told.out
@@ -69,3 +73,65 @@ def test_the_answer_is_an_adapter_with_a_reason_a_page_and_settings(lorica, sett
     assert all(torch.equal(first[key], second[key]) for key in first)
     told = lorica("search", "--resume", "found")
     assert told.code == 0 and "is finished" in told.out
+
+
+def test_a_killed_search_goes_on_by_one_line_to_the_same_answer(lorica, settings, tmp_path):
+    """The process dies between two turns, and nothing in it can clean up."""
+    file = settings()
+    code = (
+        "import os, sys; from lorica.train.engine import Engine\n"
+        "step, calls = Engine.step, []\n"
+        "def dying(self, *a):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 6: os.kill(os.getpid(), 9)\n"
+        "    return step(self, *a)\n"
+        "Engine.step = dying\n"
+        "from lorica.cli import main; main(sys.argv[1:])\n"
+    )
+    where = {"cwd": tmp_path, "capture_output": True}
+    line = ["search", str(file), "--output-dir", "killed"]
+    died = subprocess.run([sys.executable, "-c", code, *line], **where)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    told = lorica("train", "--resume", "killed")
+    assert told.code == 2 and "lorica search" in told.err
+    assert lorica("search", "--resume", "killed", "--quiet").code == 0
+    assert lorica("search", file, "--quiet").code == 0
+    first, second = (
+        json.loads((tmp_path / run / "search.json").read_text()) for run in ("killed", "found")
+    )
+    assert {**first, "resources": 0, "candidates": 0} == {**second, "resources": 0, "candidates": 0}
+    for one, other in zip(first["candidates"], second["candidates"], strict=True):
+        assert {**one, "run": 0} == {**other, "run": 0}
+    with sqlite3.connect(tmp_path / "killed" / "study.db") as study:
+        states = [row[0] for row in study.execute("select state from trials")]
+    assert set(states) == {"COMPLETE", "PRUNED"}
+
+
+def test_what_cannot_be_searched_is_told_before_anything_is_read(lorica, settings, stock):
+    told = lorica("search", settings({"r": [2, -1], "lora_alpha": [16], "typo_rate": [1]}))
+    assert told.code == 2 and "typo_rate is not a setting" in told.err
+    told = lorica("search", settings({"r": [2, -1]}))
+    assert told.code == 2 and "r is -1" in told.err
+    told = lorica("search", settings({"r": [2, 4]}, r=8))
+    assert told.code == 2 and "run.yaml" in told.err and "no effect" in told.err
+    told = lorica("search", settings({"r": [2]}, eval_size=0, data=str(stock / "pairs.jsonl")))
+    assert told.code == 2 and "a search needs evaluation records" in told.err
+
+
+def test_train_sends_a_search_to_its_command(lorica, settings):
+    told = lorica("train", settings())
+    assert told.code == 2 and "lorica search tries those of the section search" in told.err
+
+
+def test_nothing_to_search_is_said(lorica, settings):
+    told = lorica("search", settings({}))
+    assert told.code == 2 and "nothing to search" in told.err
+
+
+def test_the_plan_of_a_search_says_how_many_at_once(lorica, settings):
+    told = lorica("plan", settings(), "--json", "--no-probe")
+    plan = json.loads(told.out)
+    assert told.code == 0 and plan["candidates"] == plan["at_once"] == 6
+    assert plan["rungs"] == [2, 4] and plan["steps_without_cuts"] == 96
+    assert plan["steps"] == 96 * (2 + 1 + 3) // 16
+    assert "at once     2 (as set)" in lorica("plan", settings({**SECTION, "at_once": 2})).out

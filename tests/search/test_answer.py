@@ -130,6 +130,7 @@ def test_hopeless_is_who_could_not_reach_the_best_at_its_own_pace():
     slow = {10: 2.00, 20: 1.98, 30: 1.97}
     assert is_hopeless(slow, 100, best=1.5)  # at best 1.97 - 70 * 0.002 = 1.83
     assert not is_hopeless(slow, 100, best=1.85)
+    assert not is_hopeless(slow, 100, best=1.5, margin=0.35)
     assert not is_hopeless({10: 2.0, 20: 1.9}, 100, best=0.1)  # two evaluations tell nothing
     assert not is_hopeless({10: 2.0, 20: 1.7, 30: 1.6}, 40, best=1.6)  # it is the best
     rising = {10: 1.6, 20: 1.9, 30: 2.4}

@@ -111,7 +111,7 @@ def _space_of(settings: Resolved) -> Space:
         )
     problems = [
         f"{origins[key]}: {key} does not go with a search"
-        for key in ("stages", "seeds", "on_adapter", "init_adapter")
+        for key in ("stages", "adapters", "seeds", "on_adapter", "init_adapter")
         if getattr(run, key) is not None
     ]
     if settings.below:

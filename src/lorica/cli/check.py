@@ -59,7 +59,7 @@ def command(
     from lorica.cli.options import read_flags
     from lorica.cli.voice import Voice
     from lorica.config import known_settings
-    from lorica.errors import CheckRefused
+    from lorica.errors import CheckRefused, ConfigError
     from lorica.methods import WORDS
 
     known = known_settings(WORDS)
@@ -67,16 +67,31 @@ def command(
     line = read_flags(context.args, known, [*own, "--help"], words=1)
     settings, with_model = _settings(line, known)
     voice = Voice(quiet=json, stream=sys.stderr)
-    found = _check(settings, voice, with_model=with_model, near=near, language=language)
+    how: dict[str, Any] = {"with_model": with_model, "near": near, "language": language}
+    told = {name: _check(one, voice, **how) for name, one in _each(settings).items()}
     if json:
-        print(jsonlib.dumps(found.as_dict(), ensure_ascii=False))
-    else:
-        print("\n".join(found.lines()))
+        made = {name: found.as_dict() for name, found in told.items()}
+        whole = {"adapters": made} if settings.adapters else made[""]
+        print(jsonlib.dumps(whole, ensure_ascii=False))
+    for name, found in told.items() if not json else ():
+        print("\n".join([*([f"adapter {name}", ""] if name else []), *found.lines()]))
     if html is not None:
         from lorica.records.check_page import write_check_page
 
+        if len(told) > 1:
+            raise ConfigError(
+                "--html writes the page of one set of records, and the adapters have several",
+                mend="lorica check DATA --html PAGE for each",
+            )
+        (found,) = told.values()
         voice.say(f"page: {write_check_page(found.as_dict(), html)}")
-    if refused := [f.text for f in found.findings if f.severity == "refuse"]:
+    refused = [
+        f"adapter {name!r}: {f.text}" if name else f.text
+        for name, found in told.items()
+        for f in found.findings
+        if f.severity == "refuse"
+    ]
+    if refused:
         raise CheckRefused(
             f"{settings.run.data}: training on these records cannot work", problems=refused
         )
@@ -94,13 +109,27 @@ def _settings(line: Any, known: Any) -> tuple[Resolved, bool]:
         layers.append(Layer("the command line", {"data": line.words[0]}))
     layers.append(flag_layer(line.flags, known))
     given = {name for layer in layers for name in layer.values}
-    if "data" not in given:
+    if not given & {"data", "adapters"}:
         raise ConfigError("there is nothing to check", mend="lorica check DATA --model MODEL")
     if not (with_model := "model" in given):  # a run needs one; it is not looked at
         layers.insert(0, Layer("no model", {"model": "embedded"}))
     settings = resolve(*layers, methods=WORDS)
     first = settings.stages[0] if settings.stages else settings  # all stages read the same records
     return first, with_model
+
+
+def _each(settings: Resolved) -> dict[str, Resolved]:
+    """What is checked: the records of the run, or those of each adapter, the same ones once, under
+    the names of all that have them.
+    """
+    if not settings.adapters:
+        return {"": settings}
+    names: dict[tuple, list[str]] = {}
+    for name, own in settings.adapters.items():
+        run = own.run
+        key = (run.data, run.eval_data, run.test_data, run.format, str(run.columns))
+        names.setdefault(key, []).append(name)
+    return {", ".join(found): settings.adapters[found[0]] for found in names.values()}
 
 
 class _Found:

@@ -55,6 +55,12 @@ def command(
     layers = [load_yaml(file) for file in line.files]
     settings = resolve(*layers, flag_layer(line.flags, known), methods=WORDS)
     voice = Voice(quiet=json, stream=sys.stderr)
+    if settings.run.search is not None:
+        from lorica.cli.search_plan import lines_of, plan_search
+
+        plan = plan_search(settings, voice, lambda found: _pace(found, probe=probe))
+        print(jsonlib.dumps(plan, ensure_ascii=False) if json else "\n".join(lines_of(plan)))
+        return
     told = []
     for title, one, lower in _runs(settings):
         found = _forecast(one, voice, lower)
@@ -71,14 +77,22 @@ def command(
             print(f"lorica: warning: {text}", file=sys.stderr)
     if json:
         fits = all(one["fits"] for one in told)
-        made = {"fits": fits, "stages": told} if told[1:] else told[0]
+        many = "adapters" if settings.adapters else "stages"
+        made = {"fits": fits, many: told} if told[1:] else told[0]
         print(jsonlib.dumps(made, ensure_ascii=False))
 
 
 def _runs(settings: Resolved) -> Iterator[tuple[str, Resolved, tuple[Lower, ...]]]:
-    """(title, settings, what will lie below) of the run, or of each of its stages."""
+    """(title, settings, what will lie below) of the run, or of each of its stages or adapters."""
     from lorica.cli.start import lower_of
 
+    if settings.adapters:
+        from lorica.cli.several import check_several
+
+        check_several(settings)
+        for name, own in settings.adapters.items():
+            yield f"adapter {name}, as if it trained by itself", own, ()
+        return
     if not settings.stages:
         yield "", settings, lower_of(settings)
         return

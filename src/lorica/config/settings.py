@@ -326,6 +326,12 @@ class RunConfig(Settings):
         "keeps: a list of {method: word, max_steps: N, setting: value}; settings beside it are "
         "those of all stages",
     )
+    search: Annotated[dict[str, Any], Expects("a mapping of settings to choices")] | None = Field(
+        default=None,
+        description="what lorica search chooses, each from a list or a range: {r: [4, 8, 16], "
+        "learning_rate: {low: 1e-4, high: 1e-3, log: true}}; and how it goes: sampler, candidates, "
+        "at_once, rungs, keep, hopeless, standard_errors, spectrum, storage",
+    )
     adapters: (
         Annotated[
             tuple[dict[str, Any], ...], Strict(False), Expects("a list of mappings with a name")
@@ -336,12 +342,6 @@ class RunConfig(Settings):
         description="several adapters that train together on one base, each to the same bits as "
         "alone: a list of {name: word, data: path, setting: value}; settings beside it are those "
         "of all adapters",
-    )
-    search: Annotated[dict[str, Any], Expects("a mapping of settings to choices")] | None = Field(
-        default=None,
-        description="what lorica search chooses, each from a list or a range: {r: [4, 8, 16], "
-        "learning_rate: {low: 1e-4, high: 1e-3, log: true}}; and how it goes: sampler, candidates, "
-        "at_once, rungs, keep, hopeless, standard_errors, spectrum, storage",
     )
     init_adapter: PathText | None = Field(
         default=None,

@@ -73,17 +73,18 @@ def several(
     found["adapters"] = entries, origin
     if "data" not in found and all("data" in entry for entry in entries) and entries:
         found["data"] = entries[0]["data"], f"{origin}{OF_THE_FIRST}"
-    layer = Layer(
-        "settings",
-        {"data_seed": common.get("seed", (0, ""))[0]}
-        | {key: value for key, (value, _) in common.items() if key not in taken},
-        {key: where for key, (_, where) in common.items()},
-    )
+    shared = {key: value for key, (value, _) in common.items() if key not in taken}
+    if shared.get("data_seed") is None:  # a seed of its own does not change an adapter's records
+        shared["data_seed"] = shared.get("seed", 0)
+    layer = Layer("settings", shared, {key: where for key, (_, where) in common.items()})
     made: dict[str, Resolved] = {}
     for number, entry in enumerate(entries):
         where = _where(places, origin, number, entry)
         own = _own(entry, lambda key, n=number, w=where: _close(places, n, key, w), problems)
-        if name := _name(entry, where, made, problems):
+        if "data" not in entry and "data" not in common:
+            problems.append(f"{where}: data is missing; give it here, or beside the list for all")
+            found["data"] = "missing", f"{origin}{OF_THE_FIRST}"  # told once, here
+        elif name := _name(entry, where, made, problems):
             try:
                 made[name] = resolve(layer, Layer(where, *own), methods=methods)
             except ConfigError as error:

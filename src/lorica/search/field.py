@@ -20,6 +20,7 @@ from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import ConfigError, TargetError
 from lorica.methods.method import Method, is_chosen
+from lorica.search.answer import paired
 from lorica.search.halving import AtRung, cut_at, is_hopeless
 from lorica.search.space import Point, name_of
 from lorica.search.study import Entry, Study, adapter_name
@@ -82,6 +83,8 @@ class Field:
         self.settings_of, self.seed, self.task, self.tell = settings_of, seed, task, tell
         self.handles: dict[int, Adapter] = {}
         self._settled: set[str] = set()
+        self._heard: set[tuple[str, int]] = set()
+        self._entries: Sequence[Entry] = ()
         self._exhausted = False
 
     # who joins
@@ -169,21 +172,29 @@ class Field:
 
     def judge(self, evaluation: Evaluation) -> str | None:
         """Whether a candidate goes on after an evaluation."""
-        for one in (*evaluation.beside, evaluation):
-            self._hear(one)
+        self._hear((*evaluation.beside, evaluation))
         number, step = number_of(evaluation.name), evaluation.step
         if step >= evaluation.total:
             self.study.end(number, "finished")
             return None
         reason = self.study.decision(number, step)
         if reason is None:
-            reason = self._decide(number, step)
+            reason = self._decide(number, evaluation)
             self.study.decide(number, step, reason)
         if reason:
             self.study.end(number, "cut", reason=reason)
         return reason or None
 
-    def _hear(self, evaluation: Evaluation) -> None:
+    def _hear(self, evaluations: Sequence[Evaluation]) -> None:
+        """Tell the study of the evaluations of a turn, once."""
+        fresh = [one for one in evaluations if (one.name, one.step) not in self._heard]
+        for one in fresh:
+            self._report(one)
+            self._heard.add((one.name, one.step))
+        if fresh:
+            self._entries = self.study.entries()
+
+    def _report(self, evaluation: Evaluation) -> None:
         losses, tokens = by_record(evaluation.losses, evaluation.tokens, evaluation.rows)
         self.study.report(
             number_of(evaluation.name),
@@ -195,28 +206,31 @@ class Field:
             rung=evaluation.step in self.course.rungs,
         )
 
-    def _decide(self, number: int, step: int) -> str:
-        """Why a candidate ends at this step; empty where it goes on."""
-        entries = self.study.entries()
+    def _decide(self, number: int, evaluation: Evaluation) -> str:
+        """Why a candidate ends after an evaluation; empty where it goes on."""
+        entries, step = self._entries, evaluation.step
         own = next(entry for entry in entries if entry.number == number)
         how = self.study.space.how
         if step in self.course.rungs and (reason := self._cut(own, entries, step)):
             return reason
-        lowest = [min(e.curve.values()) for e in entries if e.curve and e.number != number]
-        if how.hopeless and lowest and is_hopeless(own.curve, self.course.total, min(lowest)):
+        others = [e for e in entries if e.loss is not None and e.losses and e.number != number]
+        if not how.hopeless or not others:
+            return ""
+        best = min(others, key=lambda e: (e.loss, e.number))
+        losses, tokens = by_record(evaluation.losses, evaluation.tokens, evaluation.rows)
+        margin = how.standard_errors * paired(losses, best.losses, tokens).error
+        lowest = best.loss or 0.0
+        if is_hopeless(own.curve, self.course.total, lowest, margin=margin):
             return (
                 f"its evaluation loss of {own.curve[step]:.4f} at step {step} falls too slowly to "
-                f"reach the {min(lowest):.4f} of another one"
+                f"come near the {lowest:.4f} of another one"
             )
         return ""
 
     def _cut(self, own: Entry, entries: Sequence[Entry], step: int) -> str:
         there = [e for e in entries if step in e.rungs and e.parameters is not None]
-        decided = {
-            e.number: bool(e.decided[step])
-            for e in there
-            if e.number != own.number and e.decided.get(step) is not None
-        }
+        taken = {e.number: self._decided(e, step) for e in there if e.number != own.number}
+        decided = {number: bool(reason) for number, reason in taken.items() if reason is not None}
         how = self.study.space.how
         rung = [AtRung(e.number, e.rungs[step], e.parameters or 0) for e in there]
         ends = cut_at(
@@ -225,6 +239,12 @@ class Field:
         if not ends[own.number]:
             return ""
         return f"not among the best {how.keep:.0%} of {len(there)} at step {step}"
+
+    def _decided(self, entry: Entry, step: int) -> str | None:
+        """What was decided about a candidate; of this run's own, maybe in this very turn."""
+        if entry.number in self.handles:
+            return self.study.decision(entry.number, step)
+        return entry.decided.get(step)
 
 
 def number_of(name: str) -> int:

@@ -86,7 +86,9 @@ def cut_at(
     return {number: number not in kept for number in order if number not in decided}
 
 
-def is_hopeless(curve: Mapping[int, float], total: int, best: float) -> bool:
+def is_hopeless(
+    curve: Mapping[int, float], total: int, best: float, *, margin: float = 0.0
+) -> bool:
     """Whether a candidate would end above what another one has reached already, even if it went on
     to fall as fast as in the fastest of its last intervals.
 
@@ -96,11 +98,12 @@ def is_hopeless(curve: Mapping[int, float], total: int, best: float) -> bool:
     Args:
         curve: step -> evaluation loss, so far.
         total: optimizer steps of the run.
-        best: the lowest evaluation loss of any candidate.
+        best: the lowest evaluation loss of any other candidate.
+        margin: how far above that it may still end, being as good by the rule of the answer.
     """
     steps = sorted(curve)[-3:]
-    if len(steps) < 3 or min(curve.values()) <= best:
+    if len(steps) < 3 or min(curve.values()) <= best + margin:
         return False
     falls = [max(0.0, (curve[a] - curve[b]) / (b - a)) for a, b in pairwise(steps)]
     lowest = min(curve.values())
-    return min(lowest, curve[steps[-1]] - max(falls) * (total - steps[-1])) > best
+    return min(lowest, curve[steps[-1]] - max(falls) * (total - steps[-1])) > best + margin

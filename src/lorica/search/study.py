@@ -113,6 +113,8 @@ class Study:
         how = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
         self._storage = optuna.storages.RDBStorage(url, engine_kwargs=how)
         self._study = self._open(seed, dict(identity))
+        self._own: dict[int, _Held] = {}
+        self._tokens: tuple[int, ...] | None = None
 
     def _open(self, seed: int, identity: dict[str, Any]) -> optuna.Study:
         how: dict[str, Any] = {"study_name": NAME, "storage": self._storage}
@@ -219,24 +221,28 @@ class Study:
         Raises:
             LoricaError: the records are others than those of the other candidates.
         """
-        if not self.tokens:
+        if self._tokens is None and (found := self.tokens):
+            self._tokens = found
+        if self._tokens is None:
             self._study.set_user_attr("tokens", list(tokens))
-        elif self.tokens != tuple(tokens):
+            self._tokens = tuple(tokens)
+        if self._tokens != tuple(tokens):
             raise LoricaError("the candidates of this study were judged on different records")
-        trial = self._trial(number)
-        if step not in trial.intermediate_values:
-            optuna.Trial(self._study, trial._trial_id).report(loss, step)
+        held = self._held_of(number)
+        if step not in held.steps and not held.ended:
+            self._storage.set_trial_intermediate_value(held.trial, step, loss)
+            held.steps.add(step)
         rounded = [float(f"{value:.7g}") for value in losses]
-        if kept and not trial.state.is_finished():
-            self._set(number, losses=rounded, best_step=step)
-        if rung and not trial.state.is_finished():
+        if kept:
+            self._set(number, kept={"step": step, "losses": rounded})
+        if rung:
             self._set(number, **{f"rung {step}": rounded})
 
     def decision(self, number: int, step: int) -> str | None:
-        """What was decided about a candidate at a step: "" for going on, else why it ends; None
-        where nothing was.
+        """What was decided about a candidate of this run at a step: "" for going on, else why it
+        ends; None where nothing was.
         """
-        return self.entry(number).decided.get(step)
+        return self._held_of(number).known.get(f"decided {step}")
 
     def decide(self, number: int, step: int, reason: str) -> None:
         """Write down what `decision` then gives."""
@@ -244,10 +250,10 @@ class Study:
 
     def end(self, number: int, outcome: Outcome, *, reason: str = "") -> None:
         """Write down what became of a candidate. The same again changes nothing."""
-        trial = self._trial(number)
-        if trial.state.is_finished():
+        held = self._held_of(number)
+        if held.ended:
             return
-        self._set(number, outcome=outcome, reason=reason)
+        self._set(number, reason=reason)
         entry = self.entry(number)
         if outcome == "failed" or entry.loss is None:
             self._study.tell(number, state=TrialState.FAIL)
@@ -255,15 +261,36 @@ class Study:
             self._study.tell(number, state=TrialState.PRUNED)
         else:
             self._study.tell(number, entry.loss)
+        held.ended = True
 
-    def _trial(self, number: int) -> FrozenTrial:
-        return next(trial for trial in self._trials() if trial.number == number)
+    def _held_of(self, number: int) -> _Held:
+        """A candidate as this process knows it: nobody else writes about it."""
+        if number not in self._own:
+            trial = next(trial for trial in self._trials() if trial.number == number)
+            steps, ended = set(trial.intermediate_values), trial.state.is_finished()
+            self._own[number] = _Held(trial._trial_id, dict(trial.user_attrs), steps, ended)
+        return self._own[number]
 
     def _set(self, number: int, **values: Any) -> None:
-        trial = self._trial(number)
+        """Write attributes, where they change and the candidate has not ended."""
+        held = self._held_of(number)
         for key, value in values.items():
-            if trial.user_attrs.get(key) != value:
-                self._storage.set_trial_user_attr(trial._trial_id, key, value)
+            if not held.ended and held.known.get(key, _NOTHING) != value:
+                self._storage.set_trial_user_attr(held.trial, key, value)
+                held.known[key] = value
+
+
+@dataclass
+class _Held:
+    """A candidate of this run: its key in the database, and what is written there."""
+
+    trial: int
+    known: dict[str, Any]
+    steps: set[int]
+    ended: bool
+
+
+_NOTHING = object()
 
 
 def _sampler(kind: str, seed: int) -> Any:
@@ -305,6 +332,7 @@ _STATES: dict[TrialState, Outcome] = {
 
 def _entry(trial: FrozenTrial) -> Entry:
     known = trial.user_attrs
+    kept = known.get("kept", {})
     return Entry(
         number=trial.number,
         point=dict(known.get("point", {})),
@@ -314,8 +342,8 @@ def _entry(trial: FrozenTrial) -> Entry:
         parameters=known.get("parameters"),
         rank=known.get("rank"),
         curve=dict(sorted(trial.intermediate_values.items())),
-        best_step=known.get("best_step"),
-        losses=tuple(known.get("losses", ())),
+        best_step=kept.get("step"),
+        losses=tuple(kept.get("losses", ())),
         rungs={step: tuple(losses) for step, losses in _by_step(known, "rung ").items()},
         decided=_by_step(known, "decided "),
     )

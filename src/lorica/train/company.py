@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -26,6 +28,7 @@ class Company:
     Attributes:
         courses: all, also those that have ended.
         director: decides who leaves and joins; None where nobody does.
+        heard: the evaluations of the newest turn that had some.
         asked: whether the director was asked for newcomers since the last turn.
     """
 
@@ -40,6 +43,7 @@ class Company:
     ) -> None:
         self.model, self.task, self.courses, self.settings = model, task, courses, settings
         self.director, self.reuse, self.asked = director, reuse, False
+        self.heard: dict[str, Evaluation] = {}
 
     @property
     def alone(self) -> bool:
@@ -73,25 +77,24 @@ class Company:
                 mend="lower learning_rate, set max_grad_norm, or use dtype: float32",
             )
 
-    def judge(
-        self, course: Course, scores: Mapping[str, float], best: bool, losses: Sequence[float]
-    ) -> None:
-        """Ask the director whether an adapter goes on; `losses`: of every evaluation example."""
+    def hear(self, found: Mapping[str, tuple[Mapping[str, float], Sequence[float]]]) -> None:
+        """Take the evaluations of a turn, all of them before any is judged.
+
+        Args:
+            found: name of an adapter -> its scores, and the loss of every evaluation example.
+        """
+        self.heard = {
+            course.name: _evaluation(course, *found[course.name])
+            for course in self.courses
+            if course.name in found and math.isfinite(found[course.name][0]["eval_loss"])
+        }
+
+    def judge(self, course: Course) -> None:
+        """Ask the director whether an adapter goes on after its evaluation of this turn."""
         if self.director is None:
             return
-        held_out = course.held_out
-        reason = self.director.judge(
-            Evaluation(
-                name=course.name,
-                step=course.step,
-                total=course.trainee.total,
-                scores=dict(scores),
-                best=best,
-                losses=tuple(losses),
-                tokens=tuple(example.num_trained for example in held_out),
-                rows=tuple(example.row for example in held_out),
-            )
-        )
+        others = tuple(one for name, one in self.heard.items() if name != course.name)
+        reason = self.director.judge(replace(self.heard[course.name], beside=others))
         if reason and not course.done:
             course.stopped = reason
 
@@ -159,6 +162,19 @@ class Company:
             tell("info", note)
         self.courses.append(course)
         return course
+
+
+def _evaluation(course: Course, scores: Mapping[str, float], losses: Sequence[float]) -> Evaluation:
+    return Evaluation(
+        name=course.name,
+        step=course.step,
+        total=course.trainee.total,
+        scores=dict(scores),
+        best=course.improves(scores["eval_loss"]),
+        losses=tuple(losses),
+        tokens=tuple(example.num_trained for example in course.held_out),
+        rows=tuple(example.row for example in course.held_out),
+    )
 
 
 def _nothing(kind: str, text: str) -> None:

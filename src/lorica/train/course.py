@@ -147,6 +147,11 @@ class Course:
         self.tokens += result.tokens
         self.trained_tokens += result.trained_tokens
 
+    def improves(self, eval_loss: float) -> bool:
+        """Whether an evaluation is better than all before it, of those that count."""
+        settled = self.trainee.between.settled(self.step)
+        return settled and (self.best_loss is None or eval_loss < self.best_loss)
+
     def judge(self, eval_loss: float) -> bool:
         """Take an evaluation; whether it is the best so far. It may end the course. Until the
         method has settled on a form, it does neither.
@@ -162,7 +167,7 @@ class Course:
         self.eval_loss = eval_loss
         if not self.trainee.between.settled(self.step):
             return False
-        if self.best_loss is None or eval_loss < self.best_loss:
+        if self.improves(eval_loss):
             self.best_loss, self.best_step, self.stale = eval_loss, self.step, 0
             self.best = {n: p.detach().clone() for n, p in self._named().items()}
             return True

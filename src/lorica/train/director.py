@@ -33,6 +33,8 @@ class Evaluation:
         losses: summed negative log-likelihood (nats) of every evaluation example, in their order.
         tokens: trained tokens of every one, which `losses` sums over.
         rows: the record that each example was made of, as an index into the evaluation records.
+        beside: the evaluations of other adapters in the same turn, so that adapters can be compared
+            whichever is asked about first.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Evaluation:
     losses: tuple[float, ...]
     tokens: tuple[int, ...]
     rows: tuple[int, ...]
+    beside: tuple[Evaluation, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,14 @@ a step is cut into passes changes no bit of any adapter.
 """
 
 Skipping = Callable[[Sequence[Sequence[Example]], Batch], AbstractContextManager]
+Sharing = Callable[[Sequence[Adapter], Sequence[Sequence[Example]], Batch], AbstractContextManager]
+
+
+def nothing_shared(
+    adapters: Sequence[Adapter], blocks: Sequence[Sequence[Example]], batch: Batch
+) -> AbstractContextManager:
+    """Every block of a pass goes through all layers."""
+    return nullcontext()
 
 
 class Trainee:
@@ -96,6 +104,7 @@ class Engine:
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
         skipping: what must hold during the passes of a batch, given its blocks of examples; see
             `FrozenLayers.skipped`.
+        sharing: what must hold during a pass of several adapters; see `SharedLayers.shared`.
 
     Raises:
         TrainingError: checkpointing was asked of a model that has none.
@@ -108,8 +117,9 @@ class Engine:
         *,
         gradient_checkpointing: bool = False,
         skipping: Skipping = lambda blocks, batch: nullcontext(),
+        sharing: Sharing = nothing_shared,
     ) -> None:
-        self.model, self.task, self.skipping = model, task, skipping
+        self.model, self.task, self.skipping, self.sharing = model, task, skipping, sharing
         self._checked: set[str] = set()
         with activate(model, None):
             self._shares = task.shares(model)
@@ -222,7 +232,10 @@ class Engine:
             kept = None if batch.kept is None else _named(batch.kept.ranges, names)
             route = Route(names, None, segments, kept, seeds=seeds)
         skipped = self.skipping(blocks, batch)
-        with skipped, self.running(), Activation(self.model, route):
+        shared = nullcontext()
+        if len(trainees) > 1:
+            shared = self.sharing([t.adapter for t in trainees], blocks, batch)
+        with skipped, self.running(), shared, Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
             if new := set(route.names) - self._checked:
                 self._refuse_unvisited(new, batch)

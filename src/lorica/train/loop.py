@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +29,13 @@ from lorica.train.agreement import Given, of_the_run
 from lorica.train.company import Company, Tell
 from lorica.train.course import Course, Window
 from lorica.train.director import Director
-from lorica.train.engine import Engine, StepResult
+from lorica.train.engine import Engine, StepResult, nothing_shared
 from lorica.train.identity import circumstances, identity, identity_of
 from lorica.train.measure import mean_loss, memory_bytes, versions
 from lorica.train.memory import memory_advised
 from lorica.train.plan import Records, courses_of, default_task, total_steps
 from lorica.train.reuse import reuse_of
+from lorica.train.shared import SharedLayers
 from lorica.train.signals import Stop, StopAsked, stopping
 
 __all__ = ["Evaluator", "MakeRecorder", "TrainReport", "default_task", "total_steps", "train"]
@@ -151,6 +152,7 @@ def train(
         task,
         gradient_checkpointing=run.gradient_checkpointing,
         skipping=reuse.skipped,
+        sharing=nothing_shared if reuse.layers else SharedLayers(model, task).shared,
     )
     notes += reuse.notes
     try:
@@ -312,12 +314,13 @@ class _Run:
         due = [c for c in fresh if c.held_out and c.due(self._eval_every(c))]
         found = {c.name: self._evaluate(c, stop) for c in due}
         self.unjudged = False
+        self.company.hear(found)
         for course in fresh:
-            scores, each = found.get(course.name, ({}, []))
+            scores, _ = found.get(course.name, ({}, []))
             if scores or course.due(self.settings.logging_steps):
                 self._log(course, scores)
             if scores:
-                self._take(course, scores, each)
+                self._take(course, scores)
 
     def _advised(self, courses: list[Course], what: str) -> AbstractContextManager[None]:
         largest = max(courses, key=lambda c: c.settings.batch_size).settings
@@ -341,7 +344,7 @@ class _Run:
         scores = {"eval_loss": loss, **{f"eval_{name}": value for name, value in more.items()}}
         return scores, each
 
-    def _take(self, course: Course, scores: dict[str, float], each: Sequence[float]) -> None:
+    def _take(self, course: Course, scores: dict[str, float]) -> None:
         who = "" if self.company.alone else f"{course.name}: "
         try:
             best = course.judge(scores["eval_loss"])
@@ -350,7 +353,7 @@ class _Run:
         if best:
             text = f"best so far, step {course.step}, eval loss {course.eval_loss:.4f}"
             self.recorder.event("best", f"{who}{text}")
-        self.company.judge(course, scores, best, each)
+        self.company.judge(course)
         if course.stopped:
             self.recorder.event("info", f"{who}{course.stopped}")
 
