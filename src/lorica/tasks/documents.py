@@ -30,13 +30,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lorica.ops.attention import is_short, short_attention
+
 NAME = "lorica_documents"
 ROW_MULTIPLE = 32
 """Every adapter's rows are filled up to a multiple of this: matrix kernels treat the last rows of
 an odd number differently, and vector loops have a tail."""
 
-WORTH_A_RECTANGLE = 64 * 64
-"""Padding, in pairs of positions, that costs about as much as the calls of one more rectangle."""
+WORTH_A_RECTANGLE = {False: 64 * 64, True: 32 * 32}
+"""Padding, in pairs of positions, that costs about as much as the calls of one more rectangle;
+less where tokens see both ways and a mask has to hide the padding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +173,7 @@ def _place(lengths: Sequence[int], both: bool) -> Block:
         size = max(size, (-(-len(lengths) // ROW_MULTIPLE) + 1) * ROW_MULTIPLE)
     scatter = torch.zeros(size, dtype=torch.long)
     shapes, gathers, real, place = [], [], [], 0
-    for chosen in _rectangles(lengths):
+    for chosen in _rectangles(lengths, WORTH_A_RECTANGLE[both]):
         longest = lengths[chosen[0]]
         own = torch.tensor([lengths[i] for i in chosen])
         padded = both and int(own.min()) < longest
@@ -187,15 +190,15 @@ def _place(lengths: Sequence[int], both: bool) -> Block:
     return Block(tuple(shapes), torch.cat(gathers), scatter, used, tuple(lengths), tuple(real))
 
 
-def _rectangles(lengths: Sequence[int]) -> list[list[int]]:
+def _rectangles(lengths: Sequence[int], worth: int) -> list[list[int]]:
     """Documents, longest first, cut where the padding so far would have paid for a rectangle.
 
     The rule of whoever rents until the rent has reached the price: at most twice the best cost.
     """
     found: list[list[int]] = []
-    padding, longest = WORTH_A_RECTANGLE, 0
+    padding, longest = worth, 0
     for document in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if (padding >= WORTH_A_RECTANGLE and lengths[document] < longest) or not found:
+        if (padding >= worth and lengths[document] < longest) or not found:
             found.append([])
             padding, longest = 0, lengths[document]
         found[-1].append(document)
@@ -306,6 +309,9 @@ def _rectangle(
         own = torch.eye(longest, dtype=torch.bool, device=q.device)  # no query sees nothing
         own = F.pad(own, (prefix, 0), value=False)
         mask = real if mask is None else mask & real | own
+    if how.both and not how.dropout and is_short(q, k):
+        scale = q.shape[-1] ** -0.5 if how.scaling is None else how.scaling
+        return short_attention(q, k, v, mask, scale).transpose(1, 2).flatten(0, 1)
     out = F.scaled_dot_product_attention(
         q,
         k,
