@@ -1,6 +1,6 @@
 """N adapters at once: what they cost beside N runs in turn, and whether they keep their bits.
 
-    python benchmarks/many.py [--part speed bits layouts prefix] [--most 64] [--threads 1]
+    python benchmarks/many.py [--part speed bits layouts prefix] [--adapters 1 8 64] [--threads 1]
 
 The base is a Llama of 30 M parameters with random weights in bfloat16; each adapter has r = 8 on
 all linear layers, and three records of E2E a step. Both sides train the same adapters on the same
@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from lorica.train.shared import SharedLayers
 HERE = Path(__file__).resolve().parent
 NUMBERS = (1, 2, 4, 8, 16, 64)
 PER_STEP, RANK = 3, 8
-REPEATS = {1: 7, 2: 7, 4: 5, 8: 5, 16: 3, 64: 3}
+REPEATS = {1: 7, 2: 5, 4: 5, 8: 3, 16: 3, 64: 2}
 
 
 class Adapters:
@@ -70,9 +70,8 @@ def least(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, float
     return {name: min(seconds) for name, seconds in found.items()}
 
 
-def speed(path: Path, texts: list[dict], most: int) -> list[dict]:
-    rows = []
-    for number in (n for n in NUMBERS if n <= most):
+def speed(path: Path, texts: list[dict], numbers: list[int]) -> Iterator[dict]:
+    for number in numbers:
         own = Adapters(path, texts, number)
         engine, work = Engine(own.model, own.task), own.blocks()
         tokens = sum(len(e) for (block,) in work for e in block)
@@ -86,21 +85,18 @@ def speed(path: Path, texts: list[dict], most: int) -> list[dict]:
             "sequential": one_by_one,
         }
         seconds = least(sides, REPEATS[number])  # type: ignore[arg-type]
-        rows.append(
-            {
-                "adapters": number,
-                "tokens": tokens,
-                **{f"{name}_tokens_per_second": tokens / s for name, s in seconds.items()},
-                "gain": seconds["sequential"] / seconds["together"],
-            }
-        )
-        print(f"N = {number:2}   {tokens:5} tokens   gain {rows[-1]['gain']:.2f}", flush=True)
-    return rows
+        gain = seconds["sequential"] / seconds["together"]
+        print(f"N = {number:2}   {tokens:5} tokens   gain {gain:.2f}", flush=True)
+        yield {
+            "adapters": number,
+            "tokens": tokens,
+            **{f"{name}_tokens_per_second": tokens / s for name, s in seconds.items()},
+            "gain": gain,
+        }
 
 
-def prefix(path: Path, texts: list[dict]) -> list[dict]:
+def prefix(path: Path, texts: list[dict]) -> Iterator[dict]:
     """The same records for all, with the upper layers adapted: the lower ones once, or for each."""
-    rows = []
     for number in (4, 8):
         for lowest in (4, 6):
             own = Adapters(path, texts, number, layers_to_transform=list(range(lowest, 8)))
@@ -112,20 +108,18 @@ def prefix(path: Path, texts: list[dict]) -> list[dict]:
             }
             seconds = least(
                 {n: lambda e=e, o=own, w=work: e.step(o.trainees, w) for n, e in sides.items()},  # type: ignore[misc]
-                5,
+                3,
             )
             assert layers.passes
-            row = {"adapters": number, "frozen_layers": lowest, "layers": 8}
-            rows.append({**row, "gain": seconds["for each"] / seconds["once"]})
-            print(f"prefix N = {number}, {lowest} of 8 frozen: {rows[-1]['gain']:.2f}", flush=True)
-    return rows
+            gain = seconds["for each"] / seconds["once"]
+            print(f"prefix N = {number}, {lowest} of 8 frozen: {gain:.2f}", flush=True)
+            yield {"adapters": number, "frozen_layers": lowest, "layers": 8, "gain": gain}
 
 
-def layouts() -> list[dict]:
+def layouts() -> Iterator[dict]:
     """One adapted layer, forward and backward: a loop over segments, a grouped product, and all
     factors stacked with a gate, which does not keep the bits.
     """
-    rows = []
     for number in (2, 8, 64):
         for length in (32, 128):
             torch.manual_seed(0)
@@ -158,17 +152,17 @@ def layouts() -> list[dict]:
             sides = {"loop": run(loop), "grouped": run(grouped), "stacked": run(stacked)}
             if number == 64:
                 del sides["stacked"]  # 64 times the products of one
-            seconds = least(sides, 7)
-            row = {"adapters": number, "rows": length}
-            rows.append(row | {n: s / seconds["loop"] for n, s in seconds.items()})
-            print(f"layouts {rows[-1]}", flush=True)
-    return rows
+            seconds = least(sides, 5)
+            row: dict[str, Any] = {"adapters": number, "rows": length}
+            row |= {n: s / seconds["loop"] for n, s in seconds.items()}
+            print(f"layouts {row}", flush=True)
+            yield row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", nargs="+", default=["bits", "speed", "prefix", "layouts"])
-    parser.add_argument("--most", type=int, default=64)
+    parser.add_argument("--adapters", nargs="+", type=int, default=list(NUMBERS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared/data")
     options = parser.parse_args()
@@ -177,18 +171,23 @@ def main() -> None:
     found = json.loads(there.read_text()) if there.is_file() else {}
     found |= {"machine": machine(options.threads), "versions": versions()}
     with tempfile.TemporaryDirectory() as folder:
-        for part in options.part:  # each is written as soon as it is known
+        for part in options.part:
             if part == "bits":
-                found[part] = [compared(case, Path(folder)) for case in CASES]
+                rows = (compared(case, Path(folder)) for case in CASES)
             elif part == "layouts":
-                found[part] = layouts()
+                rows = layouts()
             else:
                 texts = e2e_texts(options.data)
                 path = Path(folder) / "model"
                 path = path if path.exists() else llama30m(path)
-                more = (options.most,) if part == "speed" else ()
-                found[part] = {"speed": speed, "prefix": prefix}[part](path, texts, *more)
-            write_result("many", found)
+                numbers = options.adapters
+                rows = speed(path, texts, numbers) if part == "speed" else prefix(path, texts)
+            known = found.pop(part, []) if part == "speed" else []
+            found[part] = []
+            for row in rows:  # each is written as soon as it is known
+                known = [one for one in known if one["adapters"] != row["adapters"]]
+                found[part].append(row)
+                write_result("many", {**found, part: [*known, *found[part]]})
 
 
 if __name__ == "__main__":

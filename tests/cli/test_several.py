@@ -1,6 +1,7 @@
 """`adapters:` of a run: several adapters on one base, in one folder."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from lorica.config import resolve
 from lorica.config.text import parse_yaml
 from lorica.errors import ConfigError
 from lorica.methods import WORDS, DoRA, LoRA
+from lorica.tasks.causal_lm import CausalLM
 
 TEXT = """\
 model: m
@@ -58,12 +60,23 @@ def test_every_adapter_has_settings_of_its_own():
         ("model: m", "model: m\nseeds: [1, 2]", "seeds is for a run of one adapter"),
         ("model: m", "model: m\non_adapter: x", "on_adapter is for a run of one adapter"),
         (TEXT[TEXT.index("  - ") :], "  sql: {r: 3}\n", "run.yaml:4: adapters must be a list"),
+        (TEXT[TEXT.index("  - {") :], "", "run.yaml:4: adapters must be a list of two or more"),
     ],
 )
 def test_what_makes_no_adapters_is_told_with_line_and_name(old, new, said):
     with pytest.raises(ConfigError) as error:
         resolved(TEXT.replace(old, new, 1))
     assert said in str(error.value)
+
+
+def test_a_fault_of_the_records_names_the_adapter_and_its_line(lorica, given):
+    text = yaml.safe_load(given.read_text())
+    text["adapters"][2]["data"] = "nowhere.jsonl"
+    given.write_text(yaml.safe_dump(text, sort_keys=False))
+    line = next(i for i, t in enumerate(given.read_text().splitlines(), 1) if "nowhere" in t)
+    done = lorica("train", given)
+    assert done.code == 2
+    assert f"several.yaml:{line}, adapter 'c': " in done.err and "nowhere.jsonl" in done.err
 
 
 @pytest.fixture
@@ -134,3 +147,28 @@ def test_plan_and_check_speak_of_each_adapter(lorica, given):
     assert len(json.loads(done.out)["adapters"]) == 3
     done = lorica("check", str(given), "--json")
     assert [*json.loads(done.out)["adapters"]] == ["a, b", "c"]
+
+
+def test_one_that_fails_is_told_and_the_others_are_whole(lorica, given, tmp_path, monkeypatch):
+    original, passes = CausalLM.losses, []
+
+    def losses(self, model, batch):
+        found = original(self, model, batch)
+        passes.append(len(found))
+        bad = len(passes) == 3  # the second step of a and b; c has a pass of its own
+        return [x * math.nan if bad and i == 1 else x for i, x in enumerate(found)]
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalLM, "losses", losses)
+        done = lorica("train", str(given), "--output-dir", str(run))
+    assert passes[:4] == [2, 1, 2, 1] and passes[4] == 1  # the step again, without b
+    assert done.code == 1
+    assert "1 of 3 adapters failed" in done.err and "adapter 'b', step 2" in done.err
+    manifest = json.loads((run / "run.json").read_text())
+    assert manifest["status"] == "finished"
+    assert "step 2" in manifest["adapters"]["b"]["failed"]
+    assert "failed" not in manifest["adapters"]["a"]
+    assert manifest["training"]["steps"] == {"a": 4, "b": 1, "c": 4}
+    assert "failed: b" in (run / "report.html").read_text()
+    assert all(t.isfinite().all() for t in tensors(run / "adapters/b").values())

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.screen import screen_quickly
 from lorica.data.screen_tokens import screen_tokens
-from lorica.errors import ConfigError, NonFiniteError
+from lorica.errors import ConfigError, LoricaError, NonFiniteError
 from lorica.files.transfer import begin_from
 from lorica.records.atomic import write_file
 from lorica.records.folder import RunFolder, json_text, now
@@ -170,7 +170,8 @@ def _prepare(settings: Resolved, voice: Voice) -> _Several:
         if new := [w for w in whole if w not in (own.method.modules_to_save or ())]:
             given = [*(own.method.modules_to_save or ()), *new]
             own = own.decided("modules_to_save", given, "the base has no weights for them")
-        parts[name] = _prepared(name, own, materials[name], model, voice)
+        with _about(name, own):
+            parts[name] = _prepared(name, own, materials[name], model, voice)
     _agree_on_length(parts, model, voice)
     _check_facts(parts)
     courses_of(model, next(iter(parts.values())).task, *_data(parts))  # refuses early
@@ -193,13 +194,13 @@ def _materials(settings: Resolved, voice: Voice) -> dict[str, Material]:
     for name, own in settings.adapters.items():
         key = tuple(str(getattr(own.run, key)) for key in _RECORDS)
         if key not in made:
-            with voice.work(f"reading the data of {name}"):
-                made[key] = gather(own.run, seed=own.data_seed)
-            material = made[key]
+            with _about(name, own), voice.work(f"reading the data of {name}"):
+                material = made[key] = gather(own.run, seed=own.data_seed)
             for line in material.statements:
                 voice.say(f"{name}: {line}")
             held_out = {id(part): part for part in (material.valid, material.scored) if part}
-            tell(screen_quickly(material.train, [*held_out.values()]), own, voice)
+            with _about(name, own):
+                tell(screen_quickly(material.train, [*held_out.values()]), own, voice)
         found[name] = made[key]
     return found
 
@@ -212,8 +213,9 @@ def _kind(settings: Resolved, materials: Mapping[str, Material]) -> str:
     """
     kinds, labels = {}, {}
     for name, own in settings.adapters.items():
-        kinds[name] = materials[name].task(own.run.task, own.run.model)
-        check_effects(own, materials[name], kinds[name])
+        with _about(name, own):
+            kinds[name] = materials[name].task(own.run.task, own.run.model)
+            check_effects(own, materials[name], kinds[name])
         if kinds[name] == "text-classification":
             labels[name] = materials[name].labels
     for what, found in (("task", kinds), ("classes", labels)):
@@ -224,6 +226,19 @@ def _kind(settings: Resolved, materials: Mapping[str, Material]) -> str:
                 mend="train them in runs of their own",
             )
     return next(iter(kinds.values()))
+
+
+@contextmanager
+def _about(name: str, own: Resolved) -> Iterator[None]:
+    """Say of an error which adapter it is about, and where that stands."""
+    try:
+        yield
+    except LoricaError as error:
+        who = f"adapter {name!r}"
+        places = (own.origins.get(key, "") for key in ("data", *own.origins))
+        where = next((place for place in places if who in place), who)
+        error.what = f"{where}: {error.what}"
+        raise
 
 
 def _prepared(

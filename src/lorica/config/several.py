@@ -64,7 +64,7 @@ def several(
     """
     entries, origin = found["adapters"]
     if not _is_list(entries):
-        problems.append(f"{origin}: adapters must be a list of mappings, each with a name")
+        problems.append(f"{origin}: adapters must be a list of two or more, each with a name")
         entries = []
     common = {key: found[key] for key in [*found] if key != "adapters"}
     taken = [key for key in common if key == "method" or key not in known_settings()]
@@ -94,7 +94,7 @@ def several(
 
 
 def _is_list(entries: Any) -> bool:
-    listed = isinstance(entries, list | tuple) and bool(entries)
+    listed = isinstance(entries, list | tuple) and len(entries) > 1
     return listed and all(isinstance(entry, Mapping) for entry in entries)
 
 

@@ -115,7 +115,9 @@ def _facts(run: Run) -> list[str]:
     if manifest.get("started"):
         facts.append(str(manifest["started"]).replace("T", " ").replace("Z", " UTC"))
     facts += [str(manifest["stopped_because"])] if manifest.get("stopped_because") else []
-    return facts
+    failed = _mapping(_mapping(manifest.get("training")).get("failed"))
+    names = [str(name) for name, why in failed.items() if why]
+    return [*facts, f"failed: {', '.join(names)}"] if names else facts
 
 
 def _score_parts(manifest: Mapping) -> Iterator[tuple[str, Mapping[str, Mapping]]]:

@@ -136,6 +136,12 @@ class Company:
             self._join(self.director.again(name), state.counters[name]["joined"], _nothing)
         self.asked = state.asked
 
+    def let_go(self, turn: int) -> None:
+        """Free the moments of those who ended before the newest turn: no checkpoint holds them."""
+        for course in self.courses:
+            if course.done and course.joined + course.step < turn:
+                course.trainee.optimizer.state.clear()
+
     def save_into(self, state: State) -> None:
         """What belongs to a checkpoint."""
         state.asked = self.asked

@@ -273,6 +273,7 @@ class _Run:
 
     def _turn(self, stop: Stop) -> None:
         """One step of every adapter that has not ended, and what is due after it."""
+        self.company.let_go(self.turn)
         began = time.monotonic()
         results = self._step()
         seconds = time.monotonic() - began

@@ -76,7 +76,9 @@ def reuse_of(
     wanted = settings.reuse_frozen_layers
     if wanted is None:
         return Reuse()
-    if task.kind == "seq2seq":
+    if not courses:
+        middle, why = None, "no adapter is there at the beginning"
+    elif task.kind == "seq2seq":
         middle, why = None, "an encoder-decoder model has two stacks of layers"
     else:
         middle, why = frozen_layers(model, [course.trainee.adapter for course in courses])
