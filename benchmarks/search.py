@@ -283,15 +283,14 @@ def speed(options: argparse.Namespace) -> None:
     environment["TOKENIZERS_PARALLELISM"] = "false"
     found: dict[str, list[dict]] = {side: [] for side in options.sides}
     for _ in range(options.rounds):
-        for side in options.sides:
-            with tempfile.TemporaryDirectory() as folder:
-                job = write_job(options.base, Path(folder), options.data, options.steps)
+        with tempfile.TemporaryDirectory() as folder:
+            job = write_job(options.base, Path(folder), options.data, options.steps)
+            for side in options.sides:
                 line = [sys.executable, __file__, "side", side, str(job)]
-                made = subprocess.run(
-                    line, env=environment, stdout=subprocess.PIPE, check=True, text=True
-                )
-            found[side].append(json.loads(made.stdout.splitlines()[-1]))
-            print(side, json.dumps(found[side][-1]), flush=True)
+                how: dict[str, Any] = {"env": environment, "stdout": subprocess.PIPE}
+                made = subprocess.run(line, check=True, text=True, **how)
+                found[side].append(json.loads(made.stdout.splitlines()[-1]))
+                print(side, json.dumps(found[side][-1]), flush=True)
     result = {
         "machine": machine(options.num_threads),
         "versions": versions(),

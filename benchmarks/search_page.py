@@ -11,6 +11,10 @@ from typing import Any
 
 from jobs import RESULTS
 
+from lorica.config.settings import expected_of
+from lorica.config.text import yaml_text
+from lorica.search.space import SearchSettings
+
 PAGE = Path(__file__).parents[1] / "docs/search.md"
 SIDES = {
     "peft": "PEFT + Trainer at its defaults, 8 runs",
@@ -87,8 +91,24 @@ that adapter is cut by SVD to each smaller rank, without any training.
 
 
 def write_page() -> None:
-    parts = [HEAD, *_speed(), *_choice()]
+    parts = [HEAD, *_settings(), *_speed(), *_choice()]
     PAGE.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+
+
+def _settings() -> list[str]:
+    lines = ["## Settings of the section", ""]
+    lines += ["| setting | default | takes | what it does |", "|---" * 4 + "|"]
+    for name, info in SearchSettings.model_fields.items():
+        default = yaml_text(_plain(info.get_default()))
+        row = (
+            f"| `{name}` | `{default}` | {expected_of(SearchSettings, name)} | {info.description} |"
+        )
+        lines.append(row)
+    return [*lines, ""]
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _speed() -> list[str]:

@@ -64,7 +64,8 @@ def test_among_equals_in_size_the_lower_loss_is_chosen():
 
 def test_a_best_one_that_is_chosen_says_whether_anything_is_smaller():
     best, worse = judged(0, 2, (1.0, 2.0, 3.0, 4.0)), judged(1, 8, (2.0, 3.0, 4.0, 5.5))
-    assert "none is smaller" in choose([best, worse], TOKENS).sentence()
+    assert "none of them is smaller" in choose([best, worse], TOKENS).sentence()
+    assert "the only one that trained to the end" in choose([best], TOKENS).sentence()
     best, worse = judged(0, 8, (1.0, 2.0, 3.0, 4.0)), judged(1, 2, (2.0, 3.0, 4.0, 5.5))
     assert (
         "no smaller one comes within one standard error" in choose([best, worse], TOKENS).sentence()

@@ -106,12 +106,15 @@ class Answer:
     def sentence(self) -> str:
         """The choice and its reason."""
         head = _named(self.chosen)
+        if len(self.differences) == 1:
+            return f"{head} is the only one that trained to the end; the others were ended early"
         if self.chosen.number == self.best.number:
             smaller = any(c < self.chosen.parameters for c in self.sizes)
             beside = f"no smaller one comes within {_errors(self.errors)} of it"
             return (
-                f"{head} has the lowest evaluation loss of {len(self.differences)}, and "
-                f"{beside if smaller else 'none is smaller'} ({self.num_records:,} records, paired)"
+                f"{head} has the lowest evaluation loss of the {len(self.differences)} that "
+                f"trained to the end, and {beside if smaller else 'none of them is smaller'} "
+                f"({self.num_records:,} records, paired)"
             )
         found = self.differences[self.chosen.number]
         share = self.chosen.parameters / self.best.parameters
