@@ -347,9 +347,7 @@ def _shifted(labels: Sequence[int]) -> list[int]:
     return [*labels[1:], IGNORED]
 
 
-def _packed(
-    blocks: Sequence[Sequence[Example]], device: torch.device, *, keeps: bool
-) -> Batch:
+def _packed(blocks: Sequence[Sequence[Example]], device: torch.device, *, keeps: bool) -> Batch:
     """The examples of every block one after the other in one flat row.
 
     Args:

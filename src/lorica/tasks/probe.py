@@ -158,7 +158,9 @@ def packing_texts(model: Any) -> tuple[str | None, Place | None]:
     own, config = model.config._attn_implementation, model.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     lengths = (7, 5, min(max(9, window + 7), _LONGEST_TRIED))
-    ids = [[1 + (7 * i + n) % (min(config.vocab_size, 1000) - 1) for i in range(n)] for n in lengths]
+    ids = [
+        [1 + (7 * i + n) % (min(config.vocab_size, 1000) - 1) for i in range(n)] for n in lengths
+    ]
     segments = [[int(2 * i > n) for i in range(n)] for n in lengths]
     segments = segments if takes_segments(model) else [[] for _ in lengths]
     try:
