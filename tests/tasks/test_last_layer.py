@@ -147,7 +147,7 @@ def test_which_encoders_pack():
     own = classifier()
     assert own.pads(ARCHITECTURES["albert"].build())
     assert own.notes == [
-        "batches are of similar lengths and padded, not packed: it has no list of layers that each "
+        "batches are of similar lengths, padded, not packed: it has no list of layers that each "
         "run once"
     ]
     with pytest.raises(ConfigError, match="this model cannot: it does not take another attention"):

@@ -37,7 +37,6 @@ from lorica.tasks.task import (
 )
 from lorica.tasks.texts import takes_segments, text_inputs
 
-
 TOKENIZED_AT_ONCE = 2000
 """Records, after which it is told how many are done."""
 
@@ -200,9 +199,7 @@ class TextClassification:
                     f"packing is on, but this model cannot: {reason}", mend="set packing: auto"
                 )
             if reason is not None:
-                self.notes.append(
-                    f"batches are of similar lengths and padded, not packed: {reason}"
-                )
+                self.notes.append(f"batches are of similar lengths, padded, not packed: {reason}")
             self._ends[model] = None if place is None else LastLayer(model, place)
         end = self._ends[model]
         return end if end is not None and end.free(model) else None
