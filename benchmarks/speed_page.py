@@ -51,8 +51,9 @@ How it is done (`benchmarks/train_speed.py`):
 
 WHERE = """## Where the speed comes from
 
-- Documents lie in one row without padding, each with attention of its own; only rows that carry a
-  label go through the head.
+- Documents lie in one row without padding, each with attention of its own, and so do texts for a
+  classifier. Only rows that carry a label, or that a classifier reads, go through the rest of the
+  last layer behind its attention, and through the head.
 - A plain dense layer and its LoRA products are one function: products with thin factors go with
   the long side in a row, and add into what the layer's own two products give.
 - RMSNorm, gated feed-forward layers and rotary embeddings of the base are recognised by what they

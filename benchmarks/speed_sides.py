@@ -209,13 +209,15 @@ def trainer_side(work: Workload, *, grouped: bool) -> None:
     ).train()
 
 
-def lorica_batches(work: Workload) -> Iterator[list[dict]]:
-    """The very batches that Lorica's loop makes of these records."""
+def lorica_batches(work: Workload, *, grouped: bool = False) -> Iterator[list[dict]]:
+    """The very batches that Lorica's loop makes of these records; grouped: those of similar length
+    that it makes where it has to pad.
+    """
     from lorica.data.pack import batches
     from lorica.train.course import GROUP
 
     rows = work.records()
-    group = 1 if work.task == "causal-lm" else GROUP
+    group = GROUP if grouped else 1
     lengths = [len(row["input_ids"]) + len(row["labels"]) for row in rows]
     epoch = 0
     while True:
@@ -246,7 +248,7 @@ def loop_side(work: Workload, *, packed: bool, compiled: bool) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=work.learning_rate, weight_decay=0.0, fused=True)
     meter = Meter()
-    for rows in lorica_batches(work):
+    for rows in lorica_batches(work, grouped=compiled and not packed):
         batch = flat(rows) if packed else padded(rows, causal)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.bf16):
             loss = model(**batch).loss

@@ -65,6 +65,13 @@ def wanted_loss(model, own, records, **extra):
     return total
 
 
+def test_encoding_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr("lorica.tasks.text_classification.TOKENIZED_AT_ONCE", 2)
+    told = []
+    task().encode(RECORDS, progress=told.append)
+    assert told == [2, 3, 4]
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_loss_is_that_of_transformers(name):
     model, own = ARCHITECTURES[name].build(), task()
@@ -79,7 +86,7 @@ def test_the_loss_is_that_of_transformers(name):
 
 
 def test_the_second_text_of_a_pair_is_told_apart():
-    model, own = ARCHITECTURES["bert"].build(), task()
+    model, own = ARCHITECTURES["bert"].build(), task(packing=False)
     batch = own.collate([own.encode(RECORDS).examples], model)
     assert batch.inputs["token_type_ids"].tolist() == [
         [0] * 8,
@@ -89,6 +96,8 @@ def test_the_second_text_of_a_pair_is_told_apart():
     ]
     single = own.collate([own.encode(RECORDS[:3]).examples], model)
     assert "token_type_ids" not in single.inputs
+    packed = task().collate([own.encode(RECORDS).examples], model)
+    assert packed.inputs["token_type_ids"][0, :24].tolist() == [0] * 19 + [1] * 3 + [0] * 2
 
 
 @pytest.mark.parametrize("pad", [None, 0, 4])

@@ -10,7 +10,7 @@ from architectures import ARCHITECTURES
 from lorica.attach.attach import adapters, attach
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
-from lorica.errors import TargetError
+from lorica.errors import Interrupted, TargetError
 from lorica.methods.lora import LoRA
 from lorica.methods.prompt_tuning import PromptTuning
 from lorica.records.read import read_lines
@@ -20,6 +20,7 @@ from lorica.train.engine import Engine, Trainee
 from lorica.train.frozen import FrozenLayers, frozen_layers
 from lorica.train.loop import train
 from lorica.train.states import StatesInMemory, StatesOnDisk
+from train.runs import outcome, stop_after
 from train.words import WordTokenizer, examples, fast_tokenizer
 
 CAUSAL = ["llama", "gpt2", "falcon"]
@@ -116,6 +117,45 @@ def test_a_run_has_the_same_bits_wherever_the_states_come_from(name, tmp_path, m
     assert same(memory, disk) and same(memory, again) and same(memory, nothing)
     for key, tensor in plain.items():
         assert torch.allclose(tensor, memory[key], atol=2e-5), key
+
+
+@pytest.mark.parametrize("reused", ["memory", "disk"])
+def test_a_run_that_goes_on_has_the_same_bits(reused, tmp_path, monkeypatch):
+    def run(folder, resume=False):
+        model, task, records = base_and_task("llama")
+        settings = TrainSettings(
+            learning_rate=1e-2, batch_size=4, epochs=3, reuse_frozen_layers=reused
+        )
+        data = {upper(model): records}
+        train(model, data, settings, output_dir=folder, task=task, resume=resume)
+        return outcome(folder)
+
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)  # in the second epoch: all records are known
+        with pytest.raises(Interrupted):
+            run(tmp_path / "stopped")
+    assert run(tmp_path / "stopped", resume=True) == whole
+
+
+def test_a_head_alone_is_trained_behind_layers_that_do_not_run():
+    """Also where the rows that a classifier reads would be chosen in a layer that does not run."""
+    found = []
+    for reuses in (False, True):
+        model, task, records = base_and_task("bert")
+        adapter = attach(model, LoRA(r=2, target_modules=["classifier"]), name="a")
+        middle, _ = frozen_layers(model, [adapter])
+        layers = FrozenLayers(model, task, middle, StatesInMemory(10**9))
+        how = {"skipping": layers.skipped} if reuses else {}
+        engine, trainee = (
+            Engine(model, task, **how),
+            Trainee(adapter, TrainSettings(max_steps=2), 2),
+        )
+        assert not task.pads(model)
+        losses = [engine.step([trainee], [[records[:8]]])[0].loss for _ in range(2)]
+        assert layers.reused == (8 if reuses else 0)
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
 def test_checkpointing_recomputes_the_upper_layers_only_and_gives_the_same(tmp_path):

@@ -62,6 +62,26 @@ def kept(T: int, dtype: torch.dtype, *, freezes_A: bool = False) -> list[Kept]:
     ]
 
 
+def kept_of_last(T: int, K: int, dtype: torch.dtype) -> list[Kept]:
+    """The same of the only layer of a model, behind whose attention K rows go on, and of the norm
+    behind it. What comes before the first adapter needs no gradients.
+    """
+    wide = torch.float32
+    rectangle = (DOCUMENTS, HEADS, LENGTH, WIDTH)
+    return [
+        Kept("S of q, k, v", (R, T), dtype, 3),
+        Kept("S of o, gate, up, down", (R, K), dtype, 4),
+        Kept("input of q, k, v", (1, T, D), dtype, 1),
+        Kept("inputs of gate, up and of two norms", (1, K, D), dtype, 3),
+        Kept("input of o", (1, K, HEADS * WIDTH), dtype, 1),
+        Kept("input of down; SwiGLU: gate, up", (1, K, F), dtype, 3),
+        Kept("norms: one number for each row", (1, K, 1), wide, 2),
+        Kept("attention: queries and outputs", rectangle, dtype, 2),
+        Kept("attention: keys and values", (DOCUMENTS, KV, LENGTH, WIDTH), dtype, 2),
+        Kept("attention: one number for each row", rectangle[:3], wide, 1),
+    ]
+
+
 def kept_outside(T: int, dtype: torch.dtype) -> list[Kept]:
     """What is kept once, whatever the number of layers."""
     return [
@@ -92,9 +112,10 @@ def llama(layers: int) -> hf.LlamaForCausalLM:
     return hf.LlamaForCausalLM(config)
 
 
-def saved(layers: int, dtype: torch.dtype, method: LoRA) -> tuple[Counter, int, int]:
-    """(shapes of what autograd keeps, bytes of it, rows of the batch): storages once each, without
-    those that were there before: weights, adapter, batch.
+def saved(layers: int, dtype: torch.dtype, method: LoRA) -> tuple[Counter, int, int, int]:
+    """(shapes of what autograd keeps, bytes of it, rows of the batch, and of them those that go
+    through to the end): storages once each, without those that were there before: weights, adapter,
+    batch.
     """
     model, task = llama(layers).to(dtype), CausalLM.of(WordTokenizer())
     adapter = attach(model, method, name="a")
@@ -106,7 +127,9 @@ def saved(layers: int, dtype: torch.dtype, method: LoRA) -> tuple[Counter, int, 
     inputs = [t for t in batch.inputs.values() if isinstance(t, Tensor)]
     factors = [t for slot in adapter.slots.values() for t in slot.tensors.values()]
     there = [*model.parameters(), *model.buffers(), *factors, *inputs]
-    known = {t.untyped_storage().data_ptr() for t in (*there, *batch.labels, *batch.keep)}
+    assert batch.kept is not None
+    there += [*batch.labels, *batch.keep, batch.kept.rows]
+    known = {t.untyped_storage().data_ptr() for t in there}
     found: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -122,15 +145,15 @@ def saved(layers: int, dtype: torch.dtype, method: LoRA) -> tuple[Counter, int, 
     shapes = Counter((tuple(t.shape), t.dtype) for t in found.values())
     size = sum(t.untyped_storage().nbytes() for t in found.values())
     assert loss.requires_grad
-    return shapes, size, batch.inputs["input_ids"].shape[1]
+    return shapes, size, batch.inputs["input_ids"].shape[1], len(batch.kept.rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", [LoRA, LoRAFA], ids=["lora", "lora-fa"])
 def test_a_layer_keeps_what_the_table_says(dtype, method):
     own = method(r=R, target_modules="all-linear")
-    two, large, T = saved(2, dtype, own)
-    three, larger, _ = saved(3, dtype, own)
+    two, large, T, _ = saved(2, dtype, own)
+    three, larger, _, _ = saved(3, dtype, own)
     table = kept(T, dtype, freezes_A=method is LoRAFA)
     assert three - two == counted(table)
     assert larger - large == sum(entry.bytes for entry in table)
@@ -138,8 +161,9 @@ def test_a_layer_keeps_what_the_table_says(dtype, method):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_ends_keep_no_logits(dtype):
-    shapes, _, T = saved(1, dtype, LoRA(r=R, target_modules="all-linear"))
+    shapes, _, T, K = saved(1, dtype, LoRA(r=R, target_modules="all-linear"))
+    assert K < T
     assert not [shape for shape, _ in shapes if V in shape]
     outside = counted(kept_outside(T, dtype))
     assert shapes & outside == outside
-    assert not shapes - outside - counted(kept(T, dtype))
+    assert not shapes - outside - counted(kept_of_last(T, K, dtype))

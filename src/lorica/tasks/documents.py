@@ -3,8 +3,9 @@
 Everything but attention treats a token by itself, so a batch is laid out as one row of tokens,
 without padding between documents. Attention gathers documents of similar length into rectangles,
 padded on the right to the longest of each; with a causal mask the padding is never seen by a real
-token, and where tokens see both ways a mask hides it. A rectangle holds documents of one adapter only, because the blocking of the kernels depends
-on its shape: that is what keeps training beside others bitwise equal to training alone.
+token, and where tokens see both ways a mask hides it. A rectangle holds documents of one adapter
+only, because the blocking of the kernels depends on its shape: that is what keeps training beside
+others bitwise equal to training alone.
 
 The function is registered with transformers' attention registry and takes the layout as a keyword
 argument that the models hand through. Whether a model really does so, and knows no second path

@@ -37,6 +37,9 @@ from lorica.tasks.task import (
 )
 from lorica.tasks.texts import takes_segments, text_inputs
 
+TOKENIZED_AT_ONCE = 2000
+"""Records, after which it is told how many are done."""
+
 
 @dataclass(frozen=True, slots=True)
 class LabelledText(Example):
@@ -95,7 +98,7 @@ class TextClassification:
         examples = [
             LabelledText(ids, [label], row, num_cut, segments=segments)
             for row, ((ids, segments, num_cut), label) in enumerate(
-                zip(self._tokens(records), labels, strict=True)
+                zip(self._tokens(records, progress), labels, strict=True)
             )
         ]
         cut = sum(e.num_cut > 0 for e in examples)
@@ -108,13 +111,20 @@ class TextClassification:
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "max_length": self.max_length, "labels": list(self.labels)}
 
-    def _tokens(self, records: Sequence[dict]) -> list[tuple[list[int], tuple[int, ...], int]]:
+    def _tokens(
+        self, records: Sequence[dict], progress: Progress | None
+    ) -> list[tuple[list[int], tuple[int, ...], int]]:
         """Token ids, segments and the number of tokens cut off, for every record."""
         found: list[Any] = [None] * len(records)
         paired = [record.get("text_pair") is not None for record in records]
         for kind in (False, True):
             chosen = [i for i, pair in enumerate(paired) if pair is kind]
-            whole = self._tokenized([records[i] for i in chosen], kind, cut=False)
+            whole = []
+            for start in range(0, len(chosen), TOKENIZED_AT_ONCE):
+                part = [records[i] for i in chosen[start : start + TOKENIZED_AT_ONCE]]
+                whole += self._tokenized(part, kind, cut=False)
+                if progress is not None:
+                    progress(len(whole) + (len(records) - len(chosen) if kind else 0))
             found_here = dict(zip(chosen, whole, strict=True))
             limit = self.max_length or max((len(ids) for ids, _ in whole), default=0)
             long = [i for i in chosen if len(found_here[i][0]) > limit]
@@ -189,9 +199,7 @@ class TextClassification:
                     f"packing is on, but this model cannot: {reason}", mend="set packing: auto"
                 )
             if reason is not None:
-                self.notes.append(
-                    f"batches are of similar lengths and padded, not packed: {reason}"
-                )
+                self.notes.append(f"batches are of similar lengths, padded, not packed: {reason}")
             self._ends[model] = None if place is None else LastLayer(model, place)
         end = self._ends[model]
         return end if end is not None and end.free(model) else None
