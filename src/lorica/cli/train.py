@@ -51,6 +51,7 @@ def command(
         print(page(context, settings=True), end="")
         return
     from lorica.cli.options import read_flags
+    from lorica.cli.source import shaped_by_source
     from lorica.config import known_settings, load_yaml, resolve
     from lorica.config.text import flag_layer
     from lorica.methods import WORDS
@@ -65,7 +66,8 @@ def command(
     if resume is not None:
         _check_resume(resume, replace, line.flags)
         layers.insert(0, _resumed(resume))
-    settings = resolve(*layers, flag_layer(line.flags, known), methods=WORDS)
+    layers = shaped_by_source([*layers, flag_layer(line.flags, known)])
+    settings = resolve(*layers, methods=WORDS)
     if dry_run:
         print(settings.to_yaml(), end="")
         return
