@@ -62,14 +62,15 @@ def begin_from(adapter: Adapter, folder: str | Path, *, partly: bool = False) ->
     adapter.began_from = {"path": str(folder.absolute()), "digest": digest_of(folder)}
     adapter.reason = f"{adapter.reason}; begun from {folder}"
     notes = [f"the tensors of {folder}, at {len(taken)} places"]
+    heads = [path for path in taken if isinstance(adapter.slots[path].method, Copy)]
+    if heads and adapter.method.kind not in _COPIES:
+        notes[0] += f", {_listed(heads)} among them"
     if kept:
         notes.append(f"{_listed(kept)} keep a start of their own: {folder} has nothing there")
     if extra:
-        notes.append(
-            f"not taken of {folder}, since this run adapts nothing there: {_listed(extra)}"
-        )
+        notes.append(f"not taken, since this run adapts nothing there: {_listed(extra)}")
     if left:
-        notes.append(f"not taken of {folder}, since they are of another task: {_listed(left)}")
+        notes.append(f"not taken, since the base has none or another one here: {_listed(left)}")
     return notes
 
 
