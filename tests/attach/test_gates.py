@@ -218,7 +218,7 @@ def test_packed_and_padded_training_have_the_same_gradients():
 def test_recomputed_layers_have_the_same_gradients():
     found = []
     for recompute in (False, True):
-        model = ARCHITECTURES["llama"].build().train()
+        model: Any = ARCHITECTURES["llama"].build().train()
         adapter = stirred(attach(model, GatedLoRA(r=3), name="a"))
         if recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})

@@ -200,6 +200,59 @@ def test_an_adapter_begins_from_another(lorica, stock, quick, finished_run):
     assert "its r is 2, here it is 3" in refused.err and "adapter_config.json" in refused.err
 
 
+def test_ranks_and_layers_are_those_of_the_adapter_that_it_begins_from(lorica, stock, quick):
+    flags = dict(zip(quick[::2], quick[1::2], strict=True)) | {"--r": "3"}
+    run = ["--model", stock / "llama", "--data", stock / "pairs.jsonl"]
+    words = [*run, *(word for pair in flags.items() for word in pair)]
+    first = ["--lora-alpha", "5", "--target-modules", "q_proj,v_proj", "--output-dir", "first"]
+    assert lorica("train", *words, *first, "--quiet").code == 0
+    del flags["--r"]
+    words = [*run, *(word for pair in flags.items() for word in pair)]
+    planned = lorica("plan", *words, "--init-adapter", "first", "--no-probe", "--json")
+    assert planned.code == 0, planned.err
+    settings = {one["key"]: one for one in json.loads(planned.out)["settings"]}
+    assert settings["r"]["value"] == 3 and settings["lora_alpha"]["value"] == 5
+    assert settings["r"]["origin"] == "init_adapter first"
+    done = lorica("train", *words, "--init-adapter", "first", "--output-dir", "second")
+    assert done.code == 0, done.err
+    assert "at 4 places" in done.out and "start of their own" not in done.out
+    assert manifest("second")["method"]["r"] == 3
+    more = ["--target-modules", "q_proj,k_proj", "--output-dir", "third"]
+    done = lorica("train", *words, "--init-adapter", "first", *more)
+    assert done.code == 0, done.err
+    out = " ".join(done.out.split())
+    assert "at 2 places" in out
+    assert "layers.0.self_attn.k_proj, model.layers.1.self_attn.k_proj keep a start of" in out
+    assert "not taken, since this run adapts nothing there: model.layers.0.self_attn.v_proj" in out
+    none = ["--target-modules", "up_proj", "--output-dir", "fourth"]
+    refused = lorica("train", *words, "--init-adapter", "first", *none)
+    assert refused.code == 2 and "nothing at any of the places" in refused.err
+    other = lorica("train", *words, "--init-adapter", "first", "--method", "ia3", *none)
+    assert other.code == 2 and "it is lora, and this run trains ia3" in other.err
+
+
+@pytest.mark.parametrize("method", ["lora", "pfeiffer"])  # in the layout of PEFT, and in ours
+def test_an_adapter_of_other_classes_is_a_start_but_for_its_head(lorica, stock, classes, method):
+    assert lorica(*classes, "--method", method, "--output-dir", "first", "--quiet").code == 0
+    rows = (stock / "classes.csv").read_text(encoding="utf-8").splitlines()
+    three = [rows[0]] + [
+        f"{row.rpartition(',')[0]},{'red' if 'red' in row else 'blue' if 'blue' in row else 'no'}"
+        for row in rows[1:]
+    ]
+    Path("three.csv").write_text("\n".join(three), encoding="utf-8")
+    words = list(classes)
+    words[words.index("--data") + 1] = "three.csv"
+    done = lorica(*words, "--init-adapter", "first", "--output-dir", "second")
+    assert done.code == 0, done.err
+    out = " ".join(done.out.split())
+    assert "not taken, since the base has none or another one here: classifier" in out
+    assert "classifier keep a start of their own" in out
+    again = lorica(*classes, "--init-adapter", "first", "--output-dir", "third")
+    assert again.code == 0 and "classifier among them" in " ".join(again.out.split())
+    asked = lorica("eval", "second", "--data", "three.csv", "--limit", "6")
+    assert asked.code == 0, asked.err
+
+
 @pytest.mark.parametrize(
     "words",
     [

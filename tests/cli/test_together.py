@@ -1,6 +1,7 @@
 """Several adapters at once from the command line: what acts, and what is refused, and why."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_what_cannot_act_together_is_refused(lorica, stock, folders, first, word
 
 
 def test_an_adapter_of_another_base_is_refused(lorica, stock, folders, tmp_path):
-    other = library.load_model(str(stock / "llama"), task="causal-lm")
+    other: Any = library.load_model(str(stock / "llama"), task="causal-lm")
     with torch.no_grad():
         other.get_input_embeddings().weight.add_(0.01)
     other.save_pretrained(tmp_path / "base")

@@ -74,6 +74,8 @@ def select(model: nn.Module, method: Selective) -> Selection:
     if problems:
         alone = method.parameters == "head" and not selection.modules and left
         mend = _untied(left[0]) if alone else None
+        if method.parameters == "bias" and not selection.modules and not left:
+            mend = "this base has no biases; `method: norms` trains about as few parameters"
         raise TargetError("the parameters cannot be selected", problems=problems, mend=mend)
     selection.reason = _reason(method, selection, left)
     return selection

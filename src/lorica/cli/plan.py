@@ -44,6 +44,7 @@ def command(
 
     from lorica.cli.forecast import alternatives, verdict_on, way_out
     from lorica.cli.options import read_flags
+    from lorica.cli.source import shaped_by_source
     from lorica.cli.voice import Voice
     from lorica.config import known_settings, load_yaml, resolve
     from lorica.config.text import flag_layer
@@ -53,7 +54,8 @@ def command(
     own = [option for p in context.command.params for option in p.opts]
     line = read_flags(context.args, known, [*own, "--help"])
     layers = [load_yaml(file) for file in line.files]
-    settings = resolve(*layers, flag_layer(line.flags, known), methods=WORDS)
+    layers = shaped_by_source([*layers, flag_layer(line.flags, known)])
+    settings = resolve(*layers, methods=WORDS)
     voice = Voice(quiet=json, stream=sys.stderr)
     if settings.run.search is not None:
         from lorica.cli.search_plan import lines_of, plan_search

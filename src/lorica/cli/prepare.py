@@ -135,7 +135,7 @@ def prepare(settings: Resolved, voice: Voice, *, ignore_memory: bool = False) ->
         settings = begun.settings
     adapter = begun.adapter
     if source is not None:
-        for line in begin_from(adapter, source):
+        for line in begin_from(adapter, source, partly=True):
             voice.say(f"start: {line}")
     courses_of(model, task, {adapter: examples}, held_out, settings.train)  # refuses early
     for part in adapter.parts:

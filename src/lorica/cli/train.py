@@ -51,6 +51,7 @@ def command(
         print(page(context, settings=True), end="")
         return
     from lorica.cli.options import read_flags
+    from lorica.cli.source import shaped_by_source
     from lorica.config import known_settings, load_yaml, resolve
     from lorica.config.text import flag_layer
     from lorica.methods import WORDS
@@ -65,7 +66,8 @@ def command(
     if resume is not None:
         check_resume(resume, replace, line.flags)
         layers.insert(0, resumed(resume))
-    settings = resolve(*layers, flag_layer(line.flags, known), methods=WORDS)
+    layers = shaped_by_source([*layers, flag_layer(line.flags, known)])
+    settings = resolve(*layers, methods=WORDS)
     if settings.run.search is not None:
         from lorica.errors import ConfigError
 

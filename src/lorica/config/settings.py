@@ -346,7 +346,8 @@ class RunConfig(Settings):
     init_adapter: PathText | None = Field(
         default=None,
         description="a trained adapter to begin from, such as that of another task: a run folder "
-        "or an adapter folder, of the same kind and shapes",
+        "or an adapter folder of the same kind; ranks and layers are its own where they are not "
+        "given",
     )
     on_adapter: PathText | None = Field(
         default=None,

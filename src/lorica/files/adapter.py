@@ -30,13 +30,14 @@ from lorica.files.folder import MAX_JSON_BYTES, new_folder, open_regular, read_j
 from lorica.files.formats import FORMATS, recognised
 from lorica.files.found import Found
 from lorica.files.safetensors_file import TensorFile, write_tensors
+from lorica.methods.method import Method
 from lorica.records.atomic import write_file
 
 LAYOUTS = (peft, peft_kinds, peft_prompts, native)
 """How the first two files may be laid out: the first that fits is written.
 
 A layout has `fits(adapter)`, `write(adapter)`, and for reading `claims(config)`,
-`base_name(config)` and `read(model, config, file, folder)`.
+`base_name(config)`, `settings(config, folder)` and `read(model, config, file, folder)`.
 """
 CONFIG, WEIGHTS, CARD, PROVENANCE = (
     "adapter_config.json",
@@ -223,6 +224,18 @@ def load_adapter(
         raise
     assert loaded is not None
     return loaded
+
+
+def settings_of(folder: str | Path) -> Method:
+    """The settings of the adapter in a folder, without its base or its tensors.
+
+    Raises:
+        AdapterFileError: the folder holds no adapter, or one that Lorica does not know.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    raw = read_json(folder / CONFIG)
+    return next((layout for layout in LAYOUTS if layout.claims(raw)), peft).settings(raw, folder)
 
 
 def _stages(folder: Path) -> list[Path]:

@@ -87,6 +87,11 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
+def settings(raw: Mapping[str, Any], folder: Path) -> Method:
+    """The settings that a config describes. Raises AdapterFileError for what we do not know."""
+    return _method(raw, folder)
+
+
 def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Path) -> Found:
     """Check settings, places and shapes, then read the tensors.
 

@@ -22,7 +22,7 @@ from lorica.files.peft_written import to_peft, written_config
 from lorica.files.safetensors_file import TensorFile
 from lorica.methods.dora import DoRA
 from lorica.methods.lora import LoRA
-from lorica.methods.method import Tensors
+from lorica.methods.method import Method, Tensors
 
 _SHOWN = 5
 
@@ -92,6 +92,11 @@ def _plain_start(adapter: Adapter) -> Adapter:
     if not isinstance(method, LoRA) or not method.needs_records:
         return adapter
     return replace(adapter, method=method.stand_in())
+
+
+def settings(raw: Mapping[str, Any], folder: Path) -> Method:
+    """The settings that a config describes. Raises AdapterFileError for what we do not know."""
+    return parse_config(raw, str(folder / "adapter_config.json")).method
 
 
 def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Path) -> Found:

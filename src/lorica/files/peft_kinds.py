@@ -304,6 +304,14 @@ def _file_shape(name: str, key: str, tensor: Tensor, layer: Layer, method: Any) 
 # --- reading --------------------------------------------------------------------------------------
 
 
+def settings(raw: Mapping[str, Any], folder: Path) -> Method:
+    """The settings that a config describes. Raises AdapterFileError for what we do not know."""
+    where = folder / "adapter_config.json"
+    placing = {key: raw[key] for key in _PLACING if key in raw}
+    config = parse_config({"peft_type": "LORA", **placing}, str(where))
+    return _method(raw, KINDS[raw["peft_type"]], config, where)
+
+
 def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Path) -> Found:
     """Check settings, places and shapes, then read the tensors.
 

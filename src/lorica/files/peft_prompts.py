@@ -159,6 +159,13 @@ def _task_type(adapter: Adapter) -> str | None:
 # --- reading --------------------------------------------------------------------------------------
 
 
+def settings(raw: Mapping[str, Any], folder: Path) -> Any:
+    """The settings that a config describes. Raises AdapterFileError for what we do not know."""
+    where = folder / "adapter_config.json"
+    placing = {key: raw[key] for key in _PLACING if key in raw}
+    return _method(raw, parse_config({"peft_type": "LORA", **placing}, str(where)), where)
+
+
 def read(model: nn.Module, raw: Mapping[str, Any], file: TensorFile, folder: Path) -> Found:
     """Check settings and shapes, then read the tensors.
 

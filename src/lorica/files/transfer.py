@@ -6,6 +6,8 @@ Frozen Model Adaptation through Soft Prompt Transfer" (arXiv 2110.07904).
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from lorica.attach.attach import Adapter, adapters, detach
 from lorica.errors import AdapterFileError
 from lorica.files.adapter import digest_of, load_adapter
+from lorica.files.heads import fitting
 from lorica.methods.copy import Copy
 from lorica.methods.tokens import Tokens
 
@@ -23,7 +26,7 @@ _SAME_TENSORS = ({"lora", "lora-fa"}, _COPIES, {"prompt-tuning", "p-tuning"})
 """Kinds that differ in how they train only; their files are the same."""
 
 
-def begin_from(adapter: Adapter, folder: str | Path) -> list[str]:
+def begin_from(adapter: Adapter, folder: str | Path, *, partly: bool = False) -> list[str]:
     """Put the tensors of the adapter in `folder` into `adapter`, which was attached before.
 
     Both must be of one kind, with the same places and ranks. A module that is trained whole beside
@@ -31,32 +34,49 @@ def begin_from(adapter: Adapter, folder: str | Path) -> list[str]:
     said. What was
     begun from goes into the adapter's files.
 
+    Args:
+        partly: take what both have, and say what the one or the other has alone: other layers, and
+            heads of another task.
+
     Returns:
         what the user should be told.
 
     Raises:
         AdapterFileError: the folder holds no adapter for this base, or one of another kind or of
-            other shapes; all differences at once. The adapter is as it was.
+            other shapes, or nothing that could be taken; all differences at once. The adapter is as
+            it was.
     """
     folder, model = Path(folder), adapter.model
     name = _free_name(adapter)
-    source = load_adapter(model, folder, name=name)
+    with fitting(model, folder) if partly else nullcontext((folder, [])) as (readable, left):
+        source = load_adapter(model, readable, name=name)
     try:
-        kept = _check(adapter, source, folder)
+        kept, extra = _check(adapter, source, folder, partly)
+        taken = [path for path, slot in adapter.slots.items() if slot.tensors and path not in kept]
         with torch.no_grad():
-            for path, slot in adapter.slots.items():
-                for key, tensor in slot.tensors.items():
-                    if path not in kept:
-                        tensor.copy_(source.slots[path].tensors[key])
+            for path in taken:
+                for key, tensor in adapter.slots[path].tensors.items():
+                    tensor.copy_(source.slots[path].tensors[key])
     finally:
         detach(model, source)
     adapter.began_from = {"path": str(folder.absolute()), "digest": digest_of(folder)}
     adapter.reason = f"{adapter.reason}; begun from {folder}"
-    notes = [f"the tensors of {folder}"]
+    notes = [f"the tensors of {folder}, at {len(taken)} places"]
+    heads = [path for path in taken if isinstance(adapter.slots[path].method, Copy)]
+    if heads and adapter.method.kind not in _COPIES:
+        notes[0] += f", {_listed(heads)} among them"
     if kept:
-        listed = ", ".join(sorted(kept)[:_SHOWN])
-        notes.append(f"{listed} keep a start of their own: {folder} has nothing there")
+        notes.append(f"{_listed(kept)} keep a start of their own: {folder} has nothing there")
+    if extra:
+        notes.append(f"not taken, since this run adapts nothing there: {_listed(extra)}")
+    if left:
+        notes.append(f"not taken, since the base has none or another one here: {_listed(left)}")
     return notes
+
+
+def _listed(paths: Collection[str]) -> str:
+    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    return ", ".join(sorted(paths)[:_SHOWN]) + more
 
 
 def _free_name(adapter: Adapter) -> str:
@@ -64,8 +84,12 @@ def _free_name(adapter: Adapter) -> str:
     return next(name for i in range(len(taken) + 1) if (name := f"begin-{i}") not in taken)
 
 
-def _check(adapter: Adapter, source: Adapter, folder: Path) -> set[str]:
-    """Places that keep their own start; refuses what differs."""
+def _check(
+    adapter: Adapter, source: Adapter, folder: Path, partly: bool
+) -> tuple[set[str], set[str]]:
+    """Places that keep their own start, and those of the source that are not taken; refuses what
+    differs.
+    """
     ours, theirs = adapter.method.kind, source.method.kind
     problems = []
     if source.on is not None:
@@ -79,12 +103,17 @@ def _check(adapter: Adapter, source: Adapter, folder: Path) -> set[str]:
         and ours not in _COPIES
         and path not in source.slots
     }
+    extra = source.slots.keys() - adapter.slots.keys()
+    if partly:
+        heads |= adapter.slots.keys() - source.slots.keys()
     if not problems:
         for path, slot in adapter.slots.items():
             if path not in heads and not problems[_SHOWN:]:
                 problems += _differing(path, source.slots.get(path), slot)
-        extra = sorted(source.slots.keys() - adapter.slots.keys())
-        problems += [f"{path}: this run adapts nothing there" for path in extra]
+        if not partly:
+            problems += [f"{path}: this run adapts nothing there" for path in sorted(extra)]
+        elif heads >= adapter.slots.keys():
+            problems.append("it has nothing at any of the places that this run adapts")
     if problems:
         raise AdapterFileError(
             f"init_adapter: {folder} is no start for this adapter",
@@ -92,7 +121,7 @@ def _check(adapter: Adapter, source: Adapter, folder: Path) -> set[str]:
             mend="give the method, the ranks (r and rank_pattern, say), lora_alpha and "
             "target_modules that the folder's adapter_config.json has, or leave init_adapter out",
         )
-    return heads
+    return heads, set(extra)
 
 
 def _shapes(slot: Any) -> dict[str, tuple[int, ...]]:
