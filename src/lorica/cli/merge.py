@@ -41,6 +41,14 @@ def command(
         bool,
         typer.Option("--force", help="merge even where rounding destroys a quarter of the adapter"),
     ] = False,
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize",
+            help="of a quantized base: quantize the merged weights again, and tell how far the "
+            "answers move",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace a model that is in output_dir")
     ] = False,
@@ -58,6 +66,8 @@ def command(
     from lorica.cli.prepare import known
     from lorica.cli.voice import Voice
     from lorica.errors import AdapterFileError, BaseModelError
+    from lorica.evaluate.requantized import how_far
+    from lorica.files.quantized import save_base
     from lorica.files.whole import save_merged
     from lorica.mix import merge
     from lorica.records.atomic import write_file
@@ -77,10 +87,18 @@ def command(
     assert opened.adapter is not None
     logging.disable_progress_bar()  # of the writing, which would come among the lines below
     with voice.work("merging"):
-        report = merge(opened.model, {opened.adapter.name: weight}, force=force)
+        if requantize:
+            moved = how_far(opened.model, {opened.adapter.name: weight})
+            voice.say(str(moved))
+        report = merge(
+            opened.model, {opened.adapter.name: weight}, force=force, requantize=requantize
+        )
         tokenizer = known(opened.model).tokenizer
         asked = {"format": opened.format, "system": opened.system, "task": opened.task.facts()}
-        save_merged(opened.model, output_dir, tokenizer, facts=asked, overwrite=overwrite)
+        if requantize:
+            save_base(opened.model, output_dir, facts=asked, overwrite=overwrite)
+        else:
+            save_merged(opened.model, output_dir, tokenizer, facts=asked, overwrite=overwrite)
     facts = {**asdict(report), "damage": report.damage, "path": str(output_dir)}
     write_file(output_dir / REPORT, jsonlib.dumps(facts, indent=2) + "\n")
     print(jsonlib.dumps(facts) if json else "\n".join(_lines(report, output_dir, opened.task.kind)))
