@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorica.attach.stack import geometry
-from lorica.base.storage import read_weight, weight_state
+from lorica.base.quantized import QuantizedLinear
+from lorica.base.storage import is_packed, read_weight, weight_state
 from lorica.methods.method import Layer
 
 
@@ -34,6 +35,10 @@ def describe(module: nn.Module, parameter: str | None = None) -> Layer:
         "bias_values": partial(_bias, module),
         "state": partial(weight_state, module, parameter or "weight"),
     }
+    if isinstance(module, QuantizedLinear):
+        origin = module.origin
+        access["exact"] = origin.read if origin else None
+    access["rounded"] = is_packed(module) if isinstance(module, nn.Linear) else False
     if isinstance(module, nn.Linear):
         width_in, width_out = module.in_features, module.out_features
         return Layer("linear", width_in, width_out, weight, module.bias is not None, **access)

@@ -28,7 +28,7 @@ from lorica.base.image_pipeline import (
     read_pipeline,
 )
 from lorica.base.labels import Classes, output_tensors, restart, set_labels
-from lorica.base.quantize import quantization_of, quantizer_of
+from lorica.base.quantize import quantization_of, quantizer_of, remember_origins
 from lorica.base.quantizer import Quantizer
 from lorica.base.stored import OWN, fill, method_of, quantizers_of, read_stored
 from lorica.errors import BaseModelError, LoricaError, nearest
@@ -190,6 +190,7 @@ def load_model(
     base.digest = digest_of_files(folder) if folder and plain else digest_of_tensors(model)
     if kind is not None:
         base.quantize = kind.word
+        remember_origins(model, _files_of(path, revision))
         base.notes.append(f"its layers are quantized: {kind.settings()}")
     if target.type == "cpu":
         _leave_files(model)

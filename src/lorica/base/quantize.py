@@ -6,15 +6,17 @@ being few, or needed for every word. A quantizer takes one file and one line of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorica.base import four_bit, int8
-from lorica.base.quantized import QuantizedLinear, plain, quantized
+from lorica.base.quantized import Origin, QuantizedLinear, plain, quantized
 from lorica.base.quantizer import Quantizer
 from lorica.errors import BaseModelError, folded, nearest
 
@@ -196,6 +198,19 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             yield path, module
+
+
+def remember_origins(model: nn.Module, files: Iterable[Path]) -> None:
+    """Note for every quantized layer where its weight lies in full, if a file has it by that name;
+    for starts from what quantization took away.
+    """
+    layers = dict(quantized_layers(model))
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            for key in stored.keys():  # noqa: SIM118
+                layer = layers.get(key.removesuffix(".weight"))
+                if layer is not None and key.endswith(".weight"):
+                    layer.origin = Origin(file, key)
 
 
 def quantization_of(model: nn.Module) -> str | None:

@@ -7,9 +7,12 @@ and its state dict has the names and bytes of bitsandbytes' layers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,16 +21,37 @@ from lorica.errors import BaseModelError
 from lorica.ops.packed import Packed, frozen_linear
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a weight lies as it was before it was quantized."""
+
+    file: Path
+    key: str
+
+    def read(self) -> Tensor:
+        """The weight in float32. Raises BaseModelError where the file is gone."""
+        try:
+            with safe_open(self.file, framework="pt") as stored:
+                return stored.get_tensor(self.key).float()
+        except (OSError, SafetensorError) as error:
+            raise BaseModelError(
+                f"the weight {self.key} before quantization cannot be read from {self.file}: "
+                f"{error}"
+            ) from error
+
+
 class QuantizedLinear(nn.Linear):
     """Made by `quantized`, never by itself.
 
     Attributes:
         quantizer: how the weight is stored.
         stored_dtype: of the weight that it stands for.
+        origin: where the weight lies in full; None where that is not known.
     """
 
     quantizer: Quantizer
     stored_dtype: torch.dtype
+    origin: Origin | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self._parameters["weight"]
@@ -142,7 +166,7 @@ def plain(module: nn.Module, weight: Tensor) -> None:
     base = getattr(type(module), "_lorica_base", None)
     assert base is None and isinstance(module, QuantizedLinear), "detach adapters first"
     module.__class__ = nn.Linear
-    for name in ("quantizer", "stored_dtype"):
+    for name in ("quantizer", "stored_dtype", "origin"):
         module.__dict__.pop(name, None)
     module._buffers.clear()
     module._non_persistent_buffers_set.clear()

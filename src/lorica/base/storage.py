@@ -165,9 +165,12 @@ def _bitsandbytes(module: nn.Module, stored: Any) -> Packed | None:
         if double:
             tensors |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset}
         return Packed(tuple(state.shape), state.dtype, tensors, kind.unpack)
-    if (places := getattr(stored, "CB", None)) is not None and stored.SCB is not None:
-        tensors = {"weight": places, "SCB": stored.SCB}
-        return Packed(tuple(places.shape), torch.float16, tensors, Int8().unpack)
+    scales = getattr(stored, "SCB", None)
+    if scales is None:  # after the first forward pass
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+    if stored.dtype == torch.int8 and scales is not None:
+        tensors = {"weight": stored.data, "SCB": scales}
+        return Packed(tuple(stored.shape), torch.float16, tensors, Int8().unpack)
     return None
 
 

@@ -42,6 +42,14 @@ def command(
         bool,
         typer.Option("--force", help="merge even where rounding destroys a quarter of the adapter"),
     ] = False,
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize",
+            help="of a quantized base: quantize the merged weights again, and tell how far the "
+            "answers move",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace a model that is in output_dir")
     ] = False,
@@ -74,7 +82,7 @@ def command(
         raise BaseModelError(
             f"{output_dir} exists", mend="choose another --output-dir, or replace it: --overwrite"
         )
-    order = Order(adapter, output_dir, model, dtype, weight, force, overwrite, verify)
+    order = Order(adapter, output_dir, model, dtype, weight, force, overwrite, verify, requantize)
     written = write_merged(order, Voice(quiet=json, stream=sys.stderr))
     if json:
         print(jsonlib.dumps(written.facts))

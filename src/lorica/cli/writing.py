@@ -17,9 +17,11 @@ from lorica.cli.opening import Subject, open_subject
 from lorica.cli.prepare import known
 from lorica.cli.voice import Voice
 from lorica.errors import BaseModelError, CheckRefused
+from lorica.evaluate.requantized import how_far
 from lorica.evaluate.verify import Expected, Verification, expect, judge
 from lorica.files.adapter import load_adapter
 from lorica.files.folder import new_folder
+from lorica.files.quantized import save_base
 from lorica.files.whole import FACTS, save_merged
 from lorica.mix.merging import merge
 from lorica.mix.on_disk import DiskPlan, merge_on_disk, plan_on_disk
@@ -42,6 +44,7 @@ class Order:
     force: bool
     overwrite: bool
     verify: bool
+    requantize: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Written:
 
 
 def write_merged(order: Order, voice: Voice) -> Written:
-    """Merge, write, and verify before the folder appears under its name.
+    """Merge, write, and verify before the folder appears under its name. What is quantized again
+    cannot answer the same; how far it is off is told before anything is written.
 
     Raises:
         CheckRefused: the new model does not answer as base and adapter do.
@@ -64,8 +68,11 @@ def write_merged(order: Order, voice: Voice) -> Written:
         opened = open_subject(order.adapter, base=order.base, dtype=order.dtype)
     assert opened.adapter is not None
     mixture = {opened.adapter.name: order.weight}
-    expected = None
-    if order.verify:
+    expected, moved = None, None
+    if order.requantize:
+        moved = how_far(opened.model, mixture)
+        voice.say(str(moved))
+    elif order.verify:
         with voice.work("asking base and adapter"):
             expected = expect(opened.model, mixture, prompts_of(opened, None))
     logging.disable_progress_bar()  # of the writing, which would come among the lines below
@@ -79,9 +86,14 @@ def write_merged(order: Order, voice: Voice) -> Written:
     ):
         if isinstance(plan, str):
             voice.say(f"the base is merged in memory: {plan}")
-            report = merge(opened.model, mixture, force=order.force, keep=False)
+            report = merge(
+                opened.model, mixture, force=order.force, keep=False, requantize=order.requantize
+            )
             temporary.rmdir()
-            save_merged(opened.model, temporary, known(opened.model).tokenizer, facts=asked)
+            if order.requantize:
+                save_base(opened.model, temporary, facts=asked)
+            else:
+                save_merged(opened.model, temporary, known(opened.model).tokenizer, facts=asked)
         else:
             report = _from_disk(plan, opened, temporary, order, asked)
         del opened  # one model in memory at a time
@@ -89,6 +101,8 @@ def write_merged(order: Order, voice: Voice) -> Written:
         facts = {**report.facts(), "path": str(order.output)}
         if found is not None:
             facts["verified"] = {"ok": found.ok, **vars(found)}
+        if moved is not None:
+            facts["requantized"] = vars(moved)
         write_file(temporary / REPORT, json.dumps(facts, indent=2) + "\n")
     return Written(report, kind, facts, found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,18 @@ from lorica.files.folder import new_folder
 WEIGHTS = "model.safetensors"
 
 
-def save_base(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Path:
+def save_base(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write a quantized model of transformers, with its config and its tokenizer.
 
     Args:
         folder: appears whole or not at all.
+        facts: how the model must be asked, for lorica.json.
         overwrite: replace a model that is there.
 
     Raises:
@@ -62,6 +70,9 @@ def save_base(model: nn.Module, folder: str | Path, *, overwrite: bool = False) 
         base = base_of(model)
         if base is not None and base.tokenizer is not None:
             base.tokenizer.save_pretrained(temporary)
+        if facts is not None:
+            text = json.dumps(dict(facts), indent=2, sort_keys=True) + "\n"
+            (temporary / "lorica.json").write_text(text, encoding="utf-8")
         save_file(state, str(temporary / WEIGHTS), metadata={"format": "pt"})
     return Path(folder)
 

@@ -7,6 +7,9 @@ Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language M
 is: Q is only simulated, and as with every start from parts of the weight the first product is
 subtracted, so that the adapter begins as the identity. What is kept of the method is the start: the
 directions in which rounding to NF4 hurts most.
+
+On a base that is quantized indeed, Q is the base's own weight and stays that: then the adapter
+begins with W - Q as far as its rank holds it, and makes up for a part of the rounding.
 """
 
 from __future__ import annotations
@@ -24,8 +27,15 @@ def loftq(matrix: Tensor, r: int, scale: float, iterations: int = 1) -> tuple[Te
     rest = matrix
     for _ in range(iterations):
         rounded = nf4_rounded(rest.contiguous())
-        U, S, Vh = torch.linalg.svd(matrix - rounded, full_matrices=False)
-        root = (S[..., :r] / scale).sqrt()
-        A, B = root.unsqueeze(-1) * Vh[..., :r, :], U[..., :r] * root.unsqueeze(-2)
+        A, B = closest(matrix - rounded, r, scale)
         rest = matrix - scale * (B @ A)
     return A, B
+
+
+def closest(matrix: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The factors A (..., r, I), B (..., O, r) whose product times `scale` is nearest to a matrix
+    (..., O, I).
+    """
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = (S[..., :r] / scale).sqrt()
+    return root.unsqueeze(-1) * Vh[..., :r, :], U[..., :r] * root.unsqueeze(-2)

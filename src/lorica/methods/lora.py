@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorica.errors import nearest
-from lorica.methods.loftq import loftq
+from lorica.methods.loftq import closest, loftq
 from lorica.methods.method import Layer, Tensors, numeric_problems, setting
 from lorica.methods.patterns import pattern_value
 from lorica.methods.placed import Placed, rank_problems, scale_problems, whole
@@ -144,6 +144,15 @@ class LoRA(Placed):
             found.append(f"r={self.r} is not a multiple of the convolution's {groups} groups")
         if self.init_lora_weights in (*DECOMPOSING, *BY_RECORDS) and groups > 1:
             found.append(f"the weight of a grouped convolution has no {self.init_lora_weights}")
+        if self.init_lora_weights == "loftq" and layer.rounded and layer.exact is None:
+            found.append(
+                "init_lora_weights=loftq makes up for what quantization took away, and the weights "
+                "before it are not at hand: load the base in full precision with quantize"
+            )
+        if self.init_lora_weights == "loftq" and layer.rounded and self.loftq_iter > 1:
+            found.append(
+                f"loftq_iter={self.loftq_iter} has no effect on a base that is quantized already"
+            )
         if self.init_lora_weights == "eva" and layer.kind != "linear":
             found.append("init_lora_weights=eva needs a linear layer, whose inputs it looks at")
         if self.init_lora_weights == "lora_ga" and self.r <= smallest < 2 * self.r:
@@ -157,6 +166,8 @@ class LoRA(Placed):
         if self.needs_records:  # by chance; `train.starts` gives chosen ones
             return self.stand_in().start(layer, generator)
         init = str(self.init_lora_weights)
+        if init == "loftq" and layer.rounded:
+            return self._correction(layer)
         if init in DECOMPOSING:
             how = {"iterations": self.loftq_iter} if init == "loftq" else {}
             A, B = DECOMPOSING[init](as_matrix(layer.weight(), layer), self.r, self.scale, **how)
@@ -166,6 +177,19 @@ class LoRA(Placed):
         shape_A, shape_B = _shapes(layer, self.r)
         A, B = _INITS[init](shape_A, shape_B, layer, generator)
         return {"A": A, "B": B}
+
+    def _correction(self, layer: Layer) -> Tensors:
+        """What quantization took away from the weight, as far as the rank holds it.
+
+        The base stays what it is, so one decomposition is the best there is. This start changes the
+        answers of the quantized base, towards those of the base in full precision.
+        """
+        assert layer.exact is not None  # by `problems`
+        lost = as_matrix(layer.exact().to(layer.weight()) - layer.weight(), layer)
+        A, B = closest(lost, self.r, self.scale)
+        shape_A, shape_B = _shapes(layer, self.r)
+        A, B = A.reshape(shape_A).contiguous(), B.reshape(shape_B).contiguous()
+        return {"A": A, "B": B, "A0": torch.zeros_like(A), "B0": torch.zeros_like(B)}
 
     def factors(self, tensors: Tensors, *, experts: bool = False) -> tuple[Tensor, Tensor]:
         """The factors whose product is the update; of experts a stack of both.

@@ -53,6 +53,9 @@ class Layer:
         parameters: makes copies of all own parameters by name.
         stored: the weight in the layout of `weight` and in its own dtype, without a copy where the
             base has it as plain numbers. It is the base's: read it, never write it.
+        rounded: whether the base holds its weight quantized, and `weight` is what is left of it.
+        exact: makes the weight as it was before that, in float32 and laid out as `weight` is; None
+            where it is not at hand.
         state: numbers that change whenever the weight may have changed.
         bias_values: the base's bias (out,), likewise only to be read; None where there is none.
     """
@@ -70,6 +73,8 @@ class Layer:
     stored: Callable[[], Tensor] = torch.Tensor
     bias_values: Callable[[], Tensor | None] = _no_bias
     state: Callable[[], tuple[int, ...]] = _no_state
+    rounded: bool = False
+    exact: Callable[[], Tensor] | None = None
 
     @property
     def shape(self) -> str:

@@ -1,0 +1,86 @@
+"""Bytes and numbers of four-bit weights, against the published vector and against bitsandbytes."""
+
+import pytest
+import torch
+
+from lorica.ops import four_bit
+
+GOLDEN = "000001111111122222333344455566677788999aaabbbccccddddeeeeeeeffff"
+BOOKS = pytest.mark.parametrize("book", ["nf4", "fp4"])
+
+
+def test_the_golden_vector():
+    packed, absmax = four_bit.quantize(torch.arange(-32, 32) / 32, "nf4", 64)
+    assert bytes(packed.flatten().tolist()).hex() == GOLDEN
+    assert absmax.tolist() == [1.0]
+
+
+@BOOKS
+@pytest.mark.parametrize("shape", [(64, 128), (33, 70), (5, 7), (300, 1000)])
+@pytest.mark.parametrize("block", [64, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_are_those_of_bitsandbytes(book, shape, block, dtype):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(1)
+    weight = torch.randn(shape).to(dtype)
+    theirs, state = functional.quantize_4bit(
+        weight, quant_type=book, blocksize=block, compress_statistics=True
+    )
+    packed, absmax = four_bit.quantize(weight, book, block)
+    places, scales, offset = four_bit.compress(absmax)
+    assert torch.equal(packed, theirs)
+    assert torch.equal(places, state.absmax)
+    assert torch.equal(scales, state.state2.absmax)
+    assert torch.equal(offset, state.offset)
+    own = four_bit.expand(places, scales, offset)
+    there = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    assert torch.equal(own, there)
+    for out_dtype in (torch.float32, torch.bfloat16):
+        out = torch.empty(shape, dtype=out_dtype)
+        four_bit.dequantize(packed, own, book, block, out)
+        values = four_bit.book_values(book, torch.device("cpu"))
+        exact = _by_hand(packed, own, values, block, shape)
+        assert torch.equal(out, exact.to(out_dtype))
+
+
+def _by_hand(packed, absmax, values, block, shape):
+    bytes_ = packed.flatten().int()
+    places = torch.stack([bytes_ >> 4, bytes_ & 15], 1).flatten()
+    number = torch.Size(shape).numel()
+    scales = absmax.repeat_interleave(block)[:number]
+    return (values[places[:number].long()] * scales).view(shape)
+
+
+def test_many_scales_are_rounded_as_bitsandbytes_rounds_them():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    absmax = torch.rand(300_000) + 1
+    theirs, _ = functional.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
+    assert torch.equal(four_bit.compress(absmax)[0], theirs)
+
+
+@BOOKS
+def test_blocks_of_zeros_stay_zeros(book):
+    weight = torch.zeros(4, 96)
+    weight[0, :5] = 1.5
+    packed, absmax = four_bit.quantize(weight, book, 64)
+    out = four_bit.dequantize(packed, absmax, book, 64, torch.full_like(weight, 9))
+    assert torch.equal(out, weight)
+
+
+@BOOKS
+def test_quantizing_again_changes_nothing(book):
+    torch.manual_seed(2)
+    packed, absmax = four_bit.quantize(torch.randn(40, 64), book, 64)
+    numbers = four_bit.dequantize(packed, absmax, book, 64, torch.empty(40, 64))
+    again, scales = four_bit.quantize(numbers, book, 64)
+    assert torch.equal(scales, absmax)
+    assert torch.equal(four_bit.dequantize(again, scales, book, 64, torch.empty(40, 64)), numbers)
+
+
+def test_nf4_loses_nine_percent_of_normal_numbers():
+    torch.manual_seed(0)
+    weight = torch.randn(512, 512)
+    packed, absmax = four_bit.quantize(weight, "nf4", 64)
+    out = four_bit.dequantize(packed, absmax, "nf4", 64, torch.empty_like(weight))
+    assert float((out - weight).norm() / weight.norm()) == pytest.approx(0.092, abs=0.002)
