@@ -312,7 +312,7 @@ def merge(rounds: int, hidden: int, layers: int) -> dict[str, Any]:
         folder = Path(name)
         model = llama(hidden, layers)
         size = sum(p.numel() * p.element_size() for p in model.parameters())
-        model.save_pretrained(folder / "base", max_shard_size="256MB")
+        model.save_pretrained(folder / "base", max_shard_size="64MB")
         method = LoRA(r=16, target_modules="all-linear", init_lora_weights="random")
         save_adapter(attach(model, method, name="a"), folder / "adapter")
         del model

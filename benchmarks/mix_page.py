@@ -85,8 +85,8 @@ in bfloat16 and int8; no token may differ whose lead is clear of errors within t
 ## Out of a full fine-tune
 
 `lorica extract TUNED BASE --r 16 --output-dir DIR`, or `--energy 0.9` for the smallest rank of
-every layer that holds so much of its squared change. Layers from 768 on are decomposed by a randomised
-SVD. What is not held is told by layer and drawn in `spectra.html`; weights that changed besides
+every layer that holds so much of its squared change. Layers from 768 on are decomposed by a
+randomised SVD. What is not held is told by layer and drawn in `spectra.html`; weights that changed besides
 (norms, biases, embeddings) are named.
 """
 
@@ -163,9 +163,9 @@ def _merge(found: dict[str, Any]) -> list[str]:
         return []
     size, sides = found["merge"]["bytes"], found["merge"]["sides"]
     lines = [
-        "### A base of 1 GB",
+        f"### A base of {size / 1e9:.2g} GB",
         "",
-        f"A Llama of {size / 1e9:.2f} GB in float32 in files of 256 MB, LoRA of rank 16 on all "
+        f"A Llama of {size / 1e9:.2f} GB in float32, in files of at most 64 MB, LoRA of rank 16 on all "
         "linear layers, written as a new folder; a process each. Memory is the peak beside what "
         "the imports take.",
         "",
