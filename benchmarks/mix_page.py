@@ -9,8 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mix import RESULTS
-
+RESULTS = Path(__file__).parent / "results" / "mix.json"
 PAGE = Path(__file__).parents[1] / "docs/mix.md"
 
 HEAD = """# Mixing, merging, extracting
@@ -86,8 +85,8 @@ in bfloat16 and int8; no token may differ whose lead is clear of errors within t
 
 `lorica extract TUNED BASE --r 16 --output-dir DIR`, or `--energy 0.9` for the smallest rank of
 every layer that holds so much of its squared change. Layers from 768 on are decomposed by a
-randomised SVD. What is not held is told by layer and drawn in `spectra.html`; weights that changed besides
-(norms, biases, embeddings) are named.
+randomised SVD. What is not held is told by layer and drawn in `spectra.html`; weights that changed
+besides (norms, biases, embeddings) are named.
 """
 
 
@@ -136,7 +135,8 @@ def _switch(found: dict[str, Any]) -> list[str]:
         "",
         "A Llama of two layers with so many LoRA adapters of rank 4 on q and v. Times of the "
         "processor on a machine that was busy with other things, the least of 15; loading is the "
-        "sum over all adapters.",
+        "sum over all adapters, with PEFT's first wrapping of the model. A side that is not shown "
+        "was not run to its end.",
         "",
         "| resident | side | load all | switch | change two weights | forward pass |",
         "|---|---|---|---|---|---|",
@@ -165,9 +165,9 @@ def _merge(found: dict[str, Any]) -> list[str]:
     lines = [
         f"### A base of {size / 1e9:.2g} GB",
         "",
-        f"A Llama of {size / 1e9:.2f} GB in float32, in files of at most 64 MB, LoRA of rank 16 on all "
-        "linear layers, written as a new folder; a process each. Memory is the peak beside what "
-        "the imports take.",
+        f"A Llama of {size / 1e9:.2f} GB in float32, in files of at most 64 MB, LoRA of rank 16 on "
+        "all linear layers, written as a new folder; a process each. Memory is the peak beside "
+        "what the imports take.",
         "",
         "| way | processor time | peak memory | of the model |",
         "|---|---|---|---|",
