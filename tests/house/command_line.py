@@ -23,7 +23,8 @@ def _walk(command, name):
         for flag in (*parameter.opts, *parameter.secondary_opts)
         if flag.startswith("-")
     }
-    if context.ignore_unknown_options:  # every setting of a run is a flag there
+    takes_settings = context.ignore_unknown_options and context.allow_extra_args
+    if takes_settings:  # every setting of a run is a flag there
         flags |= {setting.flag for setting in known_settings(WORDS).values()}
     yield name, frozenset(flags)
     for child in getattr(command, "list_commands", lambda _: [])(context):

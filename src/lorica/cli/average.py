@@ -1,7 +1,7 @@
 """Write the weighted mean of several adapters of one kind as an adapter folder.
 
 It is meant for adapters that began alike, such as runs from one init_adapter; seeds of LoRA begin
-apart. Any adapters of one base can be mixed exactly instead, by activating them with weights.
+apart. Any adapters of one base can be mixed exactly instead: lorica mix.
 """
 
 from __future__ import annotations

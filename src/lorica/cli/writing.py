@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from lorica.base.load import empty_model, load_model, weight_files
 from lorica.base.quantize import quantization_of
 from lorica.cli.asking import precision_of, prompts_of
-from lorica.cli.opening import Subject, open_subject
+from lorica.cli.opening import Subject, adapter_folder, open_subject
 from lorica.cli.prepare import known
 from lorica.cli.voice import Voice
 from lorica.errors import BaseModelError, CheckRefused
@@ -73,7 +76,7 @@ def write_merged(order: Order, voice: Voice) -> Written:
         moved = how_far(opened.model, mixture)
         voice.say(str(moved))
     elif order.verify:
-        with voice.work("asking base and adapter"):
+        with voice.work("asking base and adapter"), _widened(opened.model):
             expected = expect(opened.model, mixture, prompts_of(opened, None))
     logging.disable_progress_bar()  # of the writing, which would come among the lines below
     plan = _plan(order, opened)
@@ -107,6 +110,21 @@ def write_merged(order: Order, voice: Voice) -> Written:
     return Written(report, kind, facts, found)
 
 
+@contextmanager
+def _widened(model: nn.Module) -> Iterator[None]:
+    """The same weights in float32 for a while, so that the comparison sees them and not the
+    rounding of what is computed with them.
+    """
+    narrow = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.half)]
+    try:
+        for parameter, _ in narrow:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, dtype in narrow:
+            parameter.data = parameter.data.to(dtype)
+
+
 def _asked(opened: Subject) -> dict[str, Any]:
     return {"format": opened.format, "system": opened.system, "task": opened.task.facts()}
 
@@ -119,8 +137,8 @@ def _plan(order: Order, opened: Subject) -> DiskPlan | str:
     labels = tuple(base.labels) if base.task == "text-classification" else ()
     empty = empty_model(base.name, task=base.task, labels=labels)
     assert opened.adapter is not None
-    folder = Path(order.adapter)
-    folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    folder = adapter_folder(Path(order.adapter))
+    assert folder is not None
     adapter = load_adapter(empty, folder)
     files = weight_files(base.name)
     dtype = None if order.dtype == "as-stored" else _DTYPES.get(order.dtype, opened.model.dtype)
@@ -152,7 +170,7 @@ def _verified(
     if expected is None:
         return None
     with voice.work("asking the merged model"):
-        model = load_model(folder, task=kind, dtype=order.dtype)
+        model = load_model(folder, task=kind, dtype="float32")
         found = judge(expected, model, precision=precision_of(folder))
     try:
         found.check(str(order.output))
