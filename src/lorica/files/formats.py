@@ -14,7 +14,7 @@ from torch import nn
 
 from lorica.attach.attach import Adapter
 from lorica.errors import AdapterFileError
-from lorica.files import diffusers_lora, gguf_lora, kohya, mlx, vllm
+from lorica.files import adapterhub, diffusers_lora, gguf_lora, kohya, mlx, vllm
 from lorica.files.found import Found
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -67,6 +67,13 @@ FORMATS: dict[str, Format] = {
         diffusers_lora.read,
     ),
     "mlx": Format("a folder of mlx-lm", "", mlx.write, mlx.claims, mlx.read),
+    "adapterhub": Format(
+        "a folder of AdapterHub (LoRA, bottlenecks; encoders with BERT's names)",
+        "",
+        adapterhub.write,
+        adapterhub.claims,
+        adapterhub.read,
+    ),
     "vllm": Format(
         "a folder that vLLM serves, one rank and scale everywhere",
         "",
