@@ -37,12 +37,12 @@ UNEVEN = LoRA(
 )
 
 
-def stirred(model: nn.Module, method, name: str = "default"):
-    adapter = attach(model, method, name=name)
+def stirred(model: nn.Module, method, strength: float = 0.2):
+    adapter = attach(model, method)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=strength)
     return adapter
 
 
@@ -211,7 +211,7 @@ def test_llama_cpp_says_the_same(tmp_path):
     prompt = "Once upon a time, there were 12 birds  and 3\n\n cats."
     ids = tokenizer(prompt)["input_ids"]
     gguf_model.write(model, tokenizer, tmp_path / "base.gguf", "float32")
-    adapter = stirred(model, LoRA(r=4, target_modules="all-linear"))
+    adapter = stirred(model, LoRA(r=4, lora_alpha=6, target_modules="all-linear"), 0.1)
     FORMATS["gguf"].write(adapter, tmp_path / "lora.gguf", "float32", False)
     with activate(model, adapter):
         expected = greedy(model, ids, 24)
@@ -246,6 +246,7 @@ def test_mlx_comes_back(method, tmp_path):
     assert (answer("llama", again, loaded) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_vllm_gets_one_rank_and_scale_that_peft_reads(tmp_path):
     from peft import PeftModel
 
