@@ -173,7 +173,7 @@ def diffusers(form: str, name: str, *, back: bool = False) -> Callable[[Path], s
         from pipelines import PIPELINES, answers
 
         pipeline = PIPELINES[name]()
-        names = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj", "fc1")
+        names = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "out_proj", "fc1")
         adapter = stirred(
             Parts(pipeline), LoRA(r=2, lora_alpha=3, target_modules=names, rank_pattern={"to_k": 4})
         )
@@ -346,7 +346,8 @@ are not transposed, and llama.cpp answers as we do with ours.
   reordered on the way there, and back.
 - **CLIP.** Files have `text_model.` in the names of text encoders, which transformers 5 has no
   more; both are read, and the first is written. diffusers 0.42 loses DoRA's lengths of text
-  encoders on reading, and leaves `dora_scale` out of kohya's files, saying so.
+  encoders on reading, and leaves `dora_scale` out of kohya's files, saying so. Of kohya's files it
+  takes a text encoder wrongly where `out_proj` is not among its layers; `lorica export` says that.
 - **No alpha** in kohya's files means the scale 1, as its tools have it. In GGUF it is an error:
   llama.cpp would take the scale 1, and no writer means that.
 - **vLLM** itself was not run; what it reads of PEFT's config (r, lora_alpha, use_rslora,

@@ -55,7 +55,7 @@ def test_there_and_back(lorica, folder):
     assert (found - expected).abs().max() < 1e-5
     assert lorica("convert", "own", "mlx", "--format", "mlx").code == 0
     assert lorica("convert", "mlx", "peft", "--format", "peft").code == 0
-    assert json.loads(open("peft/adapter_config.json").read())["r"] == 2
+    assert json.loads((source.parent / "peft" / "adapter_config.json").read_text())["r"] == 2
 
 
 def test_a_merged_model_as_gguf(lorica, folder):
