@@ -291,12 +291,9 @@ def _read_lora(
     r, alpha = config.get("r"), config.get("alpha")
     if type(r) is not int or r < 1 or not isinstance(alpha, int | float) or not 0 < alpha < 1e4:
         raise AdapterFileError(f"{path / CONFIG}: r is {r}, alpha is {alpha}")
-    halves = ("lora_A", "lora_B")
-    if lacking := [name for name, own in held.items() if own.keys() != set(halves)]:
+    if lacking := [name for name, own in held.items() if own.keys() != {"lora_A", "lora_B"}]:
         raise AdapterFileError(f"{path}: not a pair of factors", problems=lacking[:_SHOWN])
-    pairs = {
-        name: Pair(*(own[half] for half in halves), float(alpha)) for name, own in held.items()
-    }
+    pairs = {name: Pair(own["lora_A"], own["lora_B"], float(alpha)) for name, own in held.items()}
     return found_of(model, pairs, path)
 
 

@@ -293,8 +293,8 @@ def _found_lycoris(
             problems=problems[:_SHOWN],
             mend="load the pipeline that the adapter was made for",
         )
-    places = {layer: (module, None, method) for layer, (module, _, _) in places.items()}
-    return Found(method, places, tensors)
+    alike: Places = {layer: (module, None, method) for layer, (module, _, _) in places.items()}
+    return Found(method, alike, tensors)
 
 
 def _rank(own: Tensors) -> int:
