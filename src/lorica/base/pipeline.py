@@ -57,11 +57,11 @@ def load_parts(folder: str | Path) -> Parts:
         MissingPackage: diffusers is not installed.
     """
     try:
-        import diffusers
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     except ImportError as error:
         raise MissingPackage.of("diffusers", "images", "a text-to-image pipeline") from error
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        pipeline = DiffusionPipeline.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:

@@ -27,7 +27,7 @@ from lorica.base.load import base_of
 from lorica.errors import AdapterFileError, LoricaWarning
 from lorica.files import native, peft, peft_kinds, peft_prompts
 from lorica.files.folder import MAX_JSON_BYTES, new_folder, open_regular, read_json
-from lorica.files.formats import FORMATS, recognised
+from lorica.files.formats import FORMATS, recognised, some_keys
 from lorica.files.found import Found
 from lorica.files.safetensors_file import TensorFile, write_tensors
 from lorica.methods.method import Method
@@ -310,6 +310,7 @@ def check_folder(folder: Path) -> None:
     if folder.is_file():
         raise AdapterFileError(
             f"{folder} is a file in no format of an adapter that is known here",
+            problems=[f"it holds {key[:100]}" for key in some_keys(folder)],
             expected=f"an adapter folder of Lorica or PEFT, or one of: {', '.join(FORMATS)}",
         )
     if not folder.is_dir():

@@ -14,8 +14,9 @@ from torch import nn
 
 from lorica.attach.attach import Adapter
 from lorica.errors import AdapterFileError
-from lorica.files import diffusers_lora, gguf_lora, kohya, mlx, vllm
+from lorica.files import adapterhub, diffusers_lora, gguf_lora, kohya, mlx, vllm
 from lorica.files.found import Found
+from lorica.files.safetensors_file import TensorFile
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
@@ -67,6 +68,13 @@ FORMATS: dict[str, Format] = {
         diffusers_lora.read,
     ),
     "mlx": Format("a folder of mlx-lm", "", mlx.write, mlx.claims, mlx.read),
+    "adapterhub": Format(
+        "a folder of AdapterHub (LoRA, bottlenecks; encoders with BERT's names)",
+        "",
+        adapterhub.write,
+        adapterhub.claims,
+        adapterhub.read,
+    ),
     "vllm": Format(
         "a folder that vLLM serves, one rank and scale everywhere",
         "",
@@ -93,3 +101,11 @@ def recognised(path: Path) -> Format | None:
     return next(
         (form for form in FORMATS.values() if form.read is not None and form.claims(path)), None
     )
+
+
+def some_keys(path: Path) -> list[str]:
+    """The first names in a safetensors file, to say what it holds; none of another file."""
+    if path.suffix != ".safetensors":
+        return []
+    with TensorFile(path) as file:
+        return [*file.entries][:3]

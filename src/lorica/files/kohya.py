@@ -14,7 +14,7 @@ Legend: I in features, O out features, R rank, K size of a kernel.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,20 @@ def _lora(adapter: Adapter, names: Mapping[str, str]) -> tuple[dict[str, Tensor]
             found[f"{name}.dora_scale"] = pair.m.reshape(-1, *(1 for _ in pair.A.shape[1:]))
     moved = sum(pair.alpha != alpha for pair in pairs.values())
     notes = [f"all layers have the alpha {alpha:g}; the rest of the scale of {moved} went into B"]
-    return found, max(pair.r for pair in pairs.values()), notes if moved else []
+    notes = [*(notes if moved else []), *_without_outputs(names[path] for path in pairs)]
+    return found, max(pair.r for pair in pairs.values()), notes
+
+
+def _without_outputs(names: Iterable[str]) -> list[str]:
+    """What diffusers does with a text encoder whose attention outputs are not adapted."""
+    texts = [name for name in names if name.startswith("lora_te")]
+    heads = {name.partition("_text_model")[0] for name in texts}
+    complete = {n.partition("_text_model")[0] for n in texts if n.endswith("_self_attn_out_proj")}
+    return [
+        f"diffusers reads the layers of {head} wrongly where out_proj is not among them (seen with "
+        "0.42); give it --format diffusers"
+        for head in sorted(heads - complete)
+    ]
 
 
 def _lycoris(adapter: Adapter, names: Mapping[str, str]) -> tuple[dict[str, Tensor], int]:
@@ -280,8 +293,8 @@ def _found_lycoris(
             problems=problems[:_SHOWN],
             mend="load the pipeline that the adapter was made for",
         )
-    places = {layer: (module, None, method) for layer, (module, _, _) in places.items()}
-    return Found(method, places, tensors)
+    alike: Places = {layer: (module, None, method) for layer, (module, _, _) in places.items()}
+    return Found(method, alike, tensors)
 
 
 def _rank(own: Tensors) -> int:

@@ -37,8 +37,8 @@ def write(
         write_file(temporary / MODELFILE, "\n".join(lines) + "\n")
     if getattr(tokenizer, "chat_template", None):
         notes.append(
-            "Ollama knows the chat templates of well-known models only; see `ollama show --modelfile"
-            "` for what it took, and write TEMPLATE where it is another one"
+            "Ollama knows the chat templates of well-known models only; `ollama show --modelfile` "
+            "says what it took; write TEMPLATE where it is another one"
         )
     return [*notes, f"ollama create NAME -f {path / MODELFILE}"]
 
