@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lorica
-import pipelines
+import tiny_pipelines as pipelines
 from lorica.attach.probe import unvisited
 from lorica.base.load import digest_of_tensors
 from lorica.errors import ActivationError

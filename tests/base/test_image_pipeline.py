@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lorica
-import pipelines
+import tiny_pipelines as pipelines
 from lorica.base.image_pipeline import guided_paths, is_pipeline
 from lorica.base.load import base_of, empty_model
 from lorica.errors import BaseModelError

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lorica
-import pipelines
+import tiny_pipelines as pipelines
 
 TEXT = {"sd": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2"), "sd3": ()}
 """Text encoders that diffusers loads adapters for, as tested here."""

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 import lorica
-import pipelines
+import tiny_pipelines as pipelines
 from lorica.errors import BaseModelError, ConfigError, DataError
 from lorica.tasks import TextToImage
 from lorica.tasks.denoising import conditions, process_of
