@@ -75,6 +75,7 @@ def train_adapter(base: Path, data: Path, folder: Path, steps: int) -> None:
     settings |= {"r": 8, "max-steps": steps, "batch-size": 16, "learning-rate": 3e-3}
     settings |= {"dtype": "float32", "threads": 1, "eval-size": 32, "num-samples": 6}
     settings |= {"guidance-scale": 2.0, "num-inference-steps": 20, "logging-steps": 20}
+    settings |= {"keep-best": "false"}  # a style shows in pictures later than in the loss
     command("train", "--quiet", *(w for k, v in settings.items() for w in (f"--{k}", v)))
 
 
