@@ -17,7 +17,7 @@ def latents(pipe, **how):
             prompt=["a cat", "dog"],
             generator=noise,
             num_inference_steps=2,
-            guidance_scale=4.0,
+            guidance_scale=2.0,
             output_type="latent",
             height=pipelines.SIDE,
             width=pipelines.SIDE,
