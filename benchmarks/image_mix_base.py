@@ -1,6 +1,6 @@
 """A small text-to-image pipeline from nothing: Stable Diffusion's parts in miniature, on MNIST.
 
-    python benchmarks/image_mix_base.py --output-dir runs/digits         (one core, about an hour)
+    python benchmarks/image_mix_base.py --data mnist --output-dir runs/digits     (one core)
 
 An autoencoder (32 x 32 pixels of colour to 4 x 8 x 8 latents), a CLIP text encoder of two layers
 and a UNet with cross-attention. The autoencoder sees digits in many colours and slants, so that
@@ -21,12 +21,18 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SHARED = Path("/work/shared/data/mnist")
 NUM_IMAGES = 20_000
+SCHEDULE = 3000
+"""Steps over which the learning rate falls. What is written are running means of the weights, which
+are good long before."""
 
 
-def digits(split: str, folder: Path = SHARED) -> tuple[Tensor, Tensor]:
-    """Images (n, 32, 32) from 0 to 1, white ink on black, and their labels (n,)."""
+def digits(split: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """Images (n, 32, 32) from 0 to 1, white ink on black, and their labels (n,).
+
+    Args:
+        folder: holds MNIST's four files, *-ubyte.gz.
+    """
     with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
         raw = torch.frombuffer(bytearray(file.read()[16:]), dtype=torch.uint8)
     with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
@@ -164,7 +170,7 @@ def train(
     trained = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
     mean = [p.detach().clone() for p in trained]
     optimizer = torch.optim.AdamW(trained, 2e-3, weight_decay=0.0)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, SCHEDULE, pct_start=0.1)
     began, window = time.perf_counter(), 0.0
     for step in range(1, steps + 1):
         rows = torch.randint(len(latents), (batch,))
@@ -205,9 +211,9 @@ def write(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=SHARED)
+    parser.add_argument("--data", type=Path, required=True, help="folder of MNIST")
     parser.add_argument("--vae-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1000, help=f"at most {SCHEDULE}")
     given = parser.parse_args()
     torch.set_num_threads(1)
     ink, labels = (part[:NUM_IMAGES] for part in digits("train", given.data))

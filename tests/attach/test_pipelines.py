@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import image_pipelines as pipelines
 import lorica
+import tiny_pipelines as pipelines
 from lorica.attach.probe import unvisited
 from lorica.base.load import digest_of_tensors
 from lorica.errors import ActivationError

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-import image_pipelines as pipelines
 import lorica
+import tiny_pipelines as pipelines
 from lorica.base.image_pipeline import guided_paths, is_pipeline
 from lorica.base.load import base_of, empty_model
 from lorica.errors import BaseModelError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import image_pipelines as pipelines
+import tiny_pipelines as pipelines
 from lorica.records.read import read_manifest
 from train.runs import stop_after
 

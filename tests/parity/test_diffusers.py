@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import image_pipelines as pipelines
 import lorica
+import tiny_pipelines as pipelines
 
 TEXT = {"sd": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2"), "sd3": ()}
 """Text encoders that diffusers loads adapters for, as tested here."""
@@ -17,7 +17,7 @@ def latents(pipe, **how):
             prompt=["a cat", "dog"],
             generator=noise,
             num_inference_steps=2,
-            guidance_scale=4.0,
+            guidance_scale=2.0,
             output_type="latent",
             height=pipelines.SIDE,
             width=pipelines.SIDE,

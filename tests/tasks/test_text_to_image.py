@@ -9,8 +9,8 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-import image_pipelines as pipelines
 import lorica
+import tiny_pipelines as pipelines
 from lorica.errors import BaseModelError, ConfigError, DataError
 from lorica.tasks import TextToImage
 from lorica.tasks.denoising import conditions, process_of

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lorica.data.dataset import Dataset, digest_of
 from lorica.data.problems import counted
-from lorica.errors import DataError, MissingPackage
+from lorica.errors import DataError
 
 FORMAT = "image"
 METADATA = "metadata.jsonl"
@@ -139,12 +140,7 @@ def pixels_of(file: str | Path, resolution: int, channels: int) -> np.ndarray:
 
     Raises:
         DataError: it cannot be read, or is too large.
-        MissingPackage: pillow is not there.
     """
-    try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
-    except ImportError as error:
-        raise MissingPackage.of("pillow", "images", "reading pictures") from error
     try:
         with Image.open(file, formats=("PNG", "JPEG", "WEBP", "BMP")) as opened:
             width, height = opened.size
