@@ -30,7 +30,7 @@ from architectures import ARCHITECTURES  # noqa: E402
 from lorica.attach.activate import activate  # noqa: E402
 from lorica.attach.attach import attach  # noqa: E402
 from lorica.base.load import load_model  # noqa: E402
-from lorica.base.pipeline import Parts  # noqa: E402
+from lorica.base.image_pipeline import ImagePipeline  # noqa: E402
 from lorica.files import gguf_model, onnx_model  # noqa: E402
 from lorica.files.adapter import load_adapter, save_adapter  # noqa: E402
 from lorica.files.exports import ADAPTERS, MODELS  # noqa: E402
@@ -175,7 +175,7 @@ def diffusers(form: str, name: str, *, back: bool = False) -> Callable[[Path], s
         pipeline = PIPELINES[name]()
         names = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "out_proj", "fc1")
         adapter = stirred(
-            Parts(pipeline), LoRA(r=2, lora_alpha=3, target_modules=names, rank_pattern={"to_k": 4})
+            ImagePipeline(pipeline), LoRA(r=2, lora_alpha=3, target_modules=names, rank_pattern={"to_k": 4})
         )
         with activate(adapter.model, adapter):
             expected = answers(pipeline)

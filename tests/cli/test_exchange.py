@@ -95,10 +95,10 @@ def test_a_method_without_a_place_is_refused(lorica, tmp_path):
 
 def test_adapters_of_a_pipeline(lorica, tmp_path):
     """A UNet and its text encoder in a folder of diffusers."""
-    from lorica.base.pipeline import Parts
+    from lorica.base.image_pipeline import ImagePipeline
 
     pipeline = PIPELINES["sd"]()
-    adapter = attach(Parts(pipeline), LoRA(r=2, target_modules=("to_q", "q_proj")))
+    adapter = attach(ImagePipeline(pipeline), LoRA(r=2, target_modules=("to_q", "q_proj")))
     save_adapter(adapter, tmp_path / "own")
     pipeline.save_pretrained(tmp_path / "base")
     told = lorica(

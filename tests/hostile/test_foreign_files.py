@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from architectures import ARCHITECTURES
 from lorica.attach.attach import adapters, attach
-from lorica.base.pipeline import Parts
+from lorica.base.image_pipeline import ImagePipeline
 from lorica.errors import AdapterFileError, LoricaError
 from lorica.files.adapter import load_adapter
 from lorica.files.formats import FORMATS
@@ -37,7 +37,7 @@ def sound(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def kohya(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("kohya") / "x.safetensors"
-    adapter = attach(Parts(PIPELINES["sd"]()), LoRA(r=2, target_modules="to_q"))
+    adapter = attach(ImagePipeline(PIPELINES["sd"]()), LoRA(r=2, target_modules="to_q"))
     FORMATS["kohya"].write(adapter, path, "float32", False)
     return path
 
@@ -206,13 +206,13 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_kohya_files_that_do_not_fit(case, kohya, tmp_path):
     change, words = BROKEN[case]
-    error = refused(Parts(PIPELINES["sd"]()), changed(kohya, tmp_path, change))
+    error = refused(ImagePipeline(PIPELINES["sd"]()), changed(kohya, tmp_path, change))
     assert words in str(error)
 
 
 def test_kohya_without_alpha_has_the_scale_one(kohya, tmp_path):
     path = changed(kohya, tmp_path, lambda t: [t.pop(k) for k in [*t] if k.endswith(".alpha")])
-    loaded = load_adapter(Parts(PIPELINES["sd"]()), path)
+    loaded = load_adapter(ImagePipeline(PIPELINES["sd"]()), path)
     assert loaded.method.lora_alpha == loaded.method.r == 2  # type: ignore[attr-defined]
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach
-from lorica.base.pipeline import Parts
+from lorica.base.image_pipeline import ImagePipeline
 from lorica.errors import AdapterFileError
 from lorica.files.adapter import load_adapter, save_adapter
 from lorica.files.formats import FORMATS
@@ -42,7 +42,7 @@ def targets(name: str) -> tuple[str, ...]:
 
 
 def stirred(pipeline, method):
-    adapter = attach(Parts(pipeline), method)
+    adapter = attach(ImagePipeline(pipeline), method)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -91,7 +91,7 @@ def test_diffusers_answers_as_we_do(name, kind, tmp_path):
     assert FORMATS["diffusers"].write(adapter, file, "float32", False) == []
     assert distance(in_diffusers(name, file), expected) < 1e-5
     again = PIPELINES[name]()
-    loaded = load_adapter(Parts(again), file)
+    loaded = load_adapter(ImagePipeline(again), file)
     assert type(loaded.method) is kind
     assert distance(acting(again, loaded), expected) < 1e-6
     FORMATS["diffusers"].write(loaded, tmp_path / "y.safetensors", "float32", False)
@@ -113,7 +113,7 @@ def test_diffusers_reads_our_kohya_file(name, kind, tmp_path):
     text = f"{te}_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"
     assert (text in keys) is (kind is LoRA)
     again = PIPELINES[name]()
-    loaded = load_adapter(Parts(again), file)
+    loaded = load_adapter(ImagePipeline(again), file)
     assert distance(acting(again, loaded), expected) < 1e-6
     if kind is LoRA:  # diffusers leaves dora_scale out, saying so
         assert distance(in_diffusers(name, file), expected) < 1e-5
@@ -148,7 +148,7 @@ def test_we_answer_as_diffusers_did(name, tmp_path):
     }
     pipeline.save_lora_weights(str(tmp_path), **layers, **_collate_lora_metadata(parts))
     again = PIPELINES[name]()
-    loaded = load_adapter(Parts(again), tmp_path)
+    loaded = load_adapter(ImagePipeline(again), tmp_path)
     assert distance(acting(again, loaded), expected) < 1e-5
     FORMATS["diffusers"].write(loaded, tmp_path / "ours", "float32", False)
     theirs = load_file(tmp_path / "pytorch_lora_weights.safetensors")
@@ -173,7 +173,7 @@ def test_kohya_made_by_diffusers(tmp_path):
         {key: tensor.contiguous() for key, tensor in held.items()}, tmp_path / "k.safetensors"
     )
     again = PIPELINES["sd"]()
-    loaded = load_adapter(Parts(again), tmp_path / "k.safetensors")
+    loaded = load_adapter(ImagePipeline(again), tmp_path / "k.safetensors")
     assert len(loaded.slots) == len(adapter.slots)
     assert distance(acting(again, loaded), expected) < 1e-6
 
@@ -188,7 +188,7 @@ def test_the_older_keys_of_diffusers_are_read(tmp_path):
     assert any(".lora.down.weight" in key for key in old)
     save_file({key: t.contiguous() for key, t in old.items()}, tmp_path / "y.safetensors")
     again = PIPELINES["sd"]()
-    loaded = load_adapter(Parts(again), tmp_path / "y.safetensors")
+    loaded = load_adapter(ImagePipeline(again), tmp_path / "y.safetensors")
     assert distance(acting(again, loaded), acting(pipeline, adapter)) < 1e-6
 
 
@@ -208,12 +208,12 @@ def test_lycoris_comes_back(method, tmp_path):
     expected = acting(pipeline, adapter)
     FORMATS["kohya"].write(adapter, tmp_path / "x.safetensors", "float32", False)
     again = PIPELINES["sd"]()
-    loaded = load_adapter(Parts(again), tmp_path / "x.safetensors")
+    loaded = load_adapter(ImagePipeline(again), tmp_path / "x.safetensors")
     assert type(loaded.method) is type(method)
     assert distance(acting(again, loaded), expected) < 1e-5
     save_adapter(loaded, tmp_path / "own")
     third = PIPELINES["sd"]()
-    assert distance(acting(third, load_adapter(Parts(third), tmp_path / "own")), expected) < 1e-5
+    assert distance(acting(third, load_adapter(ImagePipeline(third), tmp_path / "own")), expected) < 1e-5
 
 
 def test_what_diffusers_reads_wrongly_is_told(tmp_path):
@@ -225,7 +225,7 @@ def test_what_diffusers_reads_wrongly_is_told(tmp_path):
     assert "lora_te wrongly where out_proj is not among them" in notes[0]
     assert distance(in_diffusers("sd", file), expected) > 0.1  # else the note can go
     again = PIPELINES["sd"]()
-    assert distance(acting(again, load_adapter(Parts(again), file)), expected) < 1e-6
+    assert distance(acting(again, load_adapter(ImagePipeline(again), file)), expected) < 1e-6
 
 
 def test_a_single_part_will_do(tmp_path):
@@ -240,12 +240,12 @@ def test_a_single_part_will_do(tmp_path):
 
 def test_what_has_no_name_or_place_is_refused(tmp_path):
     pipeline = PIPELINES["sd3"]()
-    adapter = attach(Parts(pipeline), LoRA(r=2, target_modules=ATTENTION))
+    adapter = attach(ImagePipeline(pipeline), LoRA(r=2, target_modules=ATTENTION))
     with pytest.raises(AdapterFileError, match="no names for some of the layers") as caught:
         FORMATS["kohya"].write(adapter, tmp_path / "x.safetensors", "float32", False)
     assert caught.value.problems[0].startswith("transformer.")
     pipeline = PIPELINES["sd"]()
-    adapter = attach(Parts(pipeline), LoRA(r=2, target_modules="to_q", modules_to_save="conv_in"))
+    adapter = attach(ImagePipeline(pipeline), LoRA(r=2, target_modules="to_q", modules_to_save="conv_in"))
     for name in ("kohya", "diffusers"):
         with pytest.raises(AdapterFileError) as caught:
             FORMATS[name].write(adapter, tmp_path / "x.safetensors", "float32", False)
@@ -254,7 +254,7 @@ def test_what_has_no_name_or_place_is_refused(tmp_path):
 
 
 def test_settings_of_diffusers_that_change_the_arithmetic_are_refused(tmp_path):
-    adapter = attach(Parts(PIPELINES["sd"]()), LoRA(r=2, target_modules=ATTENTION))
+    adapter = attach(ImagePipeline(PIPELINES["sd"]()), LoRA(r=2, target_modules=ATTENTION))
     FORMATS["diffusers"].write(adapter, tmp_path / "x.safetensors", "float32", False)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         noted = json.loads(file.metadata()["lora_adapter_metadata"])
@@ -265,4 +265,4 @@ def test_settings_of_diffusers_that_change_the_arithmetic_are_refused(tmp_path):
         {"lora_adapter_metadata": json.dumps(noted)},
     )
     with pytest.raises(AdapterFileError, match="settings that are not read"):
-        load_adapter(Parts(PIPELINES["sd"]()), tmp_path / "y.safetensors")
+        load_adapter(ImagePipeline(PIPELINES["sd"]()), tmp_path / "y.safetensors")

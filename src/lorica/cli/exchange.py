@@ -8,7 +8,6 @@ from typing import Any
 
 from lorica.attach.attach import Adapter
 from lorica.base.load import base_of, load_model
-from lorica.base.pipeline import MARKER, load_parts
 from lorica.cli.kinds import checked_kind
 from lorica.cli.opening import adapter_facts, adapter_folder, configured_base
 from lorica.errors import AdapterFileError, ConfigError, nearest
@@ -57,8 +56,6 @@ def open_adapter(path: str, base: str | None, dtype: str = "as-stored") -> Adapt
         raise AdapterFileError(
             f"{path} does not say what its base is", mend="name the base with --model"
         )
-    if (Path(name) / MARKER).is_file():
-        return load_adapter(load_parts(name), source)
     kind = asked.get("kind") or known.get("task") or checked_kind("auto", name)
     labels = tuple(asked.get("labels", ()))
     model = load_model(

@@ -130,7 +130,7 @@ def read(model: nn.Module, path: Path) -> Found:
     if not by_name:
         raise AdapterFileError(
             f"{path} is for a text-to-image pipeline, and this is a {type(model).__name__}",
-            mend="load the pipeline: lorica.base.pipeline.Parts(pipeline)",
+            mend="load the pipeline: lorica.base.image_pipeline.ImagePipeline(pipeline)",
         )
     layers: dict[str, dict[str, Tensor]] = {}
     name_of: dict[str, str] = {}

@@ -17,9 +17,14 @@ from typing import Any
 
 from torch import nn
 
-from lorica.base.pipeline import Parts
+from lorica.base.image_pipeline import ImagePipeline
 from lorica.files.peft_layout import LAYERS, modules_of
 
+PARTS = (
+    *("unet", "transformer", "transformer_2"),
+    *("text_encoder", "text_encoder_2", "text_encoder_3"),
+)
+"""What of a pipeline adapters are kept for, by diffusers' names. An image decoder is none of it."""
 _CLIP = "text_model."
 """In front of the layers of CLIP in files; transformers 5 has it no more."""
 _BY_CLASS = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
@@ -46,8 +51,10 @@ def parts_of(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
     Empty for what is no part of a pipeline.
     """
-    if isinstance(model, Parts):
-        return {name: (f"{name}.", part) for name, part in model.named_children()}
+    if isinstance(model, ImagePipeline):
+        return {
+            name: (f"{name}.", part) for name, part in model.named_children() if name in PARTS
+        }
     kind = type(model).__name__
     if type(model).__module__.startswith("diffusers") and "Transformer" in kind:
         return {"transformer": ("", model)}
