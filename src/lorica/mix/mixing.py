@@ -34,7 +34,6 @@ from lorica.mix.ways import DENSE, SAMPLED, WAYS, Choices, exact, find_way
 from lorica.ops.low_rank import factorise, truncate
 
 
-
 @dataclass(frozen=True)
 class MixedPlace:
     """What became of one place.

@@ -25,7 +25,6 @@ from lorica.mix.report import MergedWeight, MergeReport
 from lorica.mix.target import Target, merged, targets_of
 
 
-
 @dataclass(eq=False)
 class DiskPlan:
     """How a base on the disk becomes the merged model.
