@@ -20,10 +20,10 @@ edit it by hand.
 ## At run time
 
 ```python
-lorica.activate(model, {"facts": 0.7, "style": -0.3})              # the exact sum of the updates
-lorica.activate(model, [{"facts": 1.0}, {"style": 0.5}, None])     # one mixture per row of a batch
+lorica.activate(model, {"facts": 0.7, "style": -0.3})  # the exact sum of the updates
+lorica.activate(model, [{"facts": 1.0}, {"style": 0.5}, None])  # one mixture per row of a batch
 lorica.activate(model, {"style": {"layers.[0-7]": 0.5, "mlp": 0}})  # by block or layer; 1 elsewhere
-lorica.activate(model, {"style": [1.0, 0.8, 0.5]})                 # by step; the last one stays
+lorica.activate(model, {"style": [1.0, 0.8, 0.5]})  # by step; the last one stays
 lorica.activate(model, {"style": lambda step: 0.9**step})
 ```
 

@@ -18,7 +18,7 @@ from lorica.files.adapter import load_adapter, save_adapter
 from lorica.methods import METHODS, LoRA
 from lorica.methods.method import Method
 from lorica.mix import merge
-from lorica.mix.on_disk import SINGLE, merge_on_disk, plan_on_disk
+from lorica.mix.on_disk import merge_on_disk, plan_on_disk
 
 METHOD = LoRA(r=3, lora_alpha=5, target_modules="all-linear")
 
@@ -187,6 +187,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         more[layers] = json.loads(done.stdout.splitlines()[-1])["more"], size
-        assert (folder / "new" / SINGLE).stat().st_size > size
+        assert (folder / "new" / "model.safetensors").stat().st_size > size
     (small, _), (large, size) = more[8], more[32]
     assert large < size / 2 and large < small + 0.1 * size, more

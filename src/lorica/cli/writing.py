@@ -141,7 +141,8 @@ def _plan(order: Order, opened: Subject) -> DiskPlan | str:
     assert folder is not None
     adapter = load_adapter(empty, folder)
     files = weight_files(base.name)
-    dtype = None if order.dtype == "as-stored" else _DTYPES.get(order.dtype, opened.model.dtype)
+    loaded: Any = opened.model.dtype
+    dtype = None if order.dtype == "as-stored" else _DTYPES.get(order.dtype, loaded)
     return plan_on_disk(empty, {adapter.name: order.weight}, files, dtype=dtype)
 
 

@@ -33,8 +33,6 @@ from lorica.mix.update import Update, distance, to_tensors, update_of
 from lorica.mix.ways import DENSE, SAMPLED, WAYS, Choices, exact, find_way
 from lorica.ops.low_rank import factorise, truncate
 
-_SHOWN = 5
-
 
 @dataclass(frozen=True)
 class MixedPlace:

@@ -24,8 +24,6 @@ from lorica.mix.merging import check_mergeable, judge_damage
 from lorica.mix.report import MergedWeight, MergeReport
 from lorica.mix.target import Target, merged, targets_of
 
-SINGLE = "model.safetensors"
-
 
 @dataclass(eq=False)
 class DiskPlan:
