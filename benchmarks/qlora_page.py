@@ -51,11 +51,11 @@ kept for the backward pass of LoRA and whatever else adds to a layer's output; m
 with the weight itself (HiRA, and DoRA with `dora_detach_norm: false`) keep it for the time of a
 step. Unpacking goes by a table from a byte to its two numbers.
 
-An adapter made on a quantized base records that, and `lorica eval`, `chat` and `merge` load its base
-so. `init_lora_weights: loftq` reads the weights as they were before from the base's files and begins
-with what quantization took away, as far as its rank holds it; the base is not touched. `pissa` and
-`olora` begin as the quantized base does. Choices by gradients (`lora_ga`, `sparse` by relevance)
-need plain weights and are refused.
+An adapter made on a quantized base records that, and `lorica eval`, `chat` and `merge` load its
+base so. `init_lora_weights: loftq` reads the weights as they were before from the base's files and
+begins with what quantization took away, as far as its rank holds it; the base is not touched.
+`pissa` and `olora` begin as the quantized base does. Choices by gradients (`lora_ga`, `sparse` by
+relevance) need plain weights and are refused.
 """
 
 

@@ -99,3 +99,10 @@ def test_the_command_itself(lorica):
     assert lorica("eval").code == 2
     assert lorica("eval", "x", "--data").code == 2
     assert lorica("eval", "x", "--data", "y", "--limit", "0").code == 2
+
+
+def test_inspect_tells_what_quantizing_saves(lorica, stock):
+    memory = lorica("inspect", stock / "llama", "--json").rows[0]["memory"]
+    assert list(memory) == ["float32", "bfloat16", "nf4", "fp4", "int8"]
+    assert memory["float32"] == 2 * memory["bfloat16"] > 2 * memory["int8"] > 2 * memory["nf4"]
+    assert "memory of the weights: float32" in lorica("inspect", stock / "llama").out

@@ -213,6 +213,21 @@ def remember_origins(model: nn.Module, files: Iterable[Path]) -> None:
                     layer.origin = Origin(file, key)
 
 
+def bytes_by_storage(model: nn.Module) -> dict[str, int]:
+    """Bytes of the parameters of a plain model in every storage: "float32", "bfloat16", and by each
+    quantizer, where the layers that it leaves alone are in bfloat16. No weight is looked at.
+    """
+    number = sum(p.numel() for p in model.parameters())
+    found = {"float32": 4 * number, "bfloat16": 2 * number}
+    layers = quantizable(model).values()
+    rest = 2 * (number - sum(m.in_features * m.out_features for m in layers))
+    for word, kind in QUANTIZERS.items():
+        shapes = [(m.out_features, m.in_features) for m in layers]
+        stored = [t for s in shapes for t in kind.empty(s, torch.device("meta")).values()]
+        found[word] = rest + sum(t.numel() * t.element_size() for t in stored)
+    return found
+
+
 def quantization_of(model: nn.Module) -> str | None:
     """How the layers of a model are stored, in words; None where all are plain."""
     kinds = {module.quantizer.settings() for _, module in quantized_layers(model)}

@@ -32,21 +32,27 @@ def command(
     ] = False,
 ) -> None:
     import json as jsonlib
+    from textwrap import wrap
 
     from lorica.attach.inspect import inspect
     from lorica.base.load import empty_model
+    from lorica.base.quantize import bytes_by_storage
     from lorica.cli.kinds import checked_kind
+    from lorica.records.phrases import size
 
     trained = _trained(Path(model))
     if trained:
         model = trained["base"]
     kind = checked_kind(trained.get("task") or task if task == "auto" else task, model)
-    found = inspect(empty_model(model, task=kind, trust_remote_code=trust_remote_code), r=r)
+    empty = empty_model(model, task=kind, trust_remote_code=trust_remote_code)
+    found, memory = inspect(empty, r=r), bytes_by_storage(empty)
     if json:
         own = {"trained": trained} if trained else {}
-        print(jsonlib.dumps({"task": kind, **found.as_dict(), **own}))
+        print(jsonlib.dumps({"task": kind, **found.as_dict(), "memory": memory, **own}))
     else:
-        print("\n".join([*_about(trained), *_lines(found, kind)]))
+        sizes = ", ".join(f"{word} {size(number)}" for word, number in memory.items())
+        lines = wrap(f"memory of the weights: {sizes}", 78, subsequent_indent="  ")
+        print("\n".join([*_about(trained), *_lines(found, kind), *lines]))
 
 
 def _trained(path: Path) -> dict[str, Any]:

@@ -19,8 +19,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorica.attach.attach import Adapter, attach, detach
-from lorica.base.load import Base, choose_dtype, empty_model, load_tokenizer, missing_heads
+from lorica.base.load import (
+    Base,
+    choose_dtype,
+    empty_model,
+    load_tokenizer,
+    missing_heads,
+    weight_files,
+)
 from lorica.base.quantize import check, make_room, quantizable, quantize_model, quantizer_of
+from lorica.base.stored import OWN, method_of, quantizers_of, read_stored
 from lorica.config import TrainSettings
 from lorica.data.encode import IGNORED, Example
 from lorica.errors import LoricaError
@@ -175,6 +183,9 @@ def make_shadow(request: Request) -> Shadow:
         kind, layers = quantizer_of(request.quantize), quantizable(made)
         check(kind, layers, type(made).__name__)
         make_room(made, dict.fromkeys(layers, kind), next(made.parameters()).dtype)
+    elif method_of(made.config) == OWN:
+        files = weight_files(request.name, revision=request.revision)
+        make_room(made, quantizers_of(read_stored(files)[1]), next(made.parameters()).dtype)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model = made.to_empty(device=request.device)
