@@ -5,9 +5,11 @@ Paths are those that diffusers has in its files: unet.down_blocks.0..., text_enc
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 
 from lorica.errors import BaseModelError, MissingPackage
@@ -50,23 +52,33 @@ class Parts(nn.Module):
 
 
 def load_parts(folder: str | Path) -> Parts:
-    """The parts of a pipeline's folder, on the CPU.
+    """The parts of a pipeline's folder, on the CPU; nothing else of it is loaded.
 
     Raises:
         BaseModelError: it cannot be loaded, or has no parts.
         MissingPackage: diffusers is not installed.
     """
     try:
-        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+        import diffusers
     except ImportError as error:
         raise MissingPackage.of("diffusers", "images", "a text-to-image pipeline") from error
+    libraries: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
+    found: dict[str, nn.Module] = {}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        index = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
+        for name in PARTS:
+            library, kind = index.get(name) or (None, None)
+            if library is None:
+                continue
+            made = getattr(libraries.get(str(library)), str(kind), None)
+            if made is None:
+                raise ValueError(f"{name} is {library}.{kind}, which is in neither library")
+            found[name] = made.from_pretrained(
+                str(Path(folder) / name), use_safetensors=True, local_files_only=True
+            ).eval()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BaseModelError(
-            f"{folder} is no pipeline that diffusers can load: {str(error)[:300]}",
-            expected=f"a folder with {MARKER} and safetensors",
+            f"{folder} is no pipeline that can be loaded: {str(error)[:300]}",
+            expected=f"a folder with {MARKER}, and safetensors in those of its parts",
         ) from error
-    return Parts(pipeline)
+    return Parts(found)
