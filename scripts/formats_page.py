@@ -3,9 +3,10 @@
     python scripts/formats_page.py [docs/formats.md]
 
 Small models with random weights and a random adapter are written, read by the tool, and asked. A
-tool that is not installed is named in the table as not asked. llama-cpp-python and mlx-lm are no
-development dependencies: the first is built from source for minutes, the second has no wheels for
-every system (pip install llama-cpp-python; pip install 'mlx[cpu]' mlx-lm).
+tool that is not installed is named in the table as not asked. llama-cpp-python, mlx-lm and LyCORIS
+are no development dependencies; the first is built from source for minutes:
+
+    pip install llama-cpp-python 'mlx[cpu]' mlx-lm lycoris-lora einops toml
 """
 
 from __future__ import annotations
