@@ -3,9 +3,10 @@
     python scripts/formats_page.py [docs/formats.md]
 
 Small models with random weights and a random adapter are written, read by the tool, and asked. A
-tool that is not installed is named in the table as not asked. llama-cpp-python and mlx-lm are no
-development dependencies: the first is built from source for minutes, the second has no wheels for
-every system (pip install llama-cpp-python; pip install 'mlx[cpu]' mlx-lm).
+tool that is not installed is named in the table as not asked. llama-cpp-python, mlx-lm and LyCORIS
+are no development dependencies; the first is built from source for minutes:
+
+    pip install llama-cpp-python 'mlx[cpu]' mlx-lm lycoris-lora einops toml
 """
 
 from __future__ import annotations
@@ -347,7 +348,7 @@ are not transposed, and llama.cpp answers as we do with ours.
 - **CLIP.** Files have `text_model.` in the names of text encoders, which transformers 5 has no
   more; both are read, and the first is written. diffusers 0.42 loses DoRA's lengths of text
   encoders on reading, and leaves `dora_scale` out of kohya's files, saying so. Of kohya's files it
-  takes a text encoder wrongly where `out_proj` is not among its layers; `lorica export` says that.
+  reads a text encoder only where `out_proj` is among its layers; `lorica export` says that.
 - **No alpha** in kohya's files means the scale 1, as its tools have it. In GGUF it is an error:
   llama.cpp would take the scale 1, and no writer means that.
 - **vLLM** itself was not run; what it reads of PEFT's config (r, lora_alpha, use_rslora,

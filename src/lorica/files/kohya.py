@@ -121,8 +121,8 @@ def _without_outputs(names: Iterable[str]) -> list[str]:
     heads = {name.partition("_text_model")[0] for name in texts}
     complete = {n.partition("_text_model")[0] for n in texts if n.endswith("_self_attn_out_proj")}
     return [
-        f"diffusers reads the layers of {head} wrongly where out_proj is not among them (seen with "
-        "0.42); give it --format diffusers"
+        f"diffusers 0.42 needs out_proj among the layers of {head}, else it reads none of them, or "
+        "reads them wrongly; give it --format diffusers"
         for head in sorted(heads - complete)
     ]
 
