@@ -140,7 +140,7 @@ def main() -> None:
     how = ("--num-inference-steps", 20, "--guidance-scale", 2.0, "--dtype", "float32")
     command(
         *("grid", given.base, "--adapters", adapters, "--weights", "0,0.5,1", "--overwrite"),
-        *("--prompt", "a seven", "--output", root / "grid.png", *how),
+        *("--prompt", "a zero", "--output", root / "grid.png", *how),
     )
 
 
