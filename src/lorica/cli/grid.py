@@ -49,6 +49,7 @@ def command(
 ) -> None:
     import json as jsonlib
 
+    from lorica.base.image_pipeline import ImagePipeline
     from lorica.base.load import IMAGES, load_model
     from lorica.cli.images import png
     from lorica.cli.opening import adapter_folder
@@ -66,6 +67,7 @@ def command(
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} is there already", mend="add --overwrite, or another name")
     model = load_model(pipeline, task=IMAGES, dtype=dtype)
+    assert isinstance(model, ImagePipeline)
     names = []
     for number, path in enumerate(given, start=1):
         folder = adapter_folder(Path(path)) or Path(path)

@@ -149,7 +149,8 @@ def picture_samples(prepared: Prepared, folder: RunFolder, voice: Voice) -> list
     records = (prepared.material.test or prepared.material.train.rows)[: run.num_samples]
     if not records:
         return []
-    side, channels = prepared.task.side, model.vae.config.in_channels  # type: ignore[union-attr]
+    vae: Any = model.vae
+    side, channels = prepared.task.side, vae.config.in_channels
     how: dict[str, Any] = {
         "seeds": [_DRAWN_FROM + i for i in range(len(records))],
         "num_inference_steps": run.num_inference_steps,
