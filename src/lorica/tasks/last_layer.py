@@ -121,13 +121,17 @@ class LastLayer:
         self.projection = None if own is None else self.layer.get_submodule(own)
         self.kept: Kept | None = None
 
-    def free(self, model: nn.Module) -> bool:
-        """Whether no adapter acts on a layer as a whole, or on all of them: these know rows by
-        their number.
+    def adapted(self, model: nn.Module, *, now: bool) -> bool:
+        """Whether an adapter lies on a layer as a whole, or on all of them: it knows rows by their
+        number.
+
+        Args:
+            now: whether one that does not act in the pass at hand does not count.
         """
         path = self.place.layers.split(".")
         around = [model.get_submodule(".".join(path[:n])) for n in range(len(path))]
-        return not any(hasattr(type(m), "_lorica_base") for m in (*around, *self.layers))
+        plates = [m.__dict__.get("_lorica") for m in (*around, *self.layers)]
+        return any(p is not None and (p.acting() or not now) for p in plates)
 
     @contextmanager
     def running(self) -> Iterator[None]:
