@@ -3,12 +3,12 @@
 A loss reads the rows with a label, a classifier one row of a text. In the layers below every row is
 a key and a value for others; behind the attention of the last layer a row is for itself. So the
 rows that nobody reads need not go through the rest of that layer, most of its products: with half
-of the rows labelled this saves five percent of a step of eight layers, and of a classifier of six
-layers an eighth.
+of the rows labelled that is five percent of the products of eight layers, and of a classifier with
+six layers an eighth.
 
 No code of a model is copied. In front of the output projection of attention the rows are chosen,
 and where the layer then adds all rows to the chosen ones, which is its residual connection, the
-same are chosen there. Whether a model gives the same so is tried by whoever asks `find`.
+same are chosen there. Whether a model gives the same so is tried in `probe`.
 
 Legend: T rows of the flat batch, K rows that go on, D features.
 """
