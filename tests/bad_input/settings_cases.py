@@ -133,7 +133,7 @@ CONTRADICTIONS = {  # lines -> words of the message
     "eval_size: 0\neval_steps: 5": "eval_steps has no effect with eval_size=0",
     "eval_size: 0\nearly_stopping_patience: 5": "early_stopping_patience has no effect",
     "eval_size: 0\neval_batch_size: 5": "eval_batch_size has no effect",
-    CLASSES + "packing: true": "packing=true is not possible",
+    CLASSES + "packing: true\nsystem: x": "system has no effect",  # packing has one
     CLASSES + "chat_template: x": "chat_template has no effect",
     CLASSES + "system: x": "system has no effect",
     CLASSES + "separator: x": "separator has no effect",

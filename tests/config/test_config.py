@@ -183,7 +183,7 @@ def test_training_contradictions(values, words):
         ({"eval_data": "e", "eval_size": 5}, ["eval_size=5", "eval_data"]),
         ({"eval_size": 0, "eval_steps": 5}, ["eval_steps", "eval_size=0"]),
         ({"eval_size": 0, "early_stopping_patience": 2}, ["early_stopping_patience"]),
-        ({"task": "text-classification", "packing": True}, ["packing"]),
+        ({"task": "seq2seq", "packing": True}, ["packing has no effect"]),
         ({"task": "text-classification", "system": "Be brief."}, ["system has no effect"]),
         ({"task": "text-classification", "chat_template": "t.j2"}, ["chat_template"]),
     ],

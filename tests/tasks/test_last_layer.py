@@ -122,12 +122,21 @@ def _all_labelled():
     return documents, [torch.arange(39), torch.arange(19)]
 
 
-def test_an_adapter_on_whole_layers_has_all_rows():
+def test_an_adapter_on_whole_layers_has_all_rows_while_it_acts():
     model, own = ARCHITECTURES["llama"].build(), CausalLM.of(WordTokenizer())
-    assert own.place(model) is not None
     attach(model, LoReFT(r=2, layers_to_transform=[1]), name="x")
-    assert own.place(model) is None and own.packs(model)
-    assert own.collate([examples(3, 9)], model).kept is None
+    block = [Example(e.input_ids, [-100] * (len(e) - 1) + e.input_ids[-1:]) for e in examples(3, 9)]
+    rows = []
+    model.model.norm.register_forward_hook(lambda _m, _a, out: rows.append(out.shape[1]))
+    losses = []
+    for names in (None, "x"):
+        with activate(model, names):
+            batch = own.collate([block], model)
+            rows.clear()
+            losses.append(own.losses(model, batch)[0].item())
+            total = batch.inputs["input_ids"].shape[1]
+            assert rows[-1:] == [32 if names is None else total]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5), "LoReFT begins without effect"
 
 
 @pytest.mark.parametrize("name", ["gpt2"])

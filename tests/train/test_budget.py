@@ -15,6 +15,7 @@ from lorica.data.facts import facts
 from lorica.errors import ConfigError
 from lorica.methods import LISA, AdaLoRA, LoRA, Sparse
 from lorica.tasks import CausalLM, TextClassification
+from lorica.tasks.last_layer import Place
 from lorica.train import ledger
 from lorica.train.budget import Scoring, Work, chosen_batches, estimate, machine_bytes
 from lorica.train.engine import Engine, Trainee, at_rest, between_of
@@ -27,7 +28,9 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def shadow():
-    return make_shadow(Request("embedded", dtype="float32"))
+    made = make_shadow(Request("embedded", dtype="float32"))
+    made.place = Place("model.layers", "self_attn.o_proj")  # what running it would tell
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +156,10 @@ def test_an_encoder_takes_what_was_planned(tmp_path, shadow):
     task = TextClassification(shadow.base.tokenizer, labels)
     same = [Example([5 + i] * (20 + i), [i % 3], i) for i in range(8)] * 4
     request = Request(str(tmp_path), "text-classification", "float32", labels)
-    found = planned(make_shadow(request), task, same)
+    other = make_shadow(request)
+    try_out(other, task, same)
+    assert other.place is not None
+    found = planned(other, task, same)
     model = load_model(tmp_path, task="text-classification", labels=labels, dtype="float32")
     real = allocated(model, task, same)
     step = found.activations + found.logits + found.workspace + found.gradients
@@ -244,6 +250,7 @@ def test_the_miniature_tells_of_packing(shadow, task, examples):
     other.packs = other.plain = False
     try_out(other, task, examples)
     assert (other.packs, other.plain, other.notes) == (True, True, [])
+    assert other.place == shadow.place
 
 
 def test_the_machine_has_memory():

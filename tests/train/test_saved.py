@@ -128,7 +128,7 @@ def saved(layers: int, dtype: torch.dtype, method: LoRA) -> tuple[Counter, int, 
     factors = [t for slot in adapter.slots.values() for t in slot.tensors.values()]
     there = [*model.parameters(), *model.buffers(), *factors, *inputs]
     assert batch.kept is not None
-    there += [*batch.labels, *batch.keep, batch.kept.rows]
+    there += [*batch.labels, *batch.keep, batch.kept.rows, *batch.kept.chosen]
     known = {t.untyped_storage().data_ptr() for t in there}
     found: dict[int, Tensor] = {}
 

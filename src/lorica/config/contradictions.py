@@ -13,7 +13,7 @@ from pathlib import Path
 from lorica.config.settings import RunConfig, TrainSettings
 
 _OF_TEXTS = ("chat_template", "system", "separator", "train_on", "add_bos", "packing")
-"""Settings of causal-lm, which do nothing in the other tasks."""
+"""Settings of causal-lm, which do nothing in the other tasks; but classifiers pack texts."""
 _NEUTRAL = {"packing": (False, "auto")}
 
 
@@ -72,14 +72,12 @@ def _evaluation(run: RunConfig, train: TrainSettings) -> Iterator[str]:
 
 
 def _task(run: RunConfig, train: TrainSettings) -> Iterator[str]:
-    if run.task == "text-classification" and train.packing is True:
-        yield "packing=true is not possible in text-classification; a row is one record there"
     for key in _OF_TEXTS if run.task in ("text-classification", "seq2seq") else ():
         group = run if key in RunConfig.model_fields else train
         value, default = getattr(group, key), type(group).model_fields[key].default
         if value not in (None, default, *_NEUTRAL.get(key, ())):
             if key == "packing" and run.task == "text-classification":
-                continue  # said above
+                continue  # texts are packed there too
             yield f"{key} has no effect in {run.task}; take it out"
 
 

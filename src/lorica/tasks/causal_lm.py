@@ -139,14 +139,14 @@ class CausalLM:
 
     def _row_losses(self, model: Any, batch: Batch) -> list[Tensor]:
         """The loss of every row that carries a label, for each block (labels,)."""
-        head, end, keep = self._head(model), self._ends.get(model), batch.keep
-        if batch.kept is not None:
-            keep = batch.kept.chosen
+        head, end, keep, kept = self._head(model), self._ends.get(model), batch.keep, None
+        if end is not None and batch.kept is not None and not end.adapted(model, now=True):
+            keep, kept = batch.kept.chosen, batch.kept
         labelled = list(zip(keep, batch.labels, strict=True))
         packed = self.running(model) if "documents" in batch.inputs else nullcontext()
         with packed, telling(model, batch.prompts):
             if end is not None:
-                end.kept = batch.kept
+                end.kept = kept
             if head is None:
                 logits = model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
                 return [
@@ -197,8 +197,7 @@ class CausalLM:
         if model not in self._ends:
             place = place_of_rows(model) if self.packs(model) else None
             self._ends[model] = None if place is None else LastLayer(model, place)
-        end = self._ends[model]
-        return end if end is not None and end.free(model) else None
+        return self._ends[model]
 
     def assume(
         self, model: nn.Module, *, packs: bool, plain: bool, place: Place | None = None

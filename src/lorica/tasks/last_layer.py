@@ -3,12 +3,12 @@
 A loss reads the rows with a label, a classifier one row of a text. In the layers below every row is
 a key and a value for others; behind the attention of the last layer a row is for itself. So the
 rows that nobody reads need not go through the rest of that layer, most of its products: with half
-of the rows labelled this saves five percent of a step of eight layers, and of a classifier of six
-layers an eighth.
+of the rows labelled that is five percent of the products of eight layers, and of a classifier with
+six layers an eighth.
 
 No code of a model is copied. In front of the output projection of attention the rows are chosen,
 and where the layer then adds all rows to the chosen ones, which is its residual connection, the
-same are chosen there. Whether a model gives the same so is tried by whoever asks `find`.
+same are chosen there. Whether a model gives the same so is tried in `probe`.
 
 Legend: T rows of the flat batch, K rows that go on, D features.
 """
@@ -121,13 +121,17 @@ class LastLayer:
         self.projection = None if own is None else self.layer.get_submodule(own)
         self.kept: Kept | None = None
 
-    def free(self, model: nn.Module) -> bool:
-        """Whether no adapter acts on a layer as a whole, or on all of them: these know rows by
-        their number.
+    def adapted(self, model: nn.Module, *, now: bool) -> bool:
+        """Whether an adapter lies on a layer as a whole, or on all of them: it knows rows by their
+        number.
+
+        Args:
+            now: whether one that does not act in the pass at hand does not count.
         """
         path = self.place.layers.split(".")
         around = [model.get_submodule(".".join(path[:n])) for n in range(len(path))]
-        return not any(hasattr(type(m), "_lorica_base") for m in (*around, *self.layers))
+        plates = [m.__dict__.get("_lorica") for m in (*around, *self.layers)]
+        return any(p is not None and (p.acting() or not now) for p in plates)
 
     @contextmanager
     def running(self) -> Iterator[None]:

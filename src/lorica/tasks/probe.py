@@ -134,7 +134,7 @@ def place_of_rows(model: Any) -> Place | None:
                 whole = model(**inputs, documents=noted, use_cache=False).logits[0, wanted]
             for place in places(model, seen):
                 last = LastLayer(model, place)
-                if place.projection is None or not last.free(model):
+                if place.projection is None or last.adapted(model, now=True):
                     continue
                 with last.running():
                     last.kept = kept

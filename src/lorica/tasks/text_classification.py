@@ -202,7 +202,7 @@ class TextClassification:
                 self.notes.append(f"batches are of similar lengths, padded, not packed: {reason}")
             self._ends[model] = None if place is None else LastLayer(model, place)
         end = self._ends[model]
-        return end if end is not None and end.free(model) else None
+        return None if end is None or end.adapted(model, now=False) else end
 
     def collate(self, blocks: Sequence[Sequence[Example]], model: nn.Module) -> Batch:
         labels = tuple(torch.tensor([e.labels[0] for e in block]) for block in blocks)
