@@ -9,7 +9,7 @@ import yaml
 from lorica.config import known_settings, resolve
 from lorica.config.text import flag_layer
 from lorica.errors import ConfigError
-from lorica.methods import METHODS, UNIONS, WORDS, Bottleneck, LoRA, PrefixTuning
+from lorica.methods import METHODS, UNIONS, WORDS, Bottleneck, GatedLoRA, LoRA, PrefixTuning
 
 NEEDED = {"model": "m", "data": "d.jsonl"}
 
@@ -47,6 +47,10 @@ def test_a_name_for_several():
     assert mam.method.adapter_scaling == 4 and mam.method.reduction_factor == 2
     own = found(method="mam", num_virtual_tokens=3, reduction_factor=8)
     assert own.below[0].num_virtual_tokens == 3 and own.method.reduction_factor == 8
+    unipelt = found(method="unipelt", r=3, reduction_factor=8)
+    assert [one.kind for one in unipelt.below] == ["gated-prefix", "gated-adapter"]
+    assert unipelt.below[0].num_virtual_tokens == 10 and unipelt.below[1].reduction_factor == 8
+    assert unipelt.method == GatedLoRA(r=3)
     assert set(UNIONS) <= set(WORDS)
 
 

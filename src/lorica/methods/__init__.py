@@ -133,11 +133,11 @@ UNIONS = {
     ),
     "unipelt": Union(
         (
-            ("gated-prefix-tuning", {"num_virtual_tokens": 10}),
-            ("gated-bottleneck", {}),
+            ("gated-prefix", {"num_virtual_tokens": 10}),
+            ("gated-adapter", {}),
             ("gated-lora", {}),
         ),
-        "a prefix, bottlenecks and LoRA, opened by gates for each text (arXiv 2110.07577)",
+        "a prefix, bottlenecks and LoRA behind gates (arXiv 2110.07577)",
     ),
 }
 """A name for methods that train together as one adapter."""

@@ -116,7 +116,7 @@ class GatedBottleneck(Bottleneck):
         "behind attention and feed-forward (houlsby), behind feed-forward (pfeiffer), or beside it",
     )
 
-    kind: ClassVar[str] = "gated-bottleneck"
+    kind: ClassVar[str] = "gated-adapter"
     title: ClassVar[str] = "bottlenecks that a gate opens for each text (arXiv 2110.07577)"
 
     def problems(self, layer: Layer) -> list[str]:
@@ -136,7 +136,7 @@ class GatedBottleneck(Bottleneck):
 class GatedPrefixTuning(PrefixTuning):
     """A prefix with a gate for each layer, which lies at that layer's attention."""
 
-    kind: ClassVar[str] = "gated-prefix-tuning"
+    kind: ClassVar[str] = "gated-prefix"
     title: ClassVar[str] = "a prefix that gates open for each text (arXiv 2110.07577)"
 
     def problems(self, layer: Layer) -> list[str]:
