@@ -96,7 +96,7 @@ def speed(found: Sequence[dict]) -> str:
     ]
     head = ["adapters", "tokens a step", "one after the other", "together", "gain"]
     return (
-        "## Tokens per second at small batches\n\nA Llama of 30 M parameters in bfloat16, r = 8 "
+        "## Tokens per second at small batches\n\nA Llama of 30 M parameters in float32, r = 8 "
         "on all linear layers, three records of E2E per adapter and step; tokens per second of "
         "processor time, one thread. A pass holds at most 4,096 tokens; more go through several."
         "\n\n" + table(head, rows)
@@ -129,7 +129,7 @@ def layouts(found: Sequence[dict]) -> str:
     head = ["adapters", "rows each", "loop over segments", "grouped product", "stacked with a gate"]
     return (
         "## Layouts of the small products\n\nTime of one adapted layer (512 to 1408, r = 8, "
-        "bfloat16, forward and backward) as a share of that of the loop, which is what Lorica "
+        "float32, forward and backward) as a share of that of the loop, which is what Lorica "
         "does. The grouped product needs equal ranks. The gate does not keep the bits.\n\n"
         + table(head, rows)
     )

@@ -175,8 +175,8 @@ def anchored(settings: Resolved) -> Resolved:
 def _anchored(values: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for key in _PATHS:
-        value = values.get(key)
-        stem = re.sub(r"#\d+$", "", value or "")  # records.jsonl#500: a sample of so many
+        value: str = values.get(key) or ""
+        stem = re.sub(r"#\d+$", "", value)  # records.jsonl#500: a sample of so many
         if stem not in ("", "embedded") and (path := Path(stem).expanduser()).exists():
             found[key] = str(path.absolute()) + value.removeprefix(stem)
     return found

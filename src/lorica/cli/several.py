@@ -401,7 +401,7 @@ class _Run:
             raise NonFiniteError(
                 f"{len(failed)} of {len(report.failed)} adapters failed; the others are in "
                 f"{self.folder.path}",
-                problems=failed.values(),
+                problems=[*failed.values()],
                 mend="lower their learning_rate, or set max_grad_norm, in a run of their own",
             )
         return Outcome(self.folder.path, {}, self.shown)

@@ -118,7 +118,8 @@ def _lines_of(mapping: MappingNode) -> typing.Iterator[tuple[str, int]]:
     """Every name with its line; those in lists of mappings as adapters[0] and adapters[0].r."""
     for key, value in mapping.value:
         yield key.value, key.start_mark.line + 1
-        for number, entry in enumerate(value.value if isinstance(value, SequenceNode) else ()):
+        entries: list[Node] = value.value if isinstance(value, SequenceNode) else []
+        for number, entry in enumerate(entries):
             if isinstance(entry, MappingNode):
                 place = f"{key.value}[{number}]"
                 yield place, entry.start_mark.line + 1
