@@ -1,10 +1,11 @@
 """The study: claimed once, resumed after a kill, shared, and never asked the same thing twice."""
 
 import math
+import sys
 
 import pytest
 
-from lorica.errors import ConfigError, LoricaError
+from lorica.errors import ConfigError, LoricaError, MissingPackage
 from lorica.methods import WORDS
 from lorica.search.space import read_space
 from lorica.search.study import Study
@@ -148,3 +149,10 @@ def test_candidates_judged_on_other_records_are_refused(tmp_path):
     report(own, 0, 5)
     with pytest.raises(LoricaError, match="different records"):
         own.report(0, 10, 1.0, losses=(1.0,), tokens=(9,), kept=True, rung=False)
+
+
+def test_without_optuna_the_message_is_the_install_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(MissingPackage) as caught:
+        study(tmp_path)
+    assert caught.value.mend == "pip install 'lorica[search]'"

@@ -43,7 +43,7 @@ from lorica.search.field import Course, Field, by_record
 from lorica.search.result import CutTo, OfSpectrum, answer_of, as_dict
 from lorica.search.space import name_of
 from lorica.search.spectra import cut, has_spectra, smaller_ranks, spectra, suggested
-from lorica.search.study import Entry, Study
+from lorica.search.study import Entry, Study, import_optuna
 from lorica.train.loop import TrainReport, train
 from lorica.train.measure import mean_loss
 
@@ -70,6 +70,7 @@ def execute_search(
     gc.freeze()
     voice = Voice(json=json, quiet=quiet)
     candidates = Candidates(settings)
+    import_optuna()  # its absence is told before anything is read
     path = resume or Path(settings.run.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     if resume is not None and _finished(path, voice):
         return path

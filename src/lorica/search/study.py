@@ -20,12 +20,6 @@ from lorica.errors import ConfigError, LoricaError, MissingPackage
 from lorica.search.samplers import FIXED, fixed_points, number_of, suggested
 from lorica.search.space import Choices, Point, Space
 
-try:
-    import optuna
-    from optuna.trial import FrozenTrial, TrialState
-except ImportError as error:
-    raise MissingPackage.of("optuna", "search", "a search") from error
-
 Outcome = Literal["waiting", "training", "finished", "cut", "failed"]
 
 NAME = "lorica"
@@ -100,14 +94,15 @@ class Study:
 
     Raises:
         ConfigError: the study there is one of other settings, data or base.
+        MissingPackage: optuna is not there.
     """
 
     def __init__(
         self, storage: str, space: Space, *, seed: int, identity: Mapping[str, Any], run: str
     ) -> None:
         self.space, self.run = space, run
+        optuna = self._optuna = import_optuna()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self._shared = "://" in storage or space.how.storage is not None
         url = storage if "://" in storage else f"sqlite:///{Path(storage).absolute()}"
         how = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
@@ -116,9 +111,10 @@ class Study:
         self._own: dict[int, _Held] = {}
         self._tokens: tuple[int, ...] | None = None
 
-    def _open(self, seed: int, identity: dict[str, Any]) -> optuna.Study:
+    def _open(self, seed: int, identity: dict[str, Any]) -> Any:
+        optuna = self._optuna
         how: dict[str, Any] = {"study_name": NAME, "storage": self._storage}
-        sampler = _sampler(self.space.sampler, seed)
+        sampler = _sampler(optuna, self.space.sampler, seed)
         try:
             study = optuna.create_study(**how, sampler=sampler, direction="minimize")
         except optuna.exceptions.DuplicatedStudyError:
@@ -151,7 +147,7 @@ class Study:
         """Trained tokens of each evaluation record; empty before the first evaluation."""
         return tuple(self._study.user_attrs.get("tokens", ()))
 
-    def _trials(self) -> list[FrozenTrial]:
+    def _trials(self) -> list[Any]:
         found = self._study.get_trials(deepcopy=False)
         return [trial for trial in found if not trial.user_attrs.get("void")]
 
@@ -164,12 +160,12 @@ class Study:
         fixed = self.space.sampler in FIXED
         if not fixed and len(self._trials()) >= number_of(self.space):
             return None
-        if fixed and not any(t.state == TrialState.WAITING for t in self._trials()):
+        if fixed and not any(t.state.name == "WAITING" for t in self._trials()):
             return None
         trial = self._study.ask()
         if fixed and "point" not in trial.user_attrs:  # another machine took the last one
             trial.set_user_attr("void", True)
-            self._study.tell(trial, state=TrialState.FAIL)
+            self._study.tell(trial, state=self._state("FAIL"))
             return None
         point = suggested(self.space, trial, trial.user_attrs.get("point"))
         if not fixed:
@@ -179,7 +175,7 @@ class Study:
     def _orphan(self) -> int | None:
         """A candidate that was taken by a run which was killed before it could say so."""
         for trial in self._trials():
-            if trial.state != TrialState.RUNNING or trial.user_attrs.get("run"):
+            if trial.state.name != "RUNNING" or trial.user_attrs.get("run"):
                 continue
             since = datetime.now() - (trial.datetime_start or datetime.now())
             if "point" in trial.user_attrs and (not self._shared or since > _LOST):
@@ -256,12 +252,15 @@ class Study:
         self._set(number, reason=reason)
         entry = self.entry(number)
         if outcome == "failed" or entry.loss is None:
-            self._study.tell(number, state=TrialState.FAIL)
+            self._study.tell(number, state=self._state("FAIL"))
         elif outcome == "cut":
-            self._study.tell(number, state=TrialState.PRUNED)
+            self._study.tell(number, state=self._state("PRUNED"))
         else:
             self._study.tell(number, entry.loss)
         held.ended = True
+
+    def _state(self, name: str) -> Any:
+        return self._optuna.trial.TrialState[name]
 
     def _held_of(self, number: int) -> _Held:
         """A candidate as this process knows it: nobody else writes about it."""
@@ -293,18 +292,29 @@ class _Held:
 _NOTHING = object()
 
 
-def _sampler(kind: str, seed: int) -> Any:
+def import_optuna() -> Any:
+    """The package that keeps a study. Raises MissingPackage where it is not there."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingPackage.of("optuna", "search", "a search") from error
+    return optuna
+
+
+def _sampler(optuna: Any, kind: str, seed: int) -> Any:
     if kind not in _SAMPLERS:
         return optuna.samplers.RandomSampler(seed=seed)
     try:
-        return getattr(optuna.samplers, _SAMPLERS[kind])(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return getattr(optuna.samplers, _SAMPLERS[kind])(seed=seed)
     except ImportError as error:
         raise ConfigError(
             f"sampler: {kind} cannot be used: {error}", mend="choose tpe or random"
         ) from error
 
 
-def _missing(study: optuna.Study, points: Sequence[Point] | None) -> list[Point]:
+def _missing(study: Any, points: Sequence[Point] | None) -> list[Point]:
     """The points that are not in the queue yet."""
     there = [json.dumps(trial.user_attrs.get("point")) for trial in study.get_trials()]
     return [point for point in points or () if json.dumps(point) not in there]
@@ -321,22 +331,22 @@ def _params(space: Space, point: Point) -> dict[str, Any]:
     return found
 
 
-_STATES: dict[TrialState, Outcome] = {
-    TrialState.WAITING: "waiting",
-    TrialState.RUNNING: "training",
-    TrialState.COMPLETE: "finished",
-    TrialState.PRUNED: "cut",
-    TrialState.FAIL: "failed",
+_STATES: dict[str, Outcome] = {
+    "WAITING": "waiting",
+    "RUNNING": "training",
+    "COMPLETE": "finished",
+    "PRUNED": "cut",
+    "FAIL": "failed",
 }
 
 
-def _entry(trial: FrozenTrial) -> Entry:
+def _entry(trial: Any) -> Entry:
     known = trial.user_attrs
     kept = known.get("kept", {})
     return Entry(
         number=trial.number,
         point=dict(known.get("point", {})),
-        outcome=_STATES[trial.state],
+        outcome=_STATES[trial.state.name],
         run=str(known.get("run", "")),
         reason=str(known.get("reason", "")),
         parameters=known.get("parameters"),
