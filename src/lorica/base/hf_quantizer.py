@@ -25,7 +25,6 @@ from lorica.errors import BaseModelError, folded
 _WORD = "lorica"
 
 
-@register_quantization_config(_WORD)
 class OnTheWay(QuantizationConfigMixin):
     """What is to be done while a model is loaded: quantize its layers, or leave a place for layers
     that were quantized before.
@@ -56,7 +55,6 @@ class OnTheWay(QuantizationConfigMixin):
             )
 
 
-@register_quantizer(_WORD)
 class AtTheDoor(HfQuantizer):
     """Called by transformers, once for a model."""
 
@@ -91,7 +89,8 @@ class AtTheDoor(HfQuantizer):
             quantized(self.layers[path], kind, stored, dtype)
         self.remove_quantization_config(model)
         for module in model.modules():
-            getattr(module, "config", self).__dict__.pop("_is_quantized", None)
+            own: Any = getattr(module, "config", self)
+            vars(own).pop("_is_quantized", None)
         model.__dict__.pop("is_quantized", None)
         return model
 
@@ -148,3 +147,8 @@ def _submodule(model: nn.Module, path: str) -> nn.Linear:
             mend="choose the task that the model was made for",
         )
     return module
+
+
+# By calls, for as decorators they hide the classes' own attributes from a type checker.
+register_quantization_config(_WORD)(OnTheWay)
+register_quantizer(_WORD)(AtTheDoor)

@@ -146,7 +146,7 @@ def load_model(
         if stored := method_of(config):
             _refuse_twice(name, stored, kind)
         if stored == OWN and (files := _files_of(path, revision)):
-            del config.quantization_config
+            vars(config).pop("quantization_config")
             weights, layers = read_stored(files)
             way, local = OnTheWay(stored=quantizers_of(layers)), {}
             options = {"state_dict": weights}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -81,7 +81,7 @@ def quantizable(model: nn.Module, *, head: bool = False) -> dict[str, nn.Linear]
             and not any(name in parts for name in float32)
             and "parametrizations" not in module._modules
         ):
-            found[path] = module
+            found[path] = cast(nn.Linear, module)
     return found
 
 

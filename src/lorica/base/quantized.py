@@ -165,7 +165,7 @@ def plain(module: nn.Module, weight: Tensor) -> None:
     """The inverse of `quantized`: a layer of plain numbers again, which are `weight`."""
     base = getattr(type(module), "_lorica_base", None)
     assert base is None and isinstance(module, QuantizedLinear), "detach adapters first"
-    module.__class__ = nn.Linear
+    object.__setattr__(module, "__class__", nn.Linear)
     for name in ("quantizer", "stored_dtype", "origin"):
         module.__dict__.pop(name, None)
     module._buffers.clear()
