@@ -30,8 +30,8 @@ sys.path.append(str(ROOT / "tests"))
 from architectures import ARCHITECTURES  # noqa: E402
 from lorica.attach.activate import activate  # noqa: E402
 from lorica.attach.attach import attach  # noqa: E402
-from lorica.base.load import load_model  # noqa: E402
 from lorica.base.image_pipeline import ImagePipeline  # noqa: E402
+from lorica.base.load import load_model  # noqa: E402
 from lorica.files import gguf_model, onnx_model  # noqa: E402
 from lorica.files.adapter import load_adapter, save_adapter  # noqa: E402
 from lorica.files.exports import ADAPTERS, MODELS  # noqa: E402

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.attach.attach import Adapter
-from lorica.base.load import base_of, load_model
+from lorica.base.load import IMAGES, base_of, load_model
 from lorica.cli.kinds import checked_kind
 from lorica.cli.opening import adapter_facts, adapter_folder, configured_base
 from lorica.errors import AdapterFileError, ConfigError, nearest
@@ -58,6 +58,8 @@ def open_adapter(path: str, base: str | None, dtype: str = "as-stored") -> Adapt
         )
     kind = asked.get("kind") or known.get("task") or checked_kind("auto", name)
     labels = tuple(asked.get("labels", ()))
+    if kind == IMAGES and dtype == "as-stored":  # its parts may differ
+        dtype = "auto"
     model = load_model(
         name, task=kind, dtype=dtype, labels=labels, eos_token=asked.get("eos_token"), device="cpu"
     )
