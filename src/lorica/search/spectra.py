@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +48,9 @@ class Spectrum:
 
 def has_spectra(adapter: Adapter) -> bool:
     """Whether the adapter is plain LoRA, whose updates are products that can be cut."""
-    slots = [slot for slot in adapter.slots.values() if isinstance(slot.method, LoRA)]
+    slots = [(s.method, s.tensors) for s in adapter.slots.values() if isinstance(s.method, LoRA)]
     grouped = any(
-        slot.tensors["B"].dim() > 3 and slot.tensors["B"].shape[1] != slot.method.r
-        for slot in slots
+        tensors["B"].dim() > 3 and tensors["B"].shape[1] != method.r for method, tensors in slots
     )
     return type(adapter.method) is LoRA and adapter.on is None and bool(slots) and not grouped
 
@@ -128,7 +128,7 @@ def cut(model: nn.Module, adapter: Adapter, rank: int | Mapping[str, int], *, na
     return attach_tensors(model, method, places, tensors, name=name)
 
 
-def _neutral(method: LoRA) -> dict[str, object]:
+def _neutral(method: Any) -> dict[str, object]:
     """Settings of a start, as they are without it."""
     names = ("init_records", "eva_rho", "eva_tau", "lora_ga_gamma", "loftq_iter")
     return {name: method.__dataclass_fields__[name].default for name in names}
