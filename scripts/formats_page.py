@@ -176,7 +176,8 @@ def diffusers(form: str, name: str, *, back: bool = False) -> Callable[[Path], s
         pipeline = PIPELINES[name]()
         names = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "out_proj", "fc1")
         adapter = stirred(
-            ImagePipeline(pipeline), LoRA(r=2, lora_alpha=3, target_modules=names, rank_pattern={"to_k": 4})
+            ImagePipeline(pipeline),
+            LoRA(r=2, lora_alpha=3, target_modules=names, rank_pattern={"to_k": 4}),
         )
         with activate(adapter.model, adapter):
             expected = answers(pipeline)

@@ -213,7 +213,10 @@ def test_lycoris_comes_back(method, tmp_path):
     assert distance(acting(again, loaded), expected) < 1e-5
     save_adapter(loaded, tmp_path / "own")
     third = PIPELINES["sd"]()
-    assert distance(acting(third, load_adapter(ImagePipeline(third), tmp_path / "own")), expected) < 1e-5
+    assert (
+        distance(acting(third, load_adapter(ImagePipeline(third), tmp_path / "own")), expected)
+        < 1e-5
+    )
 
 
 def test_what_diffusers_cannot_read_is_told(tmp_path):
@@ -246,7 +249,9 @@ def test_what_has_no_name_or_place_is_refused(tmp_path):
         FORMATS["kohya"].write(adapter, tmp_path / "x.safetensors", "float32", False)
     assert caught.value.problems[0].startswith("transformer.")
     pipeline = PIPELINES["sd"]()
-    adapter = attach(ImagePipeline(pipeline), LoRA(r=2, target_modules="to_q", modules_to_save="conv_in"))
+    adapter = attach(
+        ImagePipeline(pipeline), LoRA(r=2, target_modules="to_q", modules_to_save="conv_in")
+    )
     for name in ("kohya", "diffusers"):
         with pytest.raises(AdapterFileError) as caught:
             FORMATS[name].write(adapter, tmp_path / "x.safetensors", "float32", False)

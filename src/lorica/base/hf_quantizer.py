@@ -127,7 +127,10 @@ class _Pack(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError("a packed weight is unpacked by base.storage")
+        raise BaseModelError(
+            "transformers does not write a base that Lorica has quantized",
+            mend="write it with lorica.files.quantized.save_base(model, FOLDER)",
+        )
 
 
 def _known(module: nn.Module) -> None:

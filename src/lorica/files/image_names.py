@@ -52,9 +52,7 @@ def parts_of(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     Empty for what is no part of a pipeline.
     """
     if isinstance(model, ImagePipeline):
-        return {
-            name: (f"{name}.", part) for name, part in model.named_children() if name in PARTS
-        }
+        return {name: (f"{name}.", part) for name, part in model.named_children() if name in PARTS}
     kind = type(model).__name__
     if type(model).__module__.startswith("diffusers") and "Transformer" in kind:
         return {"transformer": ("", model)}

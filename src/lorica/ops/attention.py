@@ -65,6 +65,6 @@ class _ShortAttention(torch.autograd.Function):
         g_BLD = g.reshape(q_BLD.shape)
         dv = torch.bmm(p_BLL.transpose(1, 2), g_BLD)
         ds = torch.bmm(g_BLD, v_BLD.transpose(1, 2))
-        ds = torch._softmax_backward_data(ds, p_BLL, -1, p_BLL.dtype).mul_(ctx.scale)
+        ds = torch.ops.aten._softmax_backward_data(ds, p_BLL, -1, p_BLL.dtype).mul_(ctx.scale)
         dq, dk = torch.bmm(ds, k_BLD), torch.bmm(ds.transpose(1, 2), q_BLD)
         return dq.view(ctx.shape), dk.view(ctx.shape), dv.view(ctx.shape), None, None

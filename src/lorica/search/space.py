@@ -300,7 +300,8 @@ def read_space(
         raise ConfigError(
             "the search cannot be run", problems=[f"{origin}: {text}" for text in problems]
         )
-    words = axes["method"].values if isinstance(axes.get("method"), Choices) else (default_method,)
+    method = axes.get("method")
+    words = method.values if isinstance(method, Choices) else (default_method,)
     taken = {str(w): _taken(methods[w]) for w in words if isinstance(w, str) and w in methods}
     return Space(tuple(axes.values()), taken, how, default_method)
 

@@ -295,7 +295,7 @@ def _block(q: Tensor, k: Tensor, v: Tensor, block: Block, how: _How, gate: Tenso
 def _rectangle(
     parts: tuple[Tensor, ...], how: _How, real: Tensor | None, gate: Tensor | None
 ) -> Tensor:
-    """Attention of N documents: three of (N, L, H, D), gates of the prefix (N, 1) -> (N L, H, D)."""
+    """Attention of N documents: three of (N, L, H, D), prefix gates (N, 1) -> (N L, H, D)."""
     q, k, v = (t.transpose(1, 2) for t in parts)
     longest, prefix = q.shape[2], 0
     if how.before is not None:
@@ -335,13 +335,13 @@ def _mask(longest: int, prefix: int, how: _How, device: torch.device) -> Tensor 
     """Which of its keys (prefix + L) a query (L) sees, where the kernels do not know by
     themselves.
     """
-    narrow = how.window is not None and how.window < longest
-    if not narrow and (how.both or not prefix):
+    window = longest if how.window is None else min(how.window, longest)
+    if window == longest and (how.both or not prefix):
         return None
     steps = torch.arange(longest, device=device)
     distance = steps[:, None] - torch.arange(-prefix, longest, device=device)[None, :]
     mask = torch.ones_like(distance, dtype=torch.bool) if how.both else distance >= 0
-    return mask & (distance.abs() < how.window) if narrow else mask
+    return mask & (distance.abs() < window) if window < longest else mask
 
 
 class _ToPlaces(torch.autograd.Function):

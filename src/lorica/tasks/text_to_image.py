@@ -21,7 +21,7 @@ from lorica.base.image_pipeline import ImagePipeline
 from lorica.data.encode import Encoded, Example, Progress
 from lorica.data.encoded_cache import Encoding, encoding_of
 from lorica.data.images import pixels_of
-from lorica.errors import ConfigError, DataError
+from lorica.errors import ConfigError, DataError, TrainingError
 from lorica.tasks.denoising import conditions, process_of
 from lorica.tasks.task import Batch, Prediction, answering, device_of
 
@@ -209,12 +209,24 @@ class TextToImage:
         owners = torch.tensor([i for i, _ in drawn], device=device)
         return Batch(inputs, (owners,))
 
+    def rectangle(self, examples: Sequence[Example], model: nn.Module) -> dict[str, Tensor]:
+        """Refused: what a pipeline is given is no row of tokens."""
+        raise TrainingError(
+            "pictures have no tokens in rows",
+            mend="set reuse_frozen_layers: false, and choose a method that asks for no such rows",
+        )
+
     def running(self, model: nn.Module) -> AbstractContextManager:
         return nullcontext()
 
     def losses(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         """The sum over the pictures of the batch of their mean squared errors."""
         return [self._errors(batch).sum()]
+
+    def each_loss(
+        self, model: nn.Module, batch: Batch, blocks: Sequence[Sequence[Example]]
+    ) -> list[list[float]]:
+        return [self._errors(batch).tolist()]
 
     def _errors(self, batch: Batch) -> Tensor:
         """The mean squared error of every picture of a batch (pictures,), over its draws."""

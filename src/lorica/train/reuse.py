@@ -78,6 +78,8 @@ def reuse_of(
         return Reuse()
     if not courses:
         middle, why = None, "no adapter is there at the beginning"
+    elif task.kind == "text-to-image":
+        middle, why = None, "a picture is drawn anew in every epoch, with other noise"
     elif task.kind == "seq2seq":
         middle, why = None, "an encoder-decoder model has two stacks of layers"
     else:
