@@ -127,7 +127,7 @@ class NonFiniteError(TrainingError):
 
     Attributes:
         rows: records that may be the cause, as indices into those of the adapter.
-        adapter: its name.
+        adapter: its name; where several failed, the first of them.
     """
 
     rows: Sequence[int] = ()

@@ -153,10 +153,11 @@ def picture_samples(prepared: Prepared, folder: RunFolder, voice: Voice) -> list
     side, channels = prepared.task.side, vae.config.in_channels
     how: dict[str, Any] = {
         "seeds": [_DRAWN_FROM + i for i in range(len(records))],
-        "num_inference_steps": run.num_inference_steps,
         "guidance_scale": run.guidance_scale,
         "resolution": side,
     }
+    if run.num_inference_steps is not None:
+        how["num_inference_steps"] = run.num_inference_steps
     drawn: dict[str, list[Any]] = {}
     for name, adapter in (("before", None), ("after", prepared.adapter)):
         with voice.work(f"drawing {len(records)} pictures, {name}"), activate(model, adapter):

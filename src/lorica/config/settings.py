@@ -439,11 +439,11 @@ class RunConfig(Settings):
         description="text-to-image: pixels of a side, to which pictures are resized and cropped; "
         "null: as the base was made for",
     )
-    num_inference_steps: int = Field(
-        default=30,
+    num_inference_steps: int | None = Field(
+        default=None,
         ge=1,
         le=1000,
-        description="text-to-image: denoising steps of a picture in the report",
+        description="text-to-image: denoising steps of a picture in the report; null: 30",
     )
     guidance_scale: float | None = Field(
         default=None,

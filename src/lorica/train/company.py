@@ -30,6 +30,7 @@ class Company:
         director: decides who leaves and joins; None where nobody does.
         heard: the evaluations of the newest turn that had some.
         asked: whether the director was asked for newcomers since the last turn.
+        errors: what ended those that failed since the run was begun or gone on with.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Company:
         self.model, self.task, self.courses, self.settings = model, task, courses, settings
         self.director, self.reuse, self.asked = director, reuse, False
         self.heard: dict[str, Evaluation] = {}
+        self.errors: dict[str, NonFiniteError] = {}
 
     @property
     def alone(self) -> bool:
@@ -62,7 +64,7 @@ class Company:
         """
         if self.alone:
             raise error
-        course.failed = str(error).splitlines()[0]
+        course.failed, self.errors[course.name] = str(error).splitlines()[0], error
         tell("warning", f"{course.failed}; it ends here, and the others go on")
         if self.director is None:
             self.refuse_if_all_failed()
@@ -71,11 +73,16 @@ class Company:
         """Raises NonFiniteError where no adapter came through."""
         failed = [course.failed for course in self.courses if course.failed]
         if len(failed) == len(self.courses):
-            raise NonFiniteError(
+            details = [text for error in self.errors.values() for text in error.problems]
+            all_of_them = NonFiniteError(
                 f"all {len(failed)} adapters failed",
-                problems=failed,
+                problems=[*failed, *details],
                 mend="lower learning_rate, set max_grad_norm, or use dtype: float32",
             )
+            if self.errors:
+                first = next(iter(self.errors.values()))
+                all_of_them.rows, all_of_them.adapter = first.rows, first.adapter
+            raise all_of_them
 
     def hear(self, found: Mapping[str, tuple[Mapping[str, float], Sequence[float]]]) -> None:
         """Take the evaluations of a turn, all of them before any is judged.
