@@ -30,6 +30,11 @@ FOUND = {  # norms and feed-forward layers, functions
     "bert": (0, 0),
 }
 
+T, K = 64, 32
+"""Rows of the second step: its 53 tokens, and the 27 with a label, which alone go on behind the
+attention of the last layer; both filled up to a multiple of 32.
+"""
+
 
 def frozen(name):
     return ARCHITECTURES[name].build().requires_grad_(False)
@@ -73,19 +78,21 @@ def test_a_step_is_the_step_of_plain_autograd(name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "mistral", "qwen3"])
 def test_a_step_keeps_no_activation_of_the_gate(name):
-    """float32: 64 rows of 53 features in each of two layers, and nothing else is different."""
+    """float32: 53 features of all rows in the first of two layers, of those that go on in the other
+    one, and nothing else is different.
+    """
     _, _, ours = _step(name, lean=True)
     _, _, plain = _step(name, lean=False)
-    assert plain - ours == 2 * 64 * 53 * 4
+    assert plain - ours == (T + K) * 53 * 4
 
 
 def test_bfloat16_keeps_no_wide_copies():
     """Norms keep their input as it is, where plain autograd keeps a float32 copy of it; but for the
-    first one, which nothing trains below.
+    first one, which nothing trains below. Of the other four the last two see the rows that go on.
     """
     _, _, ours = _step("llama", lean=True, dtype=torch.bfloat16)
     _, _, plain = _step("llama", lean=False, dtype=torch.bfloat16)
-    norms, gates = 4 * 64 * 36 * (4 - 2), 2 * 64 * 53 * 2
+    norms, gates = 2 * (T + K) * 36 * (4 - 2), (T + K) * 53 * 2
     assert plain - ours == norms + gates
 
 

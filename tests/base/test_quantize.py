@@ -1,6 +1,7 @@
 """Bases that are quantized in memory, on the way in, and on the disk."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -290,15 +291,20 @@ def test_no_more_than_one_tensor_lies_in_memory_in_full(tmp_path):
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     whole = 4 * num_parameters(model)
-    model.save_pretrained(tmp_path)
+    model.bfloat16().save_pretrained(tmp_path)  # float32 would be read where the file is mapped
     base_of(lorica.load_model("embedded")).tokenizer.save_pretrained(tmp_path)
     command = [sys.executable, "-c", PEAK, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    # glibc would keep what is freed, between what is not: 20 to 45 MB of it, from run to run
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=True, env=environment
+    )
     peak, held = map(int, done.stdout.split()[-2:])
     largest = 4 * 768 * 2048
-    room = 12 * 2**20  # the tokenizer, and what an allocator keeps
+    room = 4 * 2**20  # the tokenizer, and small objects; less than one more tensor
     assert held < whole * 0.2
-    assert peak <= held + largest + room < whole * 0.5, (peak, held, whole)
+    # one in full, and its magnitudes, which torch makes to look for NaN
+    assert peak <= held + 2 * largest + room < whole * 0.5, (peak, held, whole)
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_far_too_much_is_refused_before_loading(lorica, stock, quick, monkeypatc
     monkeypatch.setattr(forecast, "machine_bytes", lambda device: (GIB // 16, GIB // 32))
     refused = _train(lorica, stock, quick)
     assert refused.code == 3
-    assert "--ignore-memory" in refused.err and "gradient_checkpointing" in refused.err
+    assert "--ignore-memory" in refused.err and "batch_size: 4 with" in refused.err
     assert "base: " not in refused.out, "the base was loaded"
     assert not Path("run").exists()
     forced = _train(lorica, stock, quick, "--ignore-memory")

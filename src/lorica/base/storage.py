@@ -155,7 +155,7 @@ def _bitsandbytes(module: nn.Module, stored: Any) -> Packed | None:
     """The weight of a layer of bitsandbytes, read by Lorica's own quantizers: the bytes are the
     same.
     """
-    if not type(stored).__module__.startswith("bitsandbytes"):
+    if type(stored) in _PLAIN or not type(stored).__module__.startswith("bitsandbytes"):
         return None
     kind: Quantizer
     if (state := getattr(stored, "quant_state", None)) is not None:
@@ -174,5 +174,6 @@ def _bitsandbytes(module: nn.Module, stored: Any) -> Packed | None:
     return None
 
 
+_PLAIN = (Tensor, nn.Parameter)  # torch.compile cannot ask these for their module
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FOUR_BIT = {"nf4": four_bit.NF4, "fp4": four_bit.FP4}
