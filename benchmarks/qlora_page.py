@@ -76,8 +76,8 @@ def main() -> None:
             "",
             "One step of LoRA, rank 8 on all linear layers, on the very same nf4 bytes, float32 "
             "arithmetic; 8 records of 96 tokens (*full*) or 12 to 96 (*mixed*), half of each "
-            "trained. PEFT pads, Lorica packs: *full* is what kernels and engine bring on equal work, "
-            "*mixed* is that and the packing. Peak: of the whole process.",
+            "trained. PEFT pads, Lorica packs: *full* is what kernels and engine bring on equal "
+            "work, *mixed* is that and the packing. Peak: of the whole process.",
             "",
             "| shape | Lorica, s | PEFT + bnb, s | times as fast | Lorica, GiB | PEFT + bnb, GiB |",
             "|---|---|---|---|---|---|",

@@ -37,7 +37,7 @@ COMMAND_LINES = {
     "verify": "verify {run} {made}/merged",
     "mix": "mix {run} --method svd --r 1 --output-dir mixed",
     "extract": "extract {made}/merged {stock}/llama --output-dir extracted",
-    "grid": "grid {made}/pipeline --adapters {made}/style --weights 0,1 --prompt abc --output g.png",
+    "grid": "grid {made}/pipeline --adapters {made}/style --weights 0,1 --prompt a --output g.png",
     "report": "report {run}",
     "config": "config",
 }
