@@ -71,18 +71,22 @@ class Company:
 
     def refuse_if_all_failed(self) -> None:
         """Raises NonFiniteError where no adapter came through."""
-        failed = [course.failed for course in self.courses if course.failed]
+        failed = [course for course in self.courses if course.failed]
         if len(failed) == len(self.courses):
-            details = [text for error in self.errors.values() for text in error.problems]
             all_of_them = NonFiniteError(
                 f"all {len(failed)} adapters failed",
-                problems=[*failed, *details],
+                problems=[self._told(course) for course in failed],
                 mend="lower learning_rate, set max_grad_norm, or use dtype: float32",
             )
             if self.errors:
                 first = next(iter(self.errors.values()))
                 all_of_them.rows, all_of_them.adapter = first.rows, first.adapter
             raise all_of_them
+
+    def _told(self, course: Course) -> str:
+        """What ended an adapter, with its numbers and records where they are known."""
+        error = self.errors.get(course.name)
+        return "; ".join([course.failed or "", *(error.problems if error else ())])
 
     def hear(self, found: Mapping[str, tuple[Mapping[str, float], Sequence[float]]]) -> None:
         """Take the evaluations of a turn, all of them before any is judged.
