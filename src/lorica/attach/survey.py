@@ -16,6 +16,7 @@ from typing import Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorica.base.ends import end_layer
 from lorica.errors import TargetError
 
 Kind = Literal["linear", "embedding", "convolution", "experts", "packed", "other"]
@@ -225,15 +226,6 @@ def _refusal(place: Place, shared: tuple[str, ...], modules: dict[str, nn.Module
     elif isinstance(place.module, nn.Embedding) and hasattr(place.module, "embed_scale"):
         own = False
     return f"a {kind.__name__} does more than the class it is made from" if own else None
-
-
-def end_layer(model: nn.Module, getter: str = "get_output_embeddings") -> nn.Module | None:
-    """The layer at one end of a model of transformers; None where it has no such layer."""
-    get = getattr(model, getter, None)
-    try:
-        return get() if get is not None else None
-    except (NotImplementedError, AttributeError):  # some models have the method, but no such layer
-        return None
 
 
 def _places(path: str, modules: dict[str, nn.Module], head: nn.Module | None) -> Iterator[Place]:

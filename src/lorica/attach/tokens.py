@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorica.attach.survey import LINEAR, clean, end_layer, ends, survey
+from lorica.attach.survey import LINEAR, clean, ends, survey
+from lorica.base.ends import end_layer
 from lorica.errors import TargetError, nearest
 from lorica.methods.method import Method
 from lorica.methods.tokens import Tokens

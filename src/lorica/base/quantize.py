@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorica.base import four_bit, int8
+from lorica.base.ends import end_layer
 from lorica.base.quantized import Origin, QuantizedLinear, plain, quantized
 from lorica.base.quantizer import Quantizer
 from lorica.errors import BaseModelError, folded, nearest
@@ -90,15 +91,6 @@ def _kept(model: nn.Module) -> set[str]:
     head = end_layer(model)
     kept = {path for path, module in model.named_modules() if module is head}
     return kept | {name for name, _ in model.named_children() if name in _HEADS}
-
-
-def end_layer(model: nn.Module) -> nn.Module | None:
-    """The output layer of a model of transformers; None where it has none."""
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        return get() if get is not None else None
-    except (NotImplementedError, AttributeError):  # some models have the method, but no such layer
-        return None
 
 
 def _tied(model: nn.Module) -> set[str]:

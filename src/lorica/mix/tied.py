@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from lorica.attach.attach import attached_to
-from lorica.attach.survey import clean, end_layer, survey
+from lorica.attach.survey import clean, survey
+from lorica.base.ends import end_layer
 from lorica.mix.target import Target
 
 
