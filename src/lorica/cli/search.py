@@ -47,22 +47,12 @@ def command(
     if {"-h", "--help"} & {*context.args}:
         print(page(context, settings=True), end="")
         return
-    from lorica.cli.options import read_flags
-    from lorica.cli.train import check_resume, resumed, unbegun
-    from lorica.config import known_settings, load_yaml, resolve
-    from lorica.config.text import flag_layer
+    from lorica.cli.layers import layers_of
+    from lorica.config import resolve
     from lorica.methods import WORDS
 
-    known = known_settings(WORDS)
-    own = [p.opts[0] for p in context.command.params]
-    line = read_flags(context.args, known, [*own, "--help"])
-    layers = [load_yaml(file) for file in line.files]
-    if resume is not None and unbegun(resume, line.flags):
-        resume = None
-    if resume is not None:
-        check_resume(resume, replace, line.flags)
-        layers.insert(0, resumed(resume))
-    settings = resolve(*layers, flag_layer(line.flags, known), methods=WORDS)
+    layers, resume = layers_of(context, resume, replace=replace)
+    settings = resolve(*layers, methods=WORDS)
     from lorica.cli.search_run import execute_search
 
     how = {"json": json, "quiet": quiet, "ignore_memory": ignore_memory}

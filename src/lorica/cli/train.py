@@ -50,23 +50,14 @@ def command(
     if {"-h", "--help"} & {*context.args}:
         print(page(context, settings=True), end="")
         return
-    from lorica.cli.options import read_flags
+    from lorica.cli.layers import layers_of
     from lorica.cli.source import shaped_by_source
-    from lorica.config import known_settings, load_yaml, resolve
-    from lorica.config.text import flag_layer
+    from lorica.config import resolve
     from lorica.methods import WORDS
 
-    known = known_settings(WORDS)
-    own = [p.opts[0] for p in context.command.params]
-    line = read_flags(context.args, known, [*own, "--help"])
-    layers = [load_yaml(file) for file in line.files]
     go_on = resume is not None
-    if resume is not None and unbegun(resume, line.flags):
-        resume = None  # with --output-dir, the same line begins a run and goes on with it
-    if resume is not None:
-        check_resume(resume, replace, line.flags)
-        layers.insert(0, resumed(resume))
-    layers = shaped_by_source([*layers, flag_layer(line.flags, known)])
+    layers, resume = layers_of(context, resume, replace=replace)
+    layers = shaped_by_source(layers)
     settings = resolve(*layers, methods=WORDS)
     if settings.run.search is not None:
         from lorica.errors import ConfigError
@@ -108,40 +99,3 @@ def command(
         print("\n".join(closing(outcome.folder, settings.run.model)))
     else:
         print("\n".join(closing_lines(outcome.folder, outcome.samples)))
-
-
-def unbegun(folder: Path, flags: dict[str, str]) -> bool:
-    """Whether the command line names this folder as its output too, and no run has begun there."""
-    from lorica.config.names import ALIASES
-
-    named = [Path(v) for k, v in flags.items() if ALIASES.get(k, k) == "output_dir"]
-    begun = (folder / "run.json").is_file()
-    return not begun and any(path.resolve() == folder.resolve() for path in named)
-
-
-def check_resume(folder: Path, replace: bool, flags: dict[str, str]) -> None:
-    """Raises ConfigError for what goes with no resumed run."""
-    from lorica.config.names import ALIASES
-    from lorica.errors import ConfigError
-
-    problems = []
-    if not (folder / "run.json").is_file() or not (folder / "config.yaml").is_file():
-        problems.append(f"{folder} holds no run: no run.json and config.yaml that lorica wrote")
-    if replace:
-        problems.append("--replace would throw away the run that --resume goes on with")
-    for name, value in flags.items():
-        if ALIASES.get(name, name) == "output_dir" and Path(value).resolve() != folder.resolve():
-            problems.append(f"--output-dir {value} is another folder than that of --resume")
-    if problems:
-        raise ConfigError("this run cannot be gone on with", problems=problems)
-
-
-def resumed(folder: Path):
-    """The settings of a run, each with the origin that it had."""
-    from lorica.config import Layer, load_yaml
-    from lorica.records.read import read_settings
-
-    file = folder / "config.yaml"
-    layer = load_yaml(file)
-    origins = {setting.key: setting.origin for setting in read_settings(file) if setting.origin}
-    return Layer(layer.origin, layer.values, {**layer.origins, **origins})
