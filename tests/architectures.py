@@ -482,3 +482,16 @@ VISION_AND_SPEECH = _names("vision", "speech", "two-towers")
 PLAIN_MODULES = _names("module")
 EXPERTS = ["mixtral", "qwen3_moe"]
 """Those whose experts are 3-D parameters."""
+
+
+def said(name: str, model: nn.Module, **inputs: Tensor) -> Tensor:
+    """The logits of a model of the table."""
+    with torch.no_grad():
+        return ARCHITECTURES[name].logits(model(**inputs))
+
+
+def inputs_of(name: str, model: nn.Module, batch: int = 3, length: int = 7) -> dict[str, Tensor]:
+    """Inputs of a model of the table, with an attention mask."""
+    inputs = ARCHITECTURES[name].sample(model, batch, length)
+    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    return inputs

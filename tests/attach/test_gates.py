@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lorica
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, inputs_of, said
 from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter, attach
 from lorica.base.batch import telling
@@ -55,17 +55,6 @@ def unipelt(model: nn.Module, name: str = "u", seed: int = 0) -> Adapter:
         together=True,
     )
     return stirred(attach(model, GatedLoRA(r=3), name=name, on=behind, together=True), seed)
-
-
-def said(name: str, model: nn.Module, **inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        return ARCHITECTURES[name].logits(model(**inputs))
-
-
-def inputs_of(name: str, model: nn.Module, batch: int = 3, length: int = 7) -> dict[str, Tensor]:
-    inputs = ARCHITECTURES[name].sample(model, batch, length)
-    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-    return inputs
 
 
 def close(one: Tensor, other: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lorica
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, inputs_of, said
 from lorica.attach.activate import activate
 from lorica.attach.attach import Adapter, attach, detach
 from lorica.base.batch import telling
@@ -31,17 +31,6 @@ def stirred(model: nn.Module, method: LoReFT = SMALL, name: str = "a") -> Adapte
         for parameter in adapter.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
     return adapter
-
-
-def said(name: str, model: nn.Module, **inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        return ARCHITECTURES[name].logits(model(**inputs))
-
-
-def inputs_of(name: str, model: nn.Module, batch: int = 3, length: int = 7) -> dict[str, Tensor]:
-    inputs = ARCHITECTURES[name].sample(model, batch, length)
-    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-    return inputs
 
 
 def close(one: Tensor, other: Tensor) -> None:
