@@ -26,10 +26,10 @@ _PUBLIC = {
     "load_model": "lorica.base.load",
     "attach": "lorica.attach.attach",
     "detach": "lorica.attach.attach",
-    "adapters": "lorica.attach.attach",
+    "adapters": "lorica.attach.handle",
     "activate": "lorica.attach.activate",
     "Stack": "lorica.attach.activate",
-    "Adapter": "lorica.attach.attach",
+    "Adapter": "lorica.attach.handle",
     "survey": "lorica.attach.survey",
     # files
     "save_adapter": "lorica.files.adapter",
@@ -56,10 +56,10 @@ _PUBLIC = {
 if TYPE_CHECKING:  # the same for editors and type checkers; a test holds both equal
     from lorica.attach.activate import Stack as Stack
     from lorica.attach.activate import activate as activate
-    from lorica.attach.attach import Adapter as Adapter
-    from lorica.attach.attach import adapters as adapters
     from lorica.attach.attach import attach as attach
     from lorica.attach.attach import detach as detach
+    from lorica.attach.handle import Adapter as Adapter
+    from lorica.attach.handle import adapters as adapters
     from lorica.attach.survey import survey as survey
     from lorica.base.load import load_model as load_model
     from lorica.config.settings import TrainSettings as TrainSettings

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lorica
 from lorica.attach.activate import activate
-from lorica.attach.site import plates_of
+from lorica.attach.plates import plates_of
 from lorica.errors import ActivationError, ConfigError, LoricaWarning, TargetError
 from lorica.methods.lora import LoRA
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import lorica
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter, attach_tensors, attached_to, find
+from lorica.attach.attach import attach_tensors
+from lorica.attach.handle import Adapter, attached_to, find
 from lorica.attach.site import is_site
 from lorica.errors import ConfigError, LoricaError, TargetError
 from lorica.methods.lora import LoRA

@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 import lorica
 from architectures import ARCHITECTURES
 from lorica.attach.activate import Activation, activate
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
+from lorica.attach.plates import Route
 from lorica.attach.probe import unvisited
-from lorica.attach.site import Route
 from lorica.errors import ActivationError
 from lorica.methods.lora import LoRA
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import lorica
 from architectures import ARCHITECTURES, inputs_of, said
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter, attach, detach
+from lorica.attach.attach import attach, detach
+from lorica.attach.handle import Adapter
 from lorica.base.batch import telling
 from lorica.errors import ActivationError, ConfigError, MergeError, TargetError
 from lorica.files.adapter import load_adapter, save_adapter

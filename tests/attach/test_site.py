@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import lorica
 from lorica.attach.activate import Activation, activate
-from lorica.attach.site import Route, Site, Status, enter, is_site, leave, plates_of, site_class
+from lorica.attach.plates import Route, Status, plates_of
+from lorica.attach.site import Site, enter, is_site, leave, site_class
 from lorica.errors import ActivationError, LoricaError, LoricaWarning
 from lorica.methods.lora import LoRA
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter, adapters, attach, detach
+from lorica.attach.attach import attach, detach
+from lorica.attach.handle import Adapter, adapters
 from lorica.attach.weights import at_place
 from lorica.errors import ActivationError, ConfigError
 from lorica.methods import METHODS, LoRA

@@ -23,7 +23,8 @@ from torch import nn
 
 from architectures import ARCHITECTURES
 from bad_input.case import Case
-from lorica.attach.attach import adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import adapters
 from lorica.base.load import Base
 from lorica.errors import AdapterFileError, ConfigError, LoricaError, LoricaWarning
 from lorica.files.adapter import CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter

@@ -12,7 +12,8 @@ from torch import nn
 
 from architectures import ARCHITECTURES
 from bad_input.case import Case
-from lorica.attach.attach import adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import adapters
 from lorica.base.load import load_model
 from lorica.cli.options import read_flags
 from lorica.config import ALIASES, flag_layer, known_settings, load_yaml, parse_yaml, resolve

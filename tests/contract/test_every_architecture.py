@@ -16,7 +16,7 @@ import lorica
 from architectures import ARCHITECTURES, CAUSAL, EXPERTS, Architecture
 from attach.visits import probe
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.attach.probe import unvisited
 from lorica.errors import ActivationError, TargetError
 from lorica.methods.lora import LoRA

@@ -19,9 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 import lorica
 from lorica.attach.activate import Activation, activate
-from lorica.attach.attach import Adapter, attach_tensors
+from lorica.attach.attach import attach_tensors
+from lorica.attach.handle import Adapter
 from lorica.attach.layers import describe, to_stored
-from lorica.attach.site import Route
+from lorica.attach.plates import Route
 from lorica.base.quantize import quantize_model
 from lorica.base.storage import read_weight, write_weight
 from lorica.errors import ActivationError, MergeError, TargetError

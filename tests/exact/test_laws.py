@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lorica
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.config import TrainSettings
 from lorica.data.pack import batches
 from lorica.train.optim import learning_rate

@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from architectures import ARCHITECTURES
 from faults.injection import Operation
-from lorica.attach.attach import adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import adapters
 from lorica.errors import LoricaError
 from lorica.files.adapter import load_adapter, save_adapter
 from lorica.files.whole import save_merged

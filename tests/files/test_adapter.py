@@ -11,7 +11,8 @@ from torch import nn
 
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
-from lorica.attach.attach import adapters, attach, detach
+from lorica.attach.attach import attach, detach
+from lorica.attach.handle import adapters
 from lorica.base.load import Base
 from lorica.errors import AdapterFileError, ConfigError, LoricaWarning
 from lorica.files.adapter import CARD, CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from architectures import ARCHITECTURES
-from lorica.attach.attach import adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import adapters
 from lorica.base.image_pipeline import ImagePipeline
 from lorica.errors import AdapterFileError, LoricaError
 from lorica.files.adapter import load_adapter

@@ -9,7 +9,8 @@ from torch import nn
 
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
-from lorica.attach.attach import adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import adapters
 from lorica.attach.site import is_site
 from lorica.base.load import Base, base_of
 from lorica.errors import ConfigError, LoricaWarning, MergeError

@@ -8,7 +8,8 @@ from torch import nn
 
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
-from lorica.attach.attach import adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import adapters
 from lorica.errors import ConfigError, LoricaWarning, MergeError
 from lorica.files.adapter import load_adapter, save_adapter
 from lorica.methods import METHODS, AdaLoRA, DoRA, LoHa, LoRA

@@ -11,7 +11,8 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from architectures import ARCHITECTURES
-from lorica.attach.attach import adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import adapters
 from lorica.base.load import empty_model
 from lorica.errors import MergeError
 from lorica.files.adapter import load_adapter, save_adapter

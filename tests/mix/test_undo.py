@@ -6,7 +6,8 @@ from torch import nn
 
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
-from lorica.attach.attach import adapters, attach, detach
+from lorica.attach.attach import attach, detach
+from lorica.attach.handle import adapters
 from lorica.attach.site import is_site
 from lorica.errors import MergeError
 from lorica.methods import METHODS

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import Adapter
 from lorica.files.adapter import load_adapter, save_adapter
 
 TOLERANCE = 1e-5

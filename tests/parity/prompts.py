@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import Adapter
 from lorica.files.adapter import load_adapter, save_adapter
 from lorica.methods import PrefixTuning, PromptTuning, PTuning
 from parity.measured import Parity, error

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter, adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import Adapter, adapters
 from lorica.errors import LoricaWarning
 from lorica.files.adapter import load_adapter, save_adapter
 from lorica.files.peft_written import exact_names

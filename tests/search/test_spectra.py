@@ -6,7 +6,7 @@ import torch
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach, detach
-from lorica.attach.site import plates_of
+from lorica.attach.plates import plates_of
 from lorica.methods.dora import DoRA
 from lorica.methods.lora import LoRA
 from lorica.search.spectra import cut, has_spectra, smaller_ranks, spectra, suggested

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from architectures import ARCHITECTURES, ENCODERS
 from lorica.attach.activate import activate
-from lorica.attach.attach import adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import adapters
 from lorica.config import TrainSettings
 from lorica.errors import DataError
 from lorica.methods.lora import LoRA

@@ -13,7 +13,7 @@ import lorica
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach
-from lorica.attach.site import plates_of
+from lorica.attach.plates import plates_of
 from lorica.config import TrainSettings
 from lorica.errors import ConfigError, Interrupted, NonFiniteError
 from lorica.methods import LISA, AdaLoRA, LoRA

@@ -7,7 +7,8 @@ import torch
 import transformers as hf
 from torch.profiler import ProfilerActivity, profile
 
-from lorica.attach.attach import adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import adapters
 from lorica.base.load import base_of, load_model
 from lorica.config import TrainSettings
 from lorica.data.encode import Example

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lorica.attach.attach import adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import adapters
 from lorica.config import TrainSettings
 from lorica.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from lorica.methods.lora import LoRA

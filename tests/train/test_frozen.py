@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from architectures import ARCHITECTURES
-from lorica.attach.attach import adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import adapters
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import Interrupted, TargetError

@@ -10,7 +10,8 @@ import transformers as hf
 
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
-from lorica.attach.attach import adapters, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import adapters
 from lorica.base.load import Base
 from lorica.config import TrainSettings
 from lorica.data.encode import Example

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorica.attach.attach import Adapter, adapters, attached_to
-from lorica.attach.site import Plates, Route, plates_of
+from lorica.attach.handle import Adapter, adapters, attached_to
+from lorica.attach.plates import Plates, Route, plates_of
 from lorica.attach.survey import unwrap
 from lorica.attach.weights import (
     Amount,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.attach.stack import takes
 
 Act = Callable[[tuple, dict[str, Any]], Any]

@@ -11,7 +11,7 @@ import re
 
 from torch import nn
 
-from lorica.attach.site import plates_of
+from lorica.attach.plates import plates_of
 
 _NUMBER = re.compile(r"\d+")
 

@@ -14,16 +14,13 @@ methods that look at a layer's input alone, as LoRA, there is no difference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lorica.attach.gates import is_gated
+from lorica.attach.handle import Adapter
 from lorica.attach.intervene import is_intervention
 from lorica.attach.prompt import is_prompt
 from lorica.errors import ConfigError
 from lorica.methods.method import Method
-
-if TYPE_CHECKING:
-    from lorica.attach.attach import Adapter
 
 
 def lay_on(adapter: Adapter, below: Adapter, together: bool, stacked: bool = False) -> None:

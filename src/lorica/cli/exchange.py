@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.base.load import IMAGES, base_of, load_model
 from lorica.cli.kinds import checked_kind
 from lorica.cli.opening import adapter_facts, adapter_folder, configured_base

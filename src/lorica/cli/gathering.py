@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.base.load import empty_model, load_model
 from lorica.cli.kinds import checked_kind
 from lorica.cli.opening import adapter_facts, adapter_folder, configured_base, task_of

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lorica.attach.activate import Mixture, Stack, activate
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.base.load import base_of, digest_of_files, load_model, weight_files
 from lorica.cli.kinds import checked_kind, names_classes, refuse_pictures
 from lorica.cli.material import class_names

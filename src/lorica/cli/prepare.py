@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.base.load import Base, base_of, load_model
 from lorica.base.storage import num_parameters
 from lorica.cli.forecast import (

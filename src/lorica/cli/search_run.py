@@ -23,7 +23,8 @@ import torch
 
 from lorica import __version__
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter, detach
+from lorica.attach.attach import detach
+from lorica.attach.handle import Adapter
 from lorica.cli.candidates import Candidates
 from lorica.cli.manifest import manifest
 from lorica.cli.prepare import Prepared, anchored

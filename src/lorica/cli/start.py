@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lorica.attach.attach import Adapter, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import Adapter
 from lorica.cli.opening import adapter_folder
 from lorica.cli.voice import Voice
 from lorica.config import Resolved

@@ -21,7 +21,8 @@ from typing import Any
 
 from torch import nn
 
-from lorica.attach.attach import Adapter, attach_tensors, detach
+from lorica.attach.attach import attach_tensors, detach
+from lorica.attach.handle import Adapter
 from lorica.attach.stages import check_stack, check_stages, check_union, lay_on
 from lorica.base.load import base_of
 from lorica.errors import AdapterFileError, LoricaWarning

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import Adapter, Places
+from lorica.attach.handle import Adapter
+from lorica.attach.places import Places
 from lorica.errors import AdapterFileError, LoricaWarning
 from lorica.files.folder import new_folder, read_json
 from lorica.files.found import Found

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 
 LARGE = 1e4
 """Training hardly ever leaves a number above a hundredth of this."""

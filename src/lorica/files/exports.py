@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.errors import AdapterFileError
 from lorica.files import gguf_model, ollama, onnx_model, peft, peft_kinds, peft_prompts
 from lorica.files.adapter import save_adapter

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.errors import AdapterFileError
 from lorica.files import adapterhub, diffusers_lora, gguf_lora, kohya, mlx, vllm
 from lorica.files.found import Found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorica.attach.attach import Places
+from lorica.attach.places import Places
 from lorica.methods.method import Method, Tensors
 
 

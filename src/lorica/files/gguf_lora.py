@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.errors import AdapterFileError
 from lorica.files.folder import new_file
 from lorica.files.found import Found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorica.attach.attach import adapters
+from lorica.attach.handle import adapters
 from lorica.errors import AdapterFileError
 from lorica.files.folder import new_file
 from lorica.files.gguf_names import (

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import Adapter, Places
+from lorica.attach.handle import Adapter
 from lorica.attach.layers import describe
+from lorica.attach.places import Places
 from lorica.errors import AdapterFileError
 from lorica.files.folder import new_file
 from lorica.files.found import Found

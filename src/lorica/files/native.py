@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorica.attach.attach import Adapter, Places, places_of, tied_to
 from lorica.attach.gates import is_gated, stack_of
+from lorica.attach.handle import Adapter, tied_to
 from lorica.attach.intervene import is_intervention
 from lorica.attach.layers import describe
+from lorica.attach.places import Places, places_of
 from lorica.attach.prompt import is_prompt
 from lorica.config.resolve import build_method
 from lorica.errors import AdapterFileError, ConfigError, LoricaError

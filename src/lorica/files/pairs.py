@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import Adapter, Places
+from lorica.attach.handle import Adapter
 from lorica.attach.layers import describe
+from lorica.attach.places import Places
 from lorica.errors import AdapterFileError, ConfigError, nearest
 from lorica.files.found import Found
 from lorica.files.peft_layout import Spot, locate, modules_of

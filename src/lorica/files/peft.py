@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import Adapter
-from lorica.attach.site import Slot
+from lorica.attach.handle import Adapter
+from lorica.attach.plates import Slot
 from lorica.errors import AdapterFileError, LoricaWarning
 from lorica.files.found import Found
 from lorica.files.peft_config import parse_config

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorica.attach.attach import Adapter, Places
+from lorica.attach.handle import Adapter
 from lorica.attach.layers import describe
+from lorica.attach.places import Places
 from lorica.base.storage import weight_shape
 from lorica.config.resolve import build_method
 from lorica.errors import AdapterFileError, ConfigError, nearest

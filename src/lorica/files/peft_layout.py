@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorica.attach.attach import seat
 from lorica.attach.layers import describe
+from lorica.attach.places import seat
 from lorica.attach.survey import clean
 from lorica.methods.method import Layer, Tensors
 

@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from lorica.attach.attach import Places
+from lorica.attach.places import Places
 from lorica.attach.survey import clean, survey
 from lorica.attach.tokens import SETTING, add_rows, rows_of
 from lorica.base.storage import weight_shape

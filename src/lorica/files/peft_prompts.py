@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import Adapter, Places
+from lorica.attach.handle import Adapter
 from lorica.attach.layers import describe
+from lorica.attach.places import Places
 from lorica.attach.prompt import stacks_of
 from lorica.base.storage import weight_shape
 from lorica.config.resolve import build_method

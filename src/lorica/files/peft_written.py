@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.attach.tokens import SETTING, Choice, rows_of
 from lorica.errors import AdapterFileError
 from lorica.files.peft_config import (

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lorica.attach.attach import adapters
+from lorica.attach.handle import adapters
 from lorica.base.four_bit import FourBit
 from lorica.base.load import base_of
 from lorica.base.quantize import quantized_layers

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from lorica.attach.attach import Adapter, adapters, detach
+from lorica.attach.attach import detach
+from lorica.attach.handle import Adapter, adapters
 from lorica.errors import AdapterFileError
 from lorica.files.adapter import digest_of, load_adapter
 from lorica.files.heads import fitting

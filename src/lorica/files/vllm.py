@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.errors import AdapterFileError
 from lorica.files.folder import new_folder
 from lorica.files.pairs import commonest_scale, pairs_of, uniform

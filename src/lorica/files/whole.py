@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_model
 from torch import nn
 
-from lorica.attach.attach import adapters
+from lorica.attach.handle import adapters
 from lorica.errors import BaseModelError
 from lorica.files.folder import new_folder
 from lorica.records.atomic import write_file

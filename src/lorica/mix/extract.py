@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import Adapter, Places, attach_tensors, places_of
+from lorica.attach.attach import attach_tensors
+from lorica.attach.handle import Adapter
 from lorica.attach.layers import describe, to_stored
+from lorica.attach.places import Places, places_of
 from lorica.errors import ConfigError, MergeError
 from lorica.files.stored_weights import StoredWeights
 from lorica.methods.copy import Copy

@@ -19,7 +19,8 @@ from dataclasses import replace
 from torch import nn
 
 from lorica.attach.activate import with_stages
-from lorica.attach.attach import Adapter, adapters, detach, find
+from lorica.attach.attach import detach
+from lorica.attach.handle import Adapter, adapters, find
 from lorica.base.load import base_of
 from lorica.base.quantize import dequantize_model, quantization_of
 from lorica.errors import ConfigError, LoricaWarning, MergeError, folded

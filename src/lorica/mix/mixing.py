@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from lorica.attach.activate import with_stages
-from lorica.attach.attach import Adapter, Places, adapters, attach_tensors, find
+from lorica.attach.attach import attach_tensors
+from lorica.attach.handle import Adapter, adapters, find
 from lorica.attach.layers import describe
-from lorica.attach.site import Slot
+from lorica.attach.places import Places
+from lorica.attach.plates import Slot
 from lorica.errors import ConfigError, LoricaWarning, MergeError, folded
 from lorica.methods.copy import Copy
 from lorica.methods.lora import LoRA

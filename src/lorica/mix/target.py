@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import adapters
+from lorica.attach.handle import adapters
 from lorica.attach.layers import describe, to_stored
-from lorica.attach.site import Slot
+from lorica.attach.plates import Slot
 from lorica.attach.survey import clean
 from lorica.base import storage
 from lorica.errors import MergeError

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lorica.attach.attach import attached_to
+from lorica.attach.handle import attached_to
 from lorica.attach.survey import clean, survey
 from lorica.base.ends import end_layer
 from lorica.mix.target import Target

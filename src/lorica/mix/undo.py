@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.attach.attach import Adapter, attached_to, put_back
+from lorica.attach.attach import put_back
+from lorica.attach.handle import Adapter, attached_to
 from lorica.base.quantize import quantized_layers
 from lorica.base.quantized import QuantizedLinear, quantized
 from lorica.base.quantizer import Quantizer, Stored

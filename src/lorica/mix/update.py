@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.attach.site import Slot
+from lorica.attach.plates import Slot
 from lorica.methods.lora import LoRA
 from lorica.methods.method import Layer
 from lorica.methods.update import as_matrix

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from lorica.attach.attach import Adapter, attach
+from lorica.attach.attach import attach
+from lorica.attach.handle import Adapter
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import ConfigError, TargetError

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.attach.attach import Adapter, Slot, attach_tensors, places_of
+from lorica.attach.attach import attach_tensors
+from lorica.attach.handle import Adapter
+from lorica.attach.places import places_of
+from lorica.attach.plates import Slot
 from lorica.methods.lora import LoRA
 from lorica.methods.method import Tensors
 from lorica.ops.low_rank import effective_rank, rank_of_energy, singular_values, truncate

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from lorica.attach.attach import Adapter, find
+from lorica.attach.handle import Adapter, find
 from lorica.config import TrainSettings
 from lorica.config.several import OF_THE_RUN
 from lorica.errors import ConfigError

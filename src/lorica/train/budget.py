@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from lorica.attach.activate import Activation
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.attach.middle import middle_of
-from lorica.attach.site import plates_of
+from lorica.attach.plates import plates_of
 from lorica.base.load import weight_files
 from lorica.config import TrainSettings
 from lorica.data.encode import Example

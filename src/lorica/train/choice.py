@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorica.attach.attach import Places
+from lorica.attach.places import Places
 from lorica.attach.survey import layer_number, suffix_of
 from lorica.data.encode import Example
 from lorica.methods.method import Layer, Method, Tensors

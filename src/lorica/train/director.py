@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 

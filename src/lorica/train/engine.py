@@ -27,9 +27,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lorica.attach.activate import Activation, activate
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
+from lorica.attach.plates import Route, plates_of
 from lorica.attach.probe import unvisited
-from lorica.attach.site import Route, is_site, plates_of
+from lorica.attach.site import is_site
 from lorica.base.lean import lean_parts
 from lorica.config import TrainSettings
 from lorica.data.encode import Example

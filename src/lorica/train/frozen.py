@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.attach.middle import Middle, body_output, middle_of
 from lorica.base.load import base_of, digest_of_tensors
 from lorica.data.encode import Example

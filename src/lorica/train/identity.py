@@ -11,7 +11,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.base.load import base_of, digest_of_tensors
 from lorica.config import TrainSettings
 from lorica.data.encode import Example

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.base.load import base_of
 from lorica.base.storage import num_parameters
 from lorica.config.settings import method_values

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.tasks.task import Task, device_of

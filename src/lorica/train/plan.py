@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter, adapters, find
+from lorica.attach.handle import Adapter, adapters, find
 from lorica.base.image_pipeline import ImagePipeline
 from lorica.base.load import base_of
 from lorica.config import TrainSettings

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.attach.middle import Middle, middle_of
 from lorica.config import TrainSettings
 from lorica.data.encoded_cache import user_folder

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorica.attach.attach import Adapter, attach, detach
+from lorica.attach.attach import attach, detach
+from lorica.attach.handle import Adapter
 from lorica.base.load import (
     Base,
     choose_dtype,

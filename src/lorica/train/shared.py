@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lorica.attach.activate import activate
-from lorica.attach.attach import Adapter
+from lorica.attach.handle import Adapter
 from lorica.attach.middle import Middle, body_output, middle_of
 from lorica.data.encode import Example
 from lorica.tasks.task import Batch, Task, answering, device_of

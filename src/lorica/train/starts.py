@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorica.attach.attach import Adapter, Places, attach_tensors, places_of
+from lorica.attach.attach import attach_tensors
+from lorica.attach.handle import Adapter
 from lorica.attach.layers import describe
+from lorica.attach.places import Places, places_of
 from lorica.attach.survey import unwrap
 from lorica.data.encode import Example
 from lorica.errors import ConfigError

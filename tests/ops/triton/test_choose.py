@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorica.attach.activate import Activation
 from lorica.attach.attach import attach
-from lorica.attach.site import Route
+from lorica.attach.plates import Route
 from lorica.methods.lora import LoRA
 from lorica.ops import lora as torch_path
 from lorica.ops.lora import Segment, lora_linear
