@@ -10,12 +10,11 @@ about the same thing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 import torch  # noqa: E402
-from jobs import RESULTS, machine, versions, write_result  # noqa: E402
+from parts import measure_and_write  # noqa: E402
 
 from exact import golden, measured  # noqa: E402
 from exact.peft_loop import NAMES, both  # noqa: E402
@@ -164,24 +163,14 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [f"{row[key]:.1e}" if row[key] else "the same bits here" for key in ("loss", "factors")]
 
 
+def _in_a_folder(measured_part: Callable[[Path], Any]) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return measured_part(Path(folder))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--page", action="store_true", help="write the page alone")
-    asked = parser.parse_args()
-    file = RESULTS / "exactness.json"
-    figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if not asked.page:
-        torch.set_num_threads(1)
-        warnings.simplefilter("ignore")
-        for part in asked.only:
-            with tempfile.TemporaryDirectory() as folder:
-                figures[part] = PARTS[part](Path(folder))
-            print(part, json.dumps(figures[part]), flush=True)
-        figures |= {"machine": machine(1), "versions": versions()}
-        write_result("exactness", figures)
-    PAGE.write_text(page(figures), encoding="utf-8")
-    print(f"written {PAGE}")
+    parts = {name: partial(_in_a_folder, part) for name, part in PARTS.items()}
+    measure_and_write("exactness", (__doc__ or "").splitlines()[0], parts, page, PAGE)
 
 
 if __name__ == "__main__":

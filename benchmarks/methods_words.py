@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorica.config.settings import Union
-from lorica.files import peft_kinds, peft_prompts
+from lorica.files import peft_methods, peft_prompts
 from lorica.methods import WORDS, LoRA, Selective
 from lorica.methods.method import becomes_weight
 from lorica.methods.virtual import VirtualTokens
@@ -65,7 +65,7 @@ def _merges(method: Any) -> str:
 
 
 def _read_by_peft(method: Any) -> str:
-    known = {kind.method for kind in peft_kinds.KINDS.values()} | {*peft_prompts.KINDS.values()}
+    known = {kind.method for kind in peft_methods.KINDS.values()} | {*peft_prompts.KINDS.values()}
     return "yes" if issubclass(method, LoRA) or method in known else "no"
 
 

@@ -48,7 +48,7 @@ TOUCHED = """
 
 RoAd was added last, as a trial of that: `methods/road.py` and one line in `methods/__init__.py`
 made it train, save, load, mix, merge and resume, from YAML and from the command line. So that PEFT
-reads its files, there is one entry in `files/peft_kinds.py` and a word in `files/peft_config.py`.
+reads its files, there is one entry in `files/peft_methods.py` and a word in `files/peft_config.py`.
 The tests took one table entry each: in the contract, in the parity with PEFT, and in those of the
 command line.
 """

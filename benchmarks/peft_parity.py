@@ -8,15 +8,12 @@ The code that measures is that of tests/parity, which holds the same errors to 1
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import io
-import json
 import logging
 import sys
 import tempfile
 import tokenize
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 import peft  # noqa: E402
 import torch  # noqa: E402
-from jobs import RESULTS, machine, versions, write_result  # noqa: E402
 from parity_page import PAGE, page  # noqa: E402
+from parts import measure_and_write  # noqa: E402
 
 from architectures import ARCHITECTURES  # noqa: E402
 from lorica.attach.attach import attach  # noqa: E402
@@ -180,21 +177,8 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--page", action="store_true", help="write the page alone")
-    asked = parser.parse_args()
-    file = RESULTS / "parity.json"
-    figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if not asked.page:
-        torch.set_num_threads(1)
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        figures |= {part: PARTS[part]() for part in asked.only}
-        figures |= {"machine": machine(1), "versions": versions()}
-        write_result("parity", figures)
-    PAGE.write_text(page(figures), encoding="utf-8")
-    print(f"written {PAGE}")
+    logging.disable(logging.WARNING)
+    measure_and_write("parity", (__doc__ or "").splitlines()[0], PARTS, page, PAGE)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lorica.attach.attach import attach
 from lorica.errors import AdapterFileError
 from lorica.files.adapter import load_adapter, save_adapter
 from lorica.files.peft_config import OTHER_KINDS
-from lorica.files.peft_kinds import KINDS
+from lorica.files.peft_methods import KINDS
 from lorica.methods import IA3, AdaLoRA, DoRA, HiRA, LoHa, LoKr, LoRA, RoAd, VeRA
 from parity.measured import TOLERANCE, error, logits, ours_first, stir, theirs_first
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorica.attach.stack import geometry
+from lorica.base.ends import end_layer
 from lorica.base.quantized import QuantizedLinear
 from lorica.base.storage import is_packed, read_weight, weight_state
 from lorica.methods.method import Layer
@@ -68,10 +69,7 @@ def describe_model(module: PreTrainedModel) -> Layer | None:
     """The stack of layers of a transformers model, by its embeddings; None where it embeds no
     tokens.
     """
-    try:
-        table = module.get_input_embeddings()
-    except NotImplementedError:  # what transformers raises for models of images or sound
-        return None
+    table = end_layer(module, "get_input_embeddings")
     if not isinstance(table, nn.Embedding):
         return None
     layer = describe(table)

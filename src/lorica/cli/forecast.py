@@ -124,8 +124,14 @@ def shadow_of(settings: Resolved, material: Material, kind: str) -> Shadow:
     return make_shadow(request_of(settings, material, kind))
 
 
-def verdict_on(found: Forecast) -> str | None:
-    """What to warn of; None where the run fits."""
+def warning_of(found: Forecast) -> str | None:
+    """What to warn of, with the way out where there is one; None where the run fits."""
+    verdict = _verdict_on(found)
+    remedy = _way_out(found) if verdict else None
+    return f"{verdict}; {remedy}" if remedy else verdict
+
+
+def _verdict_on(found: Forecast) -> str | None:
     memory = found.memory
     if memory.total > found.machine:
         return (
@@ -140,7 +146,7 @@ def verdict_on(found: Forecast) -> str | None:
     return None
 
 
-def way_out(found: Forecast) -> str | None:
+def _way_out(found: Forecast) -> str | None:
     """The first settings under which a run that does not fit finds its memory, and makes the same
     optimizer steps; None where none of them do.
     """
@@ -174,7 +180,7 @@ def refuse_if_far_over(found: Forecast) -> None:
         return
     cheaper = [a for a in alternatives(found) if a.memory.total < found.memory.total]
     raise CheckRefused(
-        verdict_on(found) or "",
+        _verdict_on(found) or "",
         problems=[f"{a.change}: {size(a.memory.total)}" for a in cheaper],
         expected=f"at most {FAR_OVER:g} times the memory of the machine",
         mend="choose one of these or a smaller base; --ignore-memory trains all the same",

@@ -42,7 +42,7 @@ def command(
     import json as jsonlib
     import sys
 
-    from lorica.cli.forecast import alternatives, verdict_on, way_out
+    from lorica.cli.forecast import alternatives, warning_of
     from lorica.cli.options import read_flags
     from lorica.cli.source import shaped_by_source
     from lorica.cli.voice import Voice
@@ -73,10 +73,8 @@ def command(
         told.append(_as_dict(found, cheaper, pace))
         if not json:
             print("\n".join([*([title, ""] if title else []), *_lines(found, cheaper, pace)]))
-        if warning := verdict_on(found):
-            remedy = way_out(found)
-            text = f"{warning}; {remedy}" if remedy else warning
-            print(f"lorica: warning: {text}", file=sys.stderr)
+        if warning := warning_of(found):
+            print(f"lorica: warning: {warning}", file=sys.stderr)
     if json:
         fits = all(one["fits"] for one in told)
         many = "adapters" if settings.adapters else "stages"

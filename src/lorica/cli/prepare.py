@@ -18,8 +18,7 @@ from lorica.cli.forecast import (
     forecast,
     refuse_if_far_over,
     shadow_of,
-    verdict_on,
-    way_out,
+    warning_of,
 )
 from lorica.cli.images import OF_IMAGES, is_for_images, prepare_images
 from lorica.cli.material import Material, gather
@@ -242,9 +241,8 @@ def foresee(
         return None
     if not ignore_memory:
         refuse_if_far_over(found)
-    if warning := verdict_on(found):
-        remedy = way_out(found)
-        voice.say(f"{warning}; {remedy}" if remedy else warning, "warning")
+    if warning := warning_of(found):
+        voice.say(warning, "warning")
     return found
 
 

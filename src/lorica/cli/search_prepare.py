@@ -14,8 +14,7 @@ from lorica.cli.forecast import (
     forecast,
     refuse_if_far_over,
     shadow_of,
-    verdict_on,
-    way_out,
+    warning_of,
 )
 from lorica.cli.material import Material, gather
 from lorica.cli.prepare import (
@@ -126,9 +125,8 @@ def prepare_search(candidates: Candidates, voice: Voice, *, ignore_memory: bool 
         candidates = ahead.candidates
         if not ignore_memory:
             refuse_if_far_over(ahead.forecast)
-        if warning := verdict_on(ahead.forecast):
-            remedy = way_out(ahead.forecast)
-            voice.say(f"{warning}; {remedy}" if remedy else warning, "warning")
+        if warning := warning_of(ahead.forecast):
+            voice.say(warning, "warning")
     with voice.work(f"loading {settings.run.model}"):
         model, settings = load_base(candidates.settings, material, kind)
     number = sum(p.numel() for p in model.parameters())

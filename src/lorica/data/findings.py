@@ -1,6 +1,6 @@
 """What a check found: how bad it is, how often it occurs, where, and what to do about it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -59,6 +59,26 @@ def places(dataset: Dataset, rows: Sequence[int], said: Sequence[str] = ()) -> t
         record = f" (record {row + 1})" if (file, line) in beside else ""
         shown.append(f"{file}:{line}{record}" + (f"  {said[number]}" if number < len(said) else ""))
     return tuple(shown)
+
+
+def beside(
+    words: str,
+    pairs: Mapping[int, int],
+    earlier: Dataset,
+    shown: Callable[[int], str] | None = None,
+) -> list[str]:
+    """What is said of rows that are like earlier ones: `as 7: the beginning of the text`.
+
+    Args:
+        words: in front of the line of the earlier row.
+        pairs: row -> the earlier one.
+        shown: the text of a row; nothing is shown without it.
+    """
+    said = []
+    for row, other in list(pairs.items())[:SHOWN]:
+        line = f"{words} {earlier.origins[other][1]}"
+        said.append(f"{line}: {excerpt(shown(row))}" if shown else line)
+    return said
 
 
 def excerpt(text: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from lorica.data.dataset import Dataset
 from lorica.data.duplicates import keys_of, repeats, shared_inputs
-from lorica.data.findings import SHOWN, Finding, excerpt, places, share
+from lorica.data.findings import SHOWN, Finding, beside, excerpt, places, share
 from lorica.data.labels import are_scores, balance, contradictions
 from lorica.data.problems import counted
 from lorica.data.texts import input_of, normalised, output_of, whole_text
@@ -42,17 +42,13 @@ def screen_quickly(train: Dataset, held_out: Sequence[Dataset] = ()) -> list[Fin
 def _repeated(train: Dataset) -> Iterator[Finding]:
     again = repeats(keys_of(train.rows))
     if again:
-        rows = list(again)
-        said = [
-            f"as {train.origins[again[r]][1]}: {excerpt(whole_text(train[r]))}"
-            for r in rows[:SHOWN]
-        ]
+        said = beside("as", again, train, lambda row: whole_text(train[row]))
         yield Finding(
             "repeated-rows",
             "warn",
             f"{share(len(again), len(train))} rows repeat an earlier one: they count twice",
             len(again),
-            places(train, rows, said),
+            places(train, list(again), said),
             "lorica clean leaves the first of each",
         )
 
@@ -153,8 +149,7 @@ def _leaks(train: Dataset, part: Dataset) -> Iterator[Finding]:
     shared = shared_inputs(train.rows, part.rows)
     if not shared:
         return
-    rows = list(shared)
-    said = [f"as training record {train.origins[shared[r]][1]}" for r in rows[:SHOWN]]
+    said = beside("as training record", shared, train)
     everything = len(shared) == len(part)
     yield Finding(
         "leak",
@@ -166,6 +161,6 @@ def _leaks(train: Dataset, part: Dataset) -> Iterator[Finding]:
             else "the scores will be too good"
         ),
         len(shared),
-        places(part, rows, said),
+        places(part, list(shared), said),
         "lorica clean --eval-data takes them out of the training data",
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lorica.data.dataset import Dataset
 from lorica.data.duplicates import NearIndex, keys_of, near_parts, repeats
-from lorica.data.findings import SHOWN, Finding, excerpt, places, share
+from lorica.data.findings import SHOWN, Finding, beside, excerpt, places, share
 from lorica.data.languages import languages_of
 from lorica.data.problems import around, counted
 from lorica.data.secrets import KINDS, find, hint_of
@@ -83,17 +83,13 @@ def _near(train: Dataset, held_out: Sequence[Dataset]) -> Iterator[Finding]:
     twins = NearIndex().near([near_parts(train.rows[i]) for i in kept])
     pairs = {i: kept[twin] for i, twin in zip(kept, twins, strict=True) if twin is not None}
     if pairs:
-        rows = list(pairs)
-        said = [
-            f"nearly as {train.origins[pairs[r]][1]}: {excerpt(whole_text(train[r]))}"
-            for r in rows[:SHOWN]
-        ]
+        said = beside("nearly as", pairs, train, lambda row: whole_text(train[row]))
         yield Finding(
             "near-duplicates",
             "warn" if len(pairs) >= 0.02 * len(train) else "info",
             f"{share(len(pairs), len(train))} rows are nearly the same as an earlier one",
             len(pairs),
-            places(train, rows, said),
+            places(train, list(pairs), said),
             "lorica clean --near leaves the first of each",
         )
     for part in held_out:
@@ -113,18 +109,15 @@ def _near_leaks(train: Dataset, part: Dataset) -> Iterator[Finding]:
     twins = dict(zip(asked, index.near([(text,) for text in asked], add=False), strict=True))
     pairs = {i: rows[t] for i, text in enumerate(inputs) if (t := twins.get(text)) is not None}
     if pairs:
-        rows = list(pairs)
-        said = [
-            f"nearly as training record {train.origins[pairs[r]][1]}: {excerpt(input_of(part[r]))}"
-            for r in rows[:SHOWN]
-        ]
+        words = "nearly as training record"
+        said = beside(words, pairs, train, lambda row: input_of(part[row]))
         yield Finding(
             "near-leak",
             "warn",
             f"{share(len(pairs), len(part))} inputs of the evaluation are nearly in the training "
             "data",
             len(pairs),
-            places(part, rows, said),
+            places(part, list(pairs), said),
             "lorica clean --eval-data --near takes them out of the training data",
         )
 
