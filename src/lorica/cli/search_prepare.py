@@ -60,6 +60,7 @@ class Ground:
         examples, held_out: the records, encoded.
         memory: what a run of the largest candidate was estimated to need.
         total: optimizer steps of a candidate that trains to its end.
+        every: steps between evaluations.
         rungs: the steps at which candidates are compared.
         at_once: how many train together.
         why: the reason for that number.
@@ -73,6 +74,7 @@ class Ground:
     held_out: Sequence[Example]
     memory: dict[str, Any]
     total: int
+    every: int
     rungs: tuple[int, ...]
     at_once: int
     why: str
@@ -110,8 +112,20 @@ class Ground:
         )
 
 
-def prepare_search(candidates: Candidates, voice: Voice, *, ignore_memory: bool = False) -> Ground:
+def prepare_search(
+    candidates: Candidates,
+    voice: Voice,
+    *,
+    ignore_memory: bool = False,
+    processes: int = 1,
+    beside: int = 1,
+) -> Ground:
     """Read, encode, plan and load; writes nothing.
+
+    Args:
+        ignore_memory: begin although the memory of the machine will not do.
+        processes: how many share the candidates.
+        beside: how many of these share the memory that this one uses, itself included.
 
     Raises:
         LoricaError: settings, data or base with which no search can begin.
@@ -141,11 +155,13 @@ def prepare_search(candidates: Candidates, voice: Voice, *, ignore_memory: bool 
     candidates = candidates.with_settings(settings)
     voice.say(f"encoded: {encoded_statement(task, examples)}")
     tell(screen_tokens(sight(settings, material, model, examples)), settings, voice)
-    at_once, why = places_for(candidates, ahead.forecast if ahead else None)
+    found = ahead.forecast if ahead else None
+    at_once, why = places_for(candidates, found, processes=processes, beside=beside)
     memory = ahead.forecast.as_dict() if ahead else {}
     total, rungs = course_of(settings, candidates.space, len(examples))
     parts = candidates, material, model, task, examples, held_out, memory
-    return Ground(*parts, total=total, rungs=rungs, at_once=at_once, why=why)
+    every = eval_every(settings, len(examples))
+    return Ground(*parts, total=total, every=every, rungs=rungs, at_once=at_once, why=why)
 
 
 def read_material(settings: Resolved, voice: Voice) -> tuple[Material, str]:
@@ -181,10 +197,15 @@ def with_evaluations(settings: Resolved, space: Space, num_records: int) -> Reso
 
 def course_of(settings: Resolved, space: Space, num_records: int) -> tuple[int, tuple[int, ...]]:
     """(steps of a candidate that trains to its end, steps at which candidates are compared)."""
+    total = total_steps(num_records, settings.train)
+    return total, rung_steps(space.how.rungs, total, eval_every(settings, num_records))
+
+
+def eval_every(settings: Resolved, num_records: int) -> int:
+    """Steps between evaluations: as set, or an epoch."""
     train = settings.train
-    total = total_steps(num_records, train)
     per_epoch = -(-num_records // (train.batch_size * train.gradient_accumulation_steps))
-    return total, rung_steps(space.how.rungs, total, train.eval_steps or per_epoch)
+    return train.eval_steps or per_epoch
 
 
 @dataclass(frozen=True)
@@ -236,17 +257,26 @@ def foresee_search(
     raise ConfigError("no candidate can be trained", problems=problems[:10])
 
 
-def places_for(candidates: Candidates, found: Forecast | None) -> tuple[int, str]:
-    """(how many candidates train at once, why)."""
+def places_for(
+    candidates: Candidates, found: Forecast | None, *, processes: int = 1, beside: int = 1
+) -> tuple[int, str]:
+    """(how many candidates train at once, why).
+
+    Args:
+        processes: how many share the candidates.
+        beside: how many of these share one memory.
+    """
     most = number_of(candidates.space)
     if candidates.space.how.at_once:
         return min(most, candidates.space.how.at_once), "as set"
     if found is None:
-        return 1, "the memory could not be estimated"
-    room = fitting(found.memory, found.process, found.free)
+        return min(most, processes), "the memory could not be estimated"
+    free = found.free // beside
+    room = processes * fitting(found.memory, found.process, free)
     if room >= most:
         return most, "all of them fit"
-    return room, f"so many fit into {size(RESERVE * found.free)} of free memory"
+    each = " for each process" if processes > 1 else ""
+    return room, f"so many fit into {size(RESERVE * free)} of free memory{each}"
 
 
 def fitting(memory: Memory, process: int, free: int) -> int:
