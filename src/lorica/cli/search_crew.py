@@ -32,7 +32,7 @@ from lorica.files.adapter import load_adapter
 from lorica.records.crew import Crew
 from lorica.records.folder import STUDY, RunFolder
 from lorica.records.read import read_manifest
-from lorica.records.write import Recorder
+from lorica.records.write import Recorder, merged
 from lorica.search.field import Course, Field
 from lorica.search.member import Member, lost
 from lorica.search.schedule import Schedule, training
@@ -220,8 +220,8 @@ class _Work:
         self.crew.write_lines(names, joined)
         known = read_manifest(folder.manifest)
         head |= {key: known[key] for key in ("started", "processes")}
-        recorder = self.voice.recorder(folder, ground.settings.to_yaml(), None)
-        recorder.start({**head, **_about(ground, folder.path)})
+        recorder = self.voice.writing(folder, ground.settings.to_yaml())
+        recorder.start(merged(head, _about(ground, folder.path)))
         search = Search(ground, folder, self.voice, began)
         handles = {
             entry.number: load_adapter(ground.model, report.folders[entry.name], name=entry.name)

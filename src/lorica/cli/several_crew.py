@@ -36,7 +36,7 @@ from lorica.files.adapter import load_adapter
 from lorica.records.crew import Crew
 from lorica.records.folder import RunFolder
 from lorica.records.read import read_manifest
-from lorica.records.write import Recorder
+from lorica.records.write import Recorder, merged
 from lorica.train.director import Evaluation, Newcomer
 from lorica.train.loop import train
 
@@ -194,8 +194,8 @@ class _Work:
         several = Several(self.several.settings, parts)
         known = read_manifest(folder.manifest)
         head |= {key: known[key] for key in ("started", "processes")}
-        recorder = self.voice.recorder(folder, several.settings.to_yaml(), None)
-        recorder.start({**head, **about(parts, folder.path)})
+        recorder = self.voice.writing(folder, several.settings.to_yaml())
+        recorder.start(merged(head, about(parts, folder.path)))
         run = SeveralRun(several, folder, self.voice, began, recorder)
         try:
             return run.end(report)
