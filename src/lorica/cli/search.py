@@ -48,11 +48,12 @@ def command(
         print(page(context, settings=True), end="")
         return
     from lorica.cli.layers import layers_of
+    from lorica.cli.source import shaped_by_source
     from lorica.config import resolve
     from lorica.methods import WORDS
 
     layers, resume = layers_of(context, resume, replace=replace)
-    settings = resolve(*layers, methods=WORDS)
+    settings = resolve(*shaped_by_source(layers), methods=WORDS)
     from lorica.cli.ranks import ranks
     from lorica.records.crew import is_crewed
 

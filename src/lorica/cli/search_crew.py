@@ -192,6 +192,7 @@ class _Work:
             keeps_best=settings.keep_best,
         )
         how: dict[str, Any] = {"seed": settings.seed, "task": ground.task, "tell": self.voice.say}
+        how["source"] = ground.source
         return Field(ground.model, self.study, course, ground.candidates.made, **how)
 
     def _train(self, folder: RunFolder, member: Member) -> TrainReport:

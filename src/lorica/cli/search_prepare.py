@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,12 +30,14 @@ from lorica.cli.prepare import (
     sight,
     tell,
 )
+from lorica.cli.start import source_of
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.encode import Encoded, Example
 from lorica.data.screen import screen_quickly
 from lorica.data.screen_tokens import screen_tokens
 from lorica.errors import ConfigError, LoricaError, TargetError
+from lorica.files.adapter import digest_of
 from lorica.records.phrases import count, parameters, size
 from lorica.search.halving import rung_steps
 from lorica.search.samplers import number_of
@@ -87,13 +90,20 @@ class Ground:
     def space(self) -> Space:
         return self.candidates.space
 
+    @property
+    def source(self) -> Path | None:
+        """The adapter that every candidate begins from; None where each begins by itself."""
+        return source_of(self.settings)
+
     def identity(self) -> dict[str, Any]:
         """What all must have in common who work on one study."""
         values = anchored(self.settings).values
         section = dict(self.settings.run.search or {})
         kept = {key: value for key, value in values.items() if key not in _FREE}
         section = {k: v for k, v in section.items() if k not in ("storage", "at_once")}
+        source = {"init_adapter": digest_of(self.source)} if self.source else {}
         return {
+            **source,
             "search": section,
             "settings": _plain({key: kept[key] for key in sorted(kept)}),
             "base": known(self.model).digest,
@@ -272,27 +282,32 @@ def places_for(
     if found is None:
         return min(most, processes), "the memory could not be estimated"
     free = found.free // beside
-    room = processes * fitting(found.memory, found.process, free)
+    of_each = -(-most // processes)
+    room = processes * fitting(found.memory, found.process, free, of_each)
     if room >= most:
         return most, "all of them fit"
     each = " for each process" if processes > 1 else ""
     return room, f"so many fit into {size(RESERVE * free)} of free memory{each}"
 
 
-def fitting(memory: Memory, process: int, free: int) -> int:
-    """How many candidates fit at once, at least one.
+def fitting(memory: Memory, process: int, free: int, most: int) -> int:
+    """How many candidates fit at once into one process, at least one.
 
-    The base is there once; adapter, optimizer and what a pass keeps come with every candidate.
+    The base is there once; adapter, optimizer and what a pass keeps come with every candidate that
+    trains. Of one that has ended the adapter stays to the end of the search, where the winner and
+    the largest rank are looked at.
 
     Args:
         memory: of a run of one, the largest.
         process: bytes that the process holds already.
         free: bytes that are free besides.
+        most: candidates that the process trains in all.
     """
     shared = memory.process + memory.weights + memory.states
-    each = max(1, memory.phases["training"] - shared)
-    left = RESERVE * free - (memory.total - process)
-    return max(1, 1 + int(left // each))
+    ended = memory.adapter
+    each = max(ended + 1, memory.phases["training"] - shared)
+    left = RESERVE * free - (memory.total - process) + each  # what the first one needs is in total
+    return max(1, min(most, int((left - most * ended) // (each - ended))))
 
 
 def _plain(value: Any) -> Any:

@@ -145,6 +145,7 @@ class Search:
         )
         made = ground.candidates.made
         how: dict[str, Any] = {"seed": train.seed, "task": ground.task, "tell": self.voice.say}
+        how["source"] = ground.source
         return Field(ground.model, study, course, made, **how)
 
     def _train(self, director: Field, resume: bool) -> TrainReport:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from lorica.attach.attach import Adapter, attach
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import ConfigError, TargetError
+from lorica.files.transfer import begin_from
 from lorica.methods.method import Method, is_chosen
 from lorica.search.space import Point, name_of
 from lorica.search.study import Entry, Study, adapter_name
@@ -65,6 +67,7 @@ class Field:
         seed: of every adapter's start, the same for all.
         task: what a loss is, for a start that records decide.
         tell: is told what happens, a line each.
+        source: the adapter folder whose tensors every candidate begins with.
     """
 
     def __init__(
@@ -77,8 +80,9 @@ class Field:
         seed: int,
         task: Task,
         tell: Tell = lambda kind, text: None,
+        source: Path | None = None,
     ) -> None:
-        self.model, self.study, self.course = model, study, course
+        self.model, self.study, self.course, self.source = model, study, course, source
         self.settings_of, self.seed, self.task, self.tell = settings_of, seed, task, tell
         self.handles: dict[int, Adapter] = {}
         self._settled: set[str] = set()
@@ -157,7 +161,10 @@ class Field:
     def _attach(self, method: Method, name: str) -> Adapter:
         how: dict[str, Any] = {"name": name, "seed": self.seed}
         if not is_chosen(method):
-            return attach(self.model, method, **how)
+            adapter = attach(self.model, method, **how)
+            if self.source is not None:
+                begin_from(adapter, self.source)
+            return adapter
         records = self.course.examples
         return attach_by_records(self.model, method, self.task, records, **how)[0]
 
