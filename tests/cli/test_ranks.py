@@ -156,6 +156,19 @@ def test_the_first_process_takes_up_what_another_had(settings, tmp_path, alone):
     same_search(alone, tmp_path / "found")
 
 
+@pytest.mark.slow
+def test_torchrun_starts_the_same_line_again(settings, tmp_path, alone):
+    code = CODE.replace("int(sys.argv.pop(1))", "6 if os.environ['AGAIN'] == '0' else 0")
+    code = code.replace("'AGAIN'", "'TORCHELASTIC_RESTART_COUNT'")
+    (tmp_path / "dying.py").write_text(code)
+    line = ["search", settings, "--output-dir", "found", "--resume", "found"]
+    words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "dying.py", *line]
+    run = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "chosen   " in done.stdout, done.stderr
+    same_search(alone, tmp_path / "found")
+
+
 def test_when_all_are_killed_one_process_can_go_on(lorica, settings, tmp_path, alone):
     line = ["search", settings, "--output-dir", "found"]
     process = started(0, 2, *line, folder=tmp_path, dies_at=5)
