@@ -39,6 +39,19 @@ family goes through one pass, with dropout too; an adapter whose method does not
 prompts ...) takes a pass of its own in the same step. One whose loss or gradient is not finite ends
 alone, with its last good tensors: the run says so, and ends with exit code 1 when the others are
 done. A *director* (`lorica.train.director`) ends adapters after an evaluation and lets others join.
+
+## Several processes
+
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 -m lorica train run.yaml \\
+        --output-dir runs/both --resume runs/both
+
+Adapters know nothing of each other, so they are shared out whole: each process has the base in its
+own memory, trains its share of the list, and takes up the adapters of a process that is gone, from
+their first step. Each adapter has the bits that it has in one process (CPU). When all are written
+the first process scores them and writes the run. How the processes know of each other, and what
+the two options are for, is told in [search](search.md#several-processes). A run of one adapter is
+refused under torchrun: each process would train the same. One adapter is not trained by several
+processes, and a base that does not fit into the memory of one is not spread over them (no FSDP).
 """
 
 TAIL = """

@@ -63,6 +63,36 @@ search:
   before it is acted on: killed at any moment, the search goes on with `lorica search --resume
   FOLDER` to the same answer.
 
+## Several processes
+
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 -m lorica search run.yaml \\
+        --output-dir runs/found --resume runs/found
+
+Each process has the base in its own memory and takes a share of the candidates; on a machine with
+GPUs process i uses GPU i. `at_once` counts those of all processes together, and each has a thread
+of its own unless `OMP_NUM_THREADS` or `threads` says otherwise. The answer is that of one process
+which trains as many at once: the same adapters to the last bit (CPU), decisions, rows of
+metrics.jsonl and table. A candidate that joined at turn j makes its step s at turn j + s; a turn
+with evaluations is judged when all that belong to it are in the study, by whichever process brings
+the last, and those that came early rest until then. Three things may differ: samplers that learn
+(`tpe`, `gp`, `qmc`) are asked in another process and so draw other points; after a candidate whose
+numbers were not finite the next one joins with the following evaluation; and after a rung one
+process may be left with most of those that go on, while another has nothing to do.
+
+The processes send each other nothing, so that none hangs when another dies. Who trains what is
+written in the run folder, and each holds a lock there that the system frees when it is gone,
+however that came. Whoever would only wait then takes its candidates and trains them again from
+their first step, and what had been decided about them stays. The answer is written by the first
+process, or where that is gone by another one. torchrun itself ends all processes when one fails:
+`--max-restarts` has it start them again, and `--resume` beside `--output-dir` has the same line
+begin the search the first time and go on with it later. Without torchrun `lorica search --resume
+runs/found` goes on with such a search as one process; while others work on it, it joins them.
+
+All of this is for one machine. On several, start a search on each with a `storage` that all reach
+and a folder of its own: they share the candidates, and compare each with what is known by then.
+A base that does not fit into the memory of one process is not spread over several (no FSDP):
+`quantize` makes it smaller.
+
 ## The answer
 
 Candidates are judged on the same N evaluation records. Candidate c has the summed loss `l_ci` on

@@ -32,6 +32,7 @@ FLOORS = {
     "search": 5,
     "serve": 5,
     "cli": 6,
+    "__main__": 7,
 }
 """The house of the design, from the words at the bottom to the doors at the top."""
 

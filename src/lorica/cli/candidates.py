@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lorica.cli.start import source_of
 from lorica.config import Layer, Resolved, TrainSettings, resolve
 from lorica.config.text import yaml_text
 from lorica.errors import ConfigError
@@ -111,7 +112,7 @@ def _space_of(settings: Resolved) -> Space:
         )
     problems = [
         f"{origins[key]}: {key} does not go with a search"
-        for key in ("stages", "adapters", "seeds", "on_adapter", "init_adapter")
+        for key in ("stages", "adapters", "seeds", "on_adapter")
         if getattr(run, key) is not None
     ]
     if settings.below:
@@ -119,13 +120,30 @@ def _space_of(settings: Resolved) -> Space:
     if problems:
         raise ConfigError("this cannot be searched", problems=problems)
     given = {key: where for key, where in origins.items() if where != "default"}
-    return read_space(
+    space = read_space(
         run.search,
         methods=WORDS,
         default_method=settings.method.kind,
-        given={k: v for k, v in given.items() if not v.startswith("rule")},
+        given={k: v for k, v in given.items() if not v.startswith(("rule", "init_adapter"))},
         origin=origins["search"],
     )
+    _check_source(settings, space)
+    return space
+
+
+def _check_source(settings: Resolved, space: Space) -> None:
+    """Raises ConfigError where candidates cannot begin from the adapter of `init_adapter`."""
+    if settings.run.init_adapter is None:
+        return
+    free = TrainSettings.model_fields
+    if fixed := [key for key in space.keys if key not in free and "dropout" not in key]:
+        raise ConfigError(
+            f"{settings.origins['init_adapter']}: every candidate begins with the tensors of "
+            f"{settings.run.init_adapter}, which decide about {', '.join(fixed)}",
+            expected="a search over how it trains on: learning_rate, weight_decay, dropout ...",
+            mend=f"take {', '.join(fixed)} out of the section search, or take init_adapter out",
+        )
+    source_of(settings)
 
 
 def label_of(point: Point) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -28,12 +29,14 @@ from lorica.cli.prepare import (
     sight,
     tell,
 )
+from lorica.cli.start import source_of
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.encode import Encoded, Example
 from lorica.data.screen import screen_quickly
 from lorica.data.screen_tokens import screen_tokens
 from lorica.errors import ConfigError, LoricaError, TargetError
+from lorica.files.adapter import digest_of
 from lorica.records.phrases import count, parameters, size
 from lorica.search.halving import rung_steps
 from lorica.search.samplers import number_of
@@ -59,6 +62,7 @@ class Ground:
         examples, held_out: the records, encoded.
         memory: what a run of the largest candidate was estimated to need.
         total: optimizer steps of a candidate that trains to its end.
+        every: steps between evaluations.
         rungs: the steps at which candidates are compared.
         at_once: how many train together.
         why: the reason for that number.
@@ -72,6 +76,7 @@ class Ground:
     held_out: Sequence[Example]
     memory: dict[str, Any]
     total: int
+    every: int
     rungs: tuple[int, ...]
     at_once: int
     why: str
@@ -84,13 +89,20 @@ class Ground:
     def space(self) -> Space:
         return self.candidates.space
 
+    @property
+    def source(self) -> Path | None:
+        """The adapter that every candidate begins from; None where each begins by itself."""
+        return source_of(self.settings)
+
     def identity(self) -> dict[str, Any]:
         """What all must have in common who work on one study."""
         values = anchored(self.settings).values
         section = dict(self.settings.run.search or {})
         kept = {key: value for key, value in values.items() if key not in _FREE}
         section = {k: v for k, v in section.items() if k not in ("storage", "at_once")}
+        source = {"init_adapter": digest_of(self.source)} if self.source else {}
         return {
+            **source,
             "search": section,
             "settings": _plain({key: kept[key] for key in sorted(kept)}),
             "base": known(self.model).digest,
@@ -109,8 +121,20 @@ class Ground:
         )
 
 
-def prepare_search(candidates: Candidates, voice: Voice, *, ignore_memory: bool = False) -> Ground:
+def prepare_search(
+    candidates: Candidates,
+    voice: Voice,
+    *,
+    ignore_memory: bool = False,
+    processes: int = 1,
+    beside: int = 1,
+) -> Ground:
     """Read, encode, plan and load; writes nothing.
+
+    Args:
+        ignore_memory: begin although the memory of the machine will not do.
+        processes: how many share the candidates.
+        beside: how many of these share the memory that this one uses, itself included.
 
     Raises:
         LoricaError: settings, data or base with which no search can begin.
@@ -139,11 +163,13 @@ def prepare_search(candidates: Candidates, voice: Voice, *, ignore_memory: bool 
     candidates = candidates.with_settings(settings)
     voice.say(f"encoded: {encoded_statement(task, examples)}")
     tell(screen_tokens(sight(settings, material, model, examples)), settings, voice)
-    at_once, why = places_for(candidates, ahead.forecast if ahead else None)
+    found = ahead.forecast if ahead else None
+    at_once, why = places_for(candidates, found, processes=processes, beside=beside)
     memory = ahead.forecast.as_dict() if ahead else {}
     total, rungs = course_of(settings, candidates.space, len(examples))
     parts = candidates, material, model, task, examples, held_out, memory
-    return Ground(*parts, total=total, rungs=rungs, at_once=at_once, why=why)
+    every = eval_every(settings, len(examples))
+    return Ground(*parts, total=total, every=every, rungs=rungs, at_once=at_once, why=why)
 
 
 def read_material(settings: Resolved, voice: Voice) -> tuple[Material, str]:
@@ -179,10 +205,15 @@ def with_evaluations(settings: Resolved, space: Space, num_records: int) -> Reso
 
 def course_of(settings: Resolved, space: Space, num_records: int) -> tuple[int, tuple[int, ...]]:
     """(steps of a candidate that trains to its end, steps at which candidates are compared)."""
+    total = total_steps(num_records, settings.train)
+    return total, rung_steps(space.how.rungs, total, eval_every(settings, num_records))
+
+
+def eval_every(settings: Resolved, num_records: int) -> int:
+    """Steps between evaluations: as set, or an epoch."""
     train = settings.train
-    total = total_steps(num_records, train)
     per_epoch = -(-num_records // (train.batch_size * train.gradient_accumulation_steps))
-    return total, rung_steps(space.how.rungs, total, train.eval_steps or per_epoch)
+    return train.eval_steps or per_epoch
 
 
 @dataclass(frozen=True)
@@ -234,33 +265,47 @@ def foresee_search(
     raise ConfigError("no candidate can be trained", problems=problems[:10])
 
 
-def places_for(candidates: Candidates, found: Forecast | None) -> tuple[int, str]:
-    """(how many candidates train at once, why)."""
+def places_for(
+    candidates: Candidates, found: Forecast | None, *, processes: int = 1, beside: int = 1
+) -> tuple[int, str]:
+    """(how many candidates train at once, why).
+
+    Args:
+        processes: how many share the candidates.
+        beside: how many of these share one memory.
+    """
     most = number_of(candidates.space)
     if candidates.space.how.at_once:
         return min(most, candidates.space.how.at_once), "as set"
     if found is None:
-        return 1, "the memory could not be estimated"
-    room = fitting(found.memory, found.process, found.free)
+        return min(most, processes), "the memory could not be estimated"
+    free = found.free // beside
+    of_each = -(-most // processes)
+    room = processes * fitting(found.memory, found.process, free, of_each)
     if room >= most:
         return most, "all of them fit"
-    return room, f"so many fit into {size(RESERVE * found.free)} of free memory"
+    each = " for each process" if processes > 1 else ""
+    return room, f"so many fit into {size(RESERVE * free)} of free memory{each}"
 
 
-def fitting(memory: Memory, process: int, free: int) -> int:
-    """How many candidates fit at once, at least one.
+def fitting(memory: Memory, process: int, free: int, most: int) -> int:
+    """How many candidates fit at once into one process, at least one.
 
-    The base is there once; adapter, optimizer and what a pass keeps come with every candidate.
+    The base is there once; adapter, optimizer and what a pass keeps come with every candidate that
+    trains. Of one that has ended the adapter stays to the end of the search, where the winner and
+    the largest rank are looked at.
 
     Args:
         memory: of a run of one, the largest.
         process: bytes that the process holds already.
         free: bytes that are free besides.
+        most: candidates that the process trains in all.
     """
     shared = memory.process + memory.weights + memory.states
-    each = max(1, memory.phases["training"] - shared)
-    left = RESERVE * free - (memory.total - process)
-    return max(1, 1 + int(left // each))
+    ended = memory.adapter
+    each = max(ended + 1, memory.phases["training"] - shared)
+    left = RESERVE * free - (memory.total - process) + each  # what the first one needs is in total
+    return max(1, min(most, int((left - most * ended) // (each - ended))))
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import json as jsonlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def execute_search(
     candidates = Candidates(settings)
     import_optuna()  # its absence is told before anything is read
     path = resume or Path(settings.run.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    if resume is not None and _finished(path, voice):
+    if resume is not None and finished(path, voice):
         return path
     if resume is None:
         RunFolder.check(path, replace=discard)
@@ -83,7 +83,7 @@ def execute_search(
         ground = prepare_search(candidates, voice, ignore_memory=ignore_memory)
         held = RunFolder.open(path) if resume else RunFolder.create(path, replace=discard)
         with held as folder:
-            search = _Search(ground, folder, voice, began)
+            search = Search(ground, folder, voice, began)
             found = search.go(resume=resume is not None)
     except LoricaError as error:
         if error.mend:
@@ -97,7 +97,7 @@ def execute_search(
 
 
 @dataclass
-class _Search:
+class Search:
     """A search whose folder is held."""
 
     ground: Ground
@@ -110,15 +110,15 @@ class _Search:
         """Train the candidates, choose, write the answer."""
         ground, settings = self.ground, self.ground.settings
         if not resume:
-            _begin(self.folder, settings)
+            begin(self.folder, settings)
         study = self._study()
         try:
             ground.voice_plan(self.voice)
             director = self._field(study)
             report = self._train(director, resume)
             with self.voice.work("choosing"):
-                found = self._answer(study, director, report)
-            return self._write(study, director, report, found)
+                found = self.answer(study, director.handles, report)
+            return self.write(study, report, found)
         finally:
             study.close()
 
@@ -146,6 +146,7 @@ class _Search:
         )
         made = ground.candidates.made
         how: dict[str, Any] = {"seed": train.seed, "task": ground.task, "tell": self.voice.say}
+        how["source"] = ground.source
         return Field(ground.model, study, course, made, **how)
 
     def _train(self, director: Field, resume: bool) -> TrainReport:
@@ -155,7 +156,7 @@ class _Search:
             self.recorder = self.voice.recorder(self.folder, ground.settings.to_yaml(), step)
             return self.recorder
 
-        about = manifest(_prepared(ground, None), self.folder.path)
+        about = manifest(prepared_of(ground), self.folder.path)
         about["run"]["command"] = "search"
         return train(
             ground.model,
@@ -169,11 +170,18 @@ class _Search:
             resume=resume,
         )
 
-    def _answer(self, study: Study, director: Field, report: TrainReport) -> dict[str, Any]:
+    def answer(
+        self, study: Study, handles: Mapping[int, Adapter], report: TrainReport
+    ) -> dict[str, Any]:
+        """What was found, as search.json has it.
+
+        Args:
+            handles: the adapters of the candidates, on the base.
+        """
         how = self.ground.space.how
         entries, tokens = study.entries(), study.tokens
         answer = answer_of(entries, tokens, how.standard_errors)
-        spectrum = self._spectrum(entries, director) if how.spectrum else None
+        spectrum = self._spectrum(entries, handles) if how.spectrum else None
         steps = sum(entry.last_step for entry in entries)
         whole = self.ground.total * sum(bool(entry.curve) for entry in entries)
         return {
@@ -194,19 +202,21 @@ class _Search:
             },
         }
 
-    def _spectrum(self, entries: Sequence[Entry], director: Field) -> OfSpectrum | None:
+    def _spectrum(
+        self, entries: Sequence[Entry], handles: Mapping[int, Adapter]
+    ) -> OfSpectrum | None:
         """Of the largest rank that trained to its end here; the better one of several."""
         own = [
             entry
             for entry in entries
             if entry.outcome == "finished"
-            and entry.number in director.handles
-            and has_spectra(director.handles[entry.number])
+            and entry.number in handles
+            and has_spectra(handles[entry.number])
         ]
         if not own:
             return None
         entry = max(own, key=lambda e: (e.rank or 0, -(e.loss or 0.0)))
-        adapter = director.handles[entry.number]
+        adapter = handles[entry.number]
         layers = spectra(adapter)
         ranks = smaller_ranks(entry.rank or 0, [e.rank for e in entries if e.rank])
         cuts = [self._cut(adapter, rank) for rank in ranks]
@@ -231,16 +241,12 @@ class _Search:
         finally:
             detach(ground.model, less)
 
-    def _write(
-        self, study: Study, director: Field, report: TrainReport, found: dict[str, Any]
-    ) -> dict[str, Any]:
+    def write(self, study: Study, report: TrainReport, found: dict[str, Any]) -> dict[str, Any]:
         """The chosen adapter, its settings, the answer and its page; run.json last."""
         entry = study.entry(found["chosen"])
-        adapter = director.handles.get(entry.number)
         chosen = self.ground.candidates.resolved(entry.point)
         about = {**read_manifest(self.folder.manifest), **report.outcome()}
-        prepared = _prepared(self.ground, adapter)
-        write_winner(self.folder, entry, chosen, prepared, about)
+        write_winner(self.folder, entry, chosen, prepared_of(self.ground), about)
         write_file(self.folder.path / SEARCH, json_text(found))
         assert self.voice.writer is not None
         chosen_words = {"candidate": entry.name, "settings": entry.point}
@@ -255,20 +261,21 @@ class _Search:
         return found
 
 
-def _prepared(ground: Ground, adapter: Any) -> Prepared:
+def prepared_of(ground: Ground) -> Prepared:
     """The search as a run of one adapter, for what tells about runs."""
-    parts = ground.settings, ground.material, ground.model, adapter, ground.task
+    nobody: Any = None
+    parts = ground.settings, ground.material, ground.model, nobody, ground.task
     return Prepared(*parts, ground.examples, list(ground.held_out), [], ground.memory)
 
 
-def _begin(folder: RunFolder, settings: Resolved) -> None:
+def begin(folder: RunFolder, settings: Resolved) -> None:
     write_file(folder.config, anchored(settings).to_yaml())
     head = {"lorica": __version__, "status": "running", "started": now()}
     run = {"path": str(folder.path), "command": "search"}
     write_file(folder.manifest, json_text({**head, "run": run}))
 
 
-def _finished(path: Path, voice: Voice) -> bool:
+def finished(path: Path, voice: Voice) -> bool:
     """Says so where a search has its answer already, and writes its page where that is missing.
 
     Raises:

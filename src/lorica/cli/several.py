@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lorica import __version__
-from lorica.attach.attach import attach
+from lorica.attach.attach import Adapter, attach
 from lorica.cli.judge import predictions, samples, tell_of_chance
 from lorica.cli.manifest import manifest
 from lorica.cli.material import Material, gather
@@ -104,18 +104,18 @@ def execute_several(
                 RunFolder.check(path, replace=discard)
             if settings.run.threads:
                 torch.set_num_threads(settings.run.threads)
-            several = _prepare(settings, voice)
+            several = prepare_several(settings, voice)
             if not resume:
                 folder = held.enter_context(RunFolder.create(path, replace=discard))
-            return _Run(several, folder, voice, began).go(resume=resume is not None)
+            return SeveralRun(several, folder, voice, began).go(resume=resume is not None)
     except Signal as asked:
         voice.display.work(None)
         raise stopped(path, asked.number) from None
 
 
 @dataclass
-class _Several:
-    """What `_Run` needs: the settings of the run, and what is prepared for each adapter."""
+class Several:
+    """What `SeveralRun` needs: the settings of the run, and what is prepared for each adapter."""
 
     settings: Resolved
     parts: dict[str, Prepared]
@@ -147,7 +147,7 @@ def check_several(settings: Resolved) -> None:
         )
 
 
-def _prepare(settings: Resolved, voice: Voice) -> _Several:
+def prepare_several(settings: Resolved, voice: Voice) -> Several:
     """Read the records of all, load the base once, attach and encode; writes nothing."""
     check_several(settings)
     for note in settings.notes:
@@ -174,7 +174,7 @@ def _prepare(settings: Resolved, voice: Voice) -> _Several:
             parts[name] = _prepared(name, own, materials[name], model, voice)
     _agree_on_length(parts, model, voice)
     _check_facts(parts)
-    courses_of(model, next(iter(parts.values())).task, *_data(parts))  # refuses early
+    courses_of(model, next(iter(parts.values())).task, *data_of(parts))  # refuses early
     for name, part in parts.items():
         voice.say(f"{name}: {part.adapter.reason}")
         voice.say(f"{name}: {size_line(part.adapter, number)}")
@@ -184,7 +184,7 @@ def _prepare(settings: Resolved, voice: Voice) -> _Several:
             part.settings,
             voice,
         )
-    return _Several(anchored(settings), parts)
+    return Several(anchored(settings), parts)
 
 
 def _materials(settings: Resolved, voice: Voice) -> dict[str, Material]:
@@ -245,13 +245,19 @@ def _prepared(
     name: str, own: Resolved, material: Material, model: torch.nn.Module, voice: Voice
 ) -> Prepared:
     """One adapter, attached, with its records as numbers."""
-    source = check_start(own)
-    adapter = attach(model, own.method, name=name, seed=own.train.seed)
+    adapter, told = attached(name, own, model)
     task, examples, held_out, own = encode(own, material, model, voice)
-    for line in begin_from(adapter, source) if source is not None else ():
+    for line in told:
         voice.say(f"{name}: {line}")
     metrics = list(own.run.metrics or material.metrics(task.kind))
     return Prepared(own, material, model, adapter, task, examples, held_out, metrics)
+
+
+def attached(name: str, own: Resolved, model: torch.nn.Module) -> tuple[Adapter, Sequence[str]]:
+    """An adapter as its training begins, and what is to be told of that."""
+    source = check_start(own)
+    adapter = attach(model, own.method, name=name, seed=own.train.seed)
+    return adapter, begin_from(adapter, source) if source is not None else ()
 
 
 def _agree_on_length(parts: dict[str, Prepared], model: torch.nn.Module, voice: Voice) -> None:
@@ -287,7 +293,7 @@ def _check_facts(parts: Mapping[str, Prepared]) -> None:
         )
 
 
-def _data(parts: Mapping[str, Prepared]) -> tuple[dict, dict, dict]:
+def data_of(parts: Mapping[str, Prepared]) -> tuple[dict, dict, dict]:
     """Records, evaluation records and settings by adapter, as `train` takes them."""
     return (
         {part.adapter: part.examples for part in parts.values()},
@@ -296,11 +302,26 @@ def _data(parts: Mapping[str, Prepared]) -> tuple[dict, dict, dict]:
     )
 
 
+def about(parts: Mapping[str, Prepared], path: Path) -> dict[str, Any]:
+    """What run.json says of the records of these adapters."""
+    whole = manifest(next(iter(parts.values())), path)
+    if len({id(part.material) for part in parts.values()}) > 1:
+        del whole["data"]  # each adapter says its own
+    return whole
+
+
+def begin(folder: RunFolder, settings: Resolved) -> None:
+    """What makes a folder a run."""
+    write_file(folder.config, settings.to_yaml())
+    head = {"lorica": __version__, "status": "running", "started": now()}
+    write_file(folder.manifest, json_text({**head, "run": {"path": str(folder.path)}}))
+
+
 @dataclass
-class _Run:
+class SeveralRun:
     """A run whose folder is held."""
 
-    several: _Several
+    several: Several
     folder: RunFolder
     voice: Voice
     began: float
@@ -310,11 +331,11 @@ class _Run:
     def go(self, *, resume: bool) -> Outcome:
         """Train, then score base and adapters, compare, report."""
         if not resume:
-            write_file(self.folder.config, self.several.settings.to_yaml())
-            head = {"lorica": __version__, "status": "running", "started": now()}
-            run = {"run": {"path": str(self.folder.path)}}
-            write_file(self.folder.manifest, json_text({**head, **run}))
-        report = self._train(resume)
+            begin(self.folder, self.several.settings)
+        return self.end(self._train(resume))
+
+    def end(self, report: TrainReport) -> Outcome:
+        """What comes after the training."""
         with resumable(self.folder, self.voice, lambda: self.recorder):
             scores = self._judge(report)
             self.folder.write_samples(self.shown)
@@ -331,10 +352,7 @@ class _Run:
             self.recorder = self.voice.recorder(self.folder, config, step)
             return self.recorder
 
-        data, eval_data, settings = _data(self.several.parts)
-        whole = manifest(first, self.folder.path)
-        if len({id(part.material) for part in self.several.parts.values()}) > 1:
-            del whole["data"]  # each adapter says its own
+        data, eval_data, settings = data_of(self.several.parts)
         return train(
             first.model,
             data,
@@ -343,7 +361,7 @@ class _Run:
             eval_data=eval_data,
             task=first.task,
             recorder=recorder,
-            manifest=whole,
+            manifest=about(self.several.parts, self.folder.path),
             resume=resume,
         )
 

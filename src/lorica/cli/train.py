@@ -73,6 +73,19 @@ def command(
     from lorica.cli.showing import closing_lines
 
     how = {"json": json, "quiet": quiet, "ignore_memory": ignore_memory}
+    from lorica.cli.ranks import ranks, refuse_ranks
+    from lorica.records.crew import is_crewed
+
+    found = ranks()
+    if settings.adapters and (found.size > 1 or (resume is not None and is_crewed(resume))):
+        from lorica.cli.several import closing_lines_of_several
+        from lorica.cli.several_crew import execute_several_together
+
+        ended = execute_several_together(settings, found, resume=resume, discard=replace, **how)
+        if ended is not None and not (json or quiet):
+            print("\n".join(closing_lines_of_several(ended.folder)))
+        return
+    refuse_ranks("a run of one adapter" if not settings.run.seeds else "a run for several seeds")
     if settings.run.seeds:
         from lorica.cli.seeds import execute_seeds
 

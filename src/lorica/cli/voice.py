@@ -55,9 +55,13 @@ class Voice:
             config: text of config.yaml.
             step: that is gone on from; None for a new run.
         """
+        return Watched(Recorders([self.writing(folder, config, step), self.display]))
+
+    def writing(self, folder: RunFolder, config: str, step: int | None = None) -> RunRecorder:
+        """The files alone, for a run that the display does not show; arguments as of `recorder`."""
         self.writer = RunRecorder(folder, config=config, resumed_step=step)
         told = {event.get("text") for event in read_lines(folder.events).values}
         for kind, text in self._early:
             if text not in told:  # a resumed run says most of it again
                 self.writer.event(kind, text)
-        return Watched(Recorders([self.writer, self.display]))
+        return self.writer

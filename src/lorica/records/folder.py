@@ -11,6 +11,8 @@ checkpoints/    report.html     .lock
 stages/1/ ...   the run folder of every stage, where a run has several
 study.db        of a search: every candidate with what it reached; search.json, the answer; and
                 run.yaml, which trains the chosen one again (adapter/)
+workers/1/ ...  the run folders of several processes that share the adapters, until they are
+                gathered; workers.json, who has which; workers.lock
 """
 
 import contextlib
@@ -37,11 +39,13 @@ ADAPTER, ADAPTERS, CHECKPOINTS = "adapter", "adapters", "checkpoints"
 STAGES = "stages"
 PICTURES = "samples"
 STUDY, SEARCH, RUN_YAML = "study.db", "search.json", "run.yaml"
+WORKERS, WORKERS_OWNERS, WORKERS_LOCK = "workers", "workers.json", "workers.lock"
 RELEVANCE, RELEVANCE_SCORES = "relevance.json", "relevance.safetensors"
 LAYOUT = (
     *(MANIFEST, CONFIG, METRICS, EVENTS, SAMPLES, RELEVANCE, RELEVANCE_SCORES, REPORT),
     *(ADAPTER, ADAPTERS, CHECKPOINTS, STAGES, PICTURES),
     *(STUDY, f"{STUDY}-journal", SEARCH, RUN_YAML),
+    *(WORKERS, WORKERS_OWNERS, WORKERS_LOCK),
 )
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

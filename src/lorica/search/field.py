@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,11 +21,11 @@ from lorica.attach.handle import Adapter
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import ConfigError, TargetError
+from lorica.files.transfer import begin_from
 from lorica.methods.method import Method, is_chosen
-from lorica.search.answer import paired
-from lorica.search.halving import AtRung, cut_at, is_hopeless
 from lorica.search.space import Point, name_of
 from lorica.search.study import Entry, Study, adapter_name
+from lorica.search.verdict import verdict
 from lorica.tasks.task import Task
 from lorica.train.director import Evaluation, Newcomer
 from lorica.train.starts import attach_by_records
@@ -67,6 +68,7 @@ class Field:
         seed: of every adapter's start, the same for all.
         task: what a loss is, for a start that records decide.
         tell: is told what happens, a line each.
+        source: the adapter folder whose tensors every candidate begins with.
     """
 
     def __init__(
@@ -79,8 +81,9 @@ class Field:
         seed: int,
         task: Task,
         tell: Tell = lambda kind, text: None,
+        source: Path | None = None,
     ) -> None:
-        self.model, self.study, self.course = model, study, course
+        self.model, self.study, self.course, self.source = model, study, course, source
         self.settings_of, self.seed, self.task, self.tell = settings_of, seed, task, tell
         self.handles: dict[int, Adapter] = {}
         self._settled: set[str] = set()
@@ -135,15 +138,21 @@ class Field:
     def _attached(self, entry: Entry) -> Newcomer | None:
         """The adapter of a candidate; None, with a word, where there can be none."""
         try:
-            method, settings = self.settings_of(entry.point)
-            adapter = self._attach(method, entry.name)
+            return self.attached(entry)
         except (ConfigError, TargetError) as error:
-            reason = _in_a_line(error)
-            self.study.end(entry.number, "failed", reason=reason)
-            self.tell(
-                "warning", f"{entry.name} ({name_of(entry.point)}) cannot be trained: {reason}"
-            )
+            self.study.end(entry.number, "failed", reason=self.refused(entry, error))
             return None
+
+    def refused(self, entry: Entry, error: ConfigError | TargetError) -> str:
+        """Tells why a candidate cannot be trained; the reason in a line."""
+        reason = "; ".join([error.what, *error.problems[:2]])
+        self.tell("warning", f"{entry.name} ({name_of(entry.point)}) cannot be trained: {reason}")
+        return reason
+
+    def attached(self, entry: Entry) -> Newcomer:
+        """The adapter of a candidate on the base. Raises ConfigError, TargetError."""
+        method, settings = self.settings_of(entry.point)
+        adapter = self._attach(method, entry.name)
         self.handles[entry.number] = adapter
         rank = getattr(adapter.method, "r", None)
         if entry.parameters is None:
@@ -153,7 +162,10 @@ class Field:
     def _attach(self, method: Method, name: str) -> Adapter:
         how: dict[str, Any] = {"name": name, "seed": self.seed}
         if not is_chosen(method):
-            return attach(self.model, method, **how)
+            adapter = attach(self.model, method, **how)
+            if self.source is not None:
+                begin_from(adapter, self.source)
+            return adapter
         records = self.course.examples
         return attach_by_records(self.model, method, self.task, records, **how)[0]
 
@@ -180,7 +192,7 @@ class Field:
             return None
         reason = self.study.decision(number, step)
         if reason is None:
-            reason = self._decide(number, evaluation)
+            reason = self._decide(number, step)
             self.study.decide(number, step, reason)
         if reason:
             self.study.end(number, "cut", reason=reason)
@@ -190,12 +202,13 @@ class Field:
         """Tell the study of the evaluations of a turn, once."""
         fresh = [one for one in evaluations if (one.name, one.step) not in self._heard]
         for one in fresh:
-            self._report(one)
+            self.report(one)
             self._heard.add((one.name, one.step))
         if fresh:
             self._entries = self.study.entries()
 
-    def _report(self, evaluation: Evaluation) -> None:
+    def report(self, evaluation: Evaluation) -> None:
+        """Tell the study of an evaluation; the same again changes nothing."""
         losses, tokens = by_record(evaluation.losses, evaluation.tokens, evaluation.rows)
         self.study.report(
             number_of(evaluation.name),
@@ -207,39 +220,19 @@ class Field:
             rung=evaluation.step in self.course.rungs,
         )
 
-    def _decide(self, number: int, evaluation: Evaluation) -> str:
+    def _decide(self, number: int, step: int) -> str:
         """Why a candidate ends after an evaluation; empty where it goes on."""
-        entries, step = self._entries, evaluation.step
-        own = next(entry for entry in entries if entry.number == number)
-        how = self.study.space.how
-        if step in self.course.rungs and (reason := self._cut(own, entries, step)):
-            return reason
-        others = [e for e in entries if e.loss is not None and e.losses and e.number != number]
-        if not how.hopeless or not others:
-            return ""
-        best = min(others, key=lambda e: (e.loss, e.number))
-        losses, tokens = by_record(evaluation.losses, evaluation.tokens, evaluation.rows)
-        margin = how.standard_errors * paired(losses, best.losses, tokens).error
-        lowest = best.loss or 0.0
-        if is_hopeless(own.curve, self.course.total, lowest, margin=margin):
-            return (
-                f"its evaluation loss of {own.curve[step]:.4f} at step {step} falls too slowly to "
-                f"come near the {lowest:.4f} of another one"
-            )
-        return ""
-
-    def _cut(self, own: Entry, entries: Sequence[Entry], step: int) -> str:
-        there = [e for e in entries if step in e.rungs and e.parameters is not None]
-        taken = {e.number: self._decided(e, step) for e in there if e.number != own.number}
-        decided = {number: bool(reason) for number, reason in taken.items() if reason is not None}
-        how = self.study.space.how
-        rung = [AtRung(e.number, e.rungs[step], e.parameters or 0) for e in there]
-        ends = cut_at(
-            rung, self.study.tokens, keep=how.keep, errors=how.standard_errors, decided=decided
+        entries = self._entries
+        return verdict(
+            next(entry for entry in entries if entry.number == number),
+            entries,
+            step,
+            how=self.study.space.how,
+            rungs=self.course.rungs,
+            total=self.course.total,
+            tokens=self.study.tokens,
+            decided=self._decided,
         )
-        if not ends[own.number]:
-            return ""
-        return f"not among the best {how.keep:.0%} of {len(there)} at step {step}"
 
     def _decided(self, entry: Entry, step: int) -> str | None:
         """What was decided about a candidate; of this run's own, maybe in this very turn."""
@@ -271,7 +264,3 @@ def by_record(
         of_losses[row] = of_losses.get(row, 0.0) + loss
         of_tokens[row] = of_tokens.get(row, 0) + number
     return list(of_losses.values()), list(of_tokens.values())
-
-
-def _in_a_line(error: ConfigError | TargetError) -> str:
-    return "; ".join([error.what, *error.problems[:2]])

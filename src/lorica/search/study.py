@@ -47,6 +47,9 @@ class Entry:
         losses: summed loss of each evaluation record with that adapter.
         rungs: step -> the same at the steps where candidates are compared.
         decided: step -> why it ended there; empty where it went on.
+        newest: summed loss of each evaluation record at the last step of the curve.
+        joined: turns of the search before its first step, where a schedule says when it joins.
+        stopped: (turn, why) where it ended by itself, as far as the schedule has to hear of it.
     """
 
     number: int
@@ -61,6 +64,9 @@ class Entry:
     losses: tuple[float, ...] = ()
     rungs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     decided: Mapping[int, str] = field(default_factory=dict)
+    newest: tuple[float, ...] = ()
+    joined: int | None = None
+    stopped: tuple[int, str] | None = None
 
     @property
     def name(self) -> str:
@@ -155,8 +161,26 @@ class Study:
 
     def claim(self) -> Entry | None:
         """The next candidate, which is this run's from now on; None where there are no more."""
-        if (orphan := self._orphan()) is not None:
-            return self._take(orphan)
+        orphan = self._orphan()
+        number = self._asked() if orphan is None else orphan
+        if number is None:
+            return None
+        self._set(number, run=self.run)
+        return self.entry(number)
+
+    def admit(self, turn: int) -> Entry | None:
+        """The next candidate, which joins the search of this run at this turn, whichever process
+        trains it; None where there are no more.
+        """
+        orphan = self._orphan()
+        number = self._asked() if orphan is None else orphan
+        if number is None:
+            return None
+        self._set(number, joined=turn, run=self.run)
+        return self.entry(number)
+
+    def _asked(self) -> int | None:
+        """A candidate from the sampler, or the queue."""
         fixed = self.space.sampler in FIXED
         if not fixed and len(self._trials()) >= number_of(self.space):
             return None
@@ -170,21 +194,18 @@ class Study:
         point = suggested(self.space, trial, trial.user_attrs.get("point"))
         if not fixed:
             trial.set_user_attr("point", point)
-        return self._take(trial.number)
+        return trial.number
 
     def _orphan(self) -> int | None:
         """A candidate that was taken by a run which was killed before it could say so."""
         for trial in self._trials():
-            if trial.state.name != "RUNNING" or trial.user_attrs.get("run"):
+            known = trial.user_attrs
+            if trial.state.name != "RUNNING" or known.get("run"):
                 continue
             since = datetime.now() - (trial.datetime_start or datetime.now())
-            if "point" in trial.user_attrs and (not self._shared or since > _LOST):
+            if "point" in known and (not self._shared or since > _LOST):
                 return trial.number
         return None
-
-    def _take(self, number: int) -> Entry:
-        self._set(number, run=self.run)
-        return self.entry(number)
 
     def own(self) -> list[Entry]:
         """The candidates of this run, whatever became of them."""
@@ -225,14 +246,16 @@ class Study:
         if self._tokens != tuple(tokens):
             raise LoricaError("the candidates of this study were judged on different records")
         held = self._held_of(number)
-        if step not in held.steps and not held.ended:
-            self._storage.set_trial_intermediate_value(held.trial, step, loss)
-            held.steps.add(step)
+        if step in held.steps or held.ended:
+            return
         rounded = [float(f"{value:.7g}") for value in losses]
+        self._set(number, newest=rounded)
         if kept:
             self._set(number, kept={"step": step, "losses": rounded})
         if rung:
             self._set(number, **{f"rung {step}": rounded})
+        self._storage.set_trial_intermediate_value(held.trial, step, loss)  # last: all is there
+        held.steps.add(step)
 
     def decision(self, number: int, step: int) -> str | None:
         """What was decided about a candidate of this run at a step: "" for going on, else why it
@@ -243,6 +266,21 @@ class Study:
     def decide(self, number: int, step: int, reason: str) -> None:
         """Write down what `decision` then gives."""
         self._set(number, **{f"decided {step}": reason})
+
+    def stop(self, number: int, turn: int, reason: str) -> None:
+        """Write down that a candidate ended by itself; the schedule makes an outcome of it."""
+        self._set(number, stopped=[turn, reason])
+
+    def agree(self, key: str, value: Any) -> Any:
+        """What the first one to ask for it has said; the others take that."""
+        found = self._study.user_attrs.get(key)
+        if found is None:
+            self._study.set_user_attr(key, value)
+        return value if found is None else found
+
+    def look_again(self) -> None:
+        """Others may have written about any candidate meanwhile."""
+        self._own.clear()
 
     def end(self, number: int, outcome: Outcome, *, reason: str = "") -> None:
         """Write down what became of a candidate. The same again changes nothing."""
@@ -342,7 +380,7 @@ _STATES: dict[str, Outcome] = {
 
 def _entry(trial: Any) -> Entry:
     known = trial.user_attrs
-    kept = known.get("kept", {})
+    kept, stopped = known.get("kept", {}), known.get("stopped")
     return Entry(
         number=trial.number,
         point=dict(known.get("point", {})),
@@ -356,6 +394,9 @@ def _entry(trial: Any) -> Entry:
         losses=tuple(kept.get("losses", ())),
         rungs={step: tuple(losses) for step, losses in _by_step(known, "rung ").items()},
         decided=_by_step(known, "decided "),
+        newest=tuple(known.get("newest", ())),
+        joined=known.get("joined"),
+        stopped=(int(stopped[0]), str(stopped[1])) if stopped else None,
     )
 
 

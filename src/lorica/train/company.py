@@ -14,7 +14,7 @@ from lorica.tasks.task import Task
 from lorica.train.agreement import check_agreement
 from lorica.train.checkpoint import State
 from lorica.train.course import Course
-from lorica.train.director import Director, Evaluation, Newcomer
+from lorica.train.director import Director, Evaluation, Later, Newcomer
 from lorica.train.plan import courses_of
 from lorica.train.reuse import Reuse
 
@@ -29,6 +29,7 @@ class Company:
         courses: all, also those that have ended.
         director: decides who leaves and joins; None where nobody does.
         heard: the evaluations of the newest turn that had some.
+        resting: name -> the evaluation that the director has not judged yet.
         asked: whether the director was asked for newcomers since the last turn.
         errors: what ended those that failed since the run was begun or gone on with.
     """
@@ -45,6 +46,7 @@ class Company:
         self.model, self.task, self.courses, self.settings = model, task, courses, settings
         self.director, self.reuse, self.asked = director, reuse, False
         self.heard: dict[str, Evaluation] = {}
+        self.resting: dict[str, Evaluation] = {}
         self.errors: dict[str, NonFiniteError] = {}
 
     @property
@@ -54,7 +56,13 @@ class Company:
 
     @property
     def working(self) -> list[Course]:
-        return [course for course in self.courses if not course.done]
+        """Those who step in the turn to come."""
+        return [c for c in self.courses if not c.done and c.name not in self.resting]
+
+    @property
+    def done(self) -> bool:
+        """Whether nobody trains any more."""
+        return not self.resting and all(course.done for course in self.courses)
 
     def fail(self, course: Course, error: NonFiniteError, tell: Tell) -> None:
         """End one adapter whose numbers are not finite; the others go on.
@@ -105,9 +113,28 @@ class Company:
         if self.director is None:
             return
         others = tuple(one for name, one in self.heard.items() if name != course.name)
-        reason = self.director.judge(replace(self.heard[course.name], beside=others))
+        self._ask(course, replace(self.heard[course.name], beside=others))
+
+    def _ask(self, course: Course, evaluation: Evaluation) -> None:
+        assert self.director is not None
+        reason = self.director.judge(evaluation)
+        if isinstance(reason, Later):
+            self.resting[course.name] = evaluation
+            return
+        self.resting.pop(course.name, None)
         if reason and not course.done:
             course.stopped = reason
+
+    def ask_again(self, turn: int, tell: Tell) -> None:
+        """Ask the director about those who rest; who goes on does so with the turn to come."""
+        for course in [c for c in self.courses if c.name in self.resting]:
+            was_done = course.done
+            self._ask(course, self.resting[course.name])
+            if course.name in self.resting or was_done:
+                continue
+            course.joined = turn - course.step
+            if course.stopped:
+                tell("info", f"{course.name}: {course.stopped}")
 
     def welcome(self, turn: int, tell: Tell) -> list[Course]:
         """Let those join whom the director sends, unless it was asked since the last turn.

@@ -65,11 +65,22 @@ class Newcomer:
     eval_data: Records = ()
 
 
+class Later:
+    """The answer of a director that cannot judge yet: see `LATER`."""
+
+
+LATER = Later()
+"""Not yet: the adapter rests, and the director is asked about the same evaluation before every
+turn until it answers.
+"""
+
+
 class Director(Protocol):
     """Decides who trains. Whatever it raises ends the run, which can be gone on with."""
 
-    def judge(self, evaluation: Evaluation) -> str | None:
-        """Asked after every evaluation: why this adapter ends now, or None for going on.
+    def judge(self, evaluation: Evaluation) -> str | Later | None:
+        """Asked after every evaluation: why this adapter ends now, or None for going on; LATER
+        where that hangs on what is not known yet.
 
         Of an adapter that has reached its last step, or has ended itself by its patience, it hears
         too; the answer then changes nothing.

@@ -45,6 +45,9 @@ Evaluator = Callable[[nn.Module, Adapter], Mapping[str, float]]
 
 MakeRecorder = Callable[[int | None], Recorder]
 
+PAUSE = 0.1
+"""Seconds between two questions to a director for whom all wait."""
+
 
 @dataclass(frozen=True)
 class TrainReport:
@@ -240,7 +243,11 @@ class _Run:
             self._welcome(self.recorder.event)
             while not self._done:
                 stop.check()
-                self._turn(stop)
+                if self.company.working:
+                    self._turn(stop)
+                else:  # all rest: what they wait for comes from outside
+                    time.sleep(PAUSE)
+                    self.company.asked = False
                 self._welcome(self.recorder.event)
             stop.check()
             self.company.refuse_if_all_failed()
@@ -263,9 +270,10 @@ class _Run:
 
     @property
     def _done(self) -> bool:
-        return all(course.done for course in self.courses)
+        return self.company.done
 
     def _welcome(self, tell: Tell) -> None:
+        self.company.ask_again(self.turn, tell)
         joined = self.company.welcome(self.turn, tell)
         for course in joined:
             self.identity |= identity_of(course, self.settings)
@@ -305,7 +313,8 @@ class _Run:
 
     def _save_every(self) -> int:
         """Turns between checkpoints: as set, or with the evaluations."""
-        return self.settings.save_steps or min(map(self._eval_every, self.company.working))
+        every = map(self._eval_every, self.company.working)
+        return self.settings.save_steps or min(every, default=1)
 
     def _judge(self, stop: Stop) -> None:
         """Evaluate and log what is due. Nothing changes until all evaluations are through, so that

@@ -1,0 +1,204 @@
+"""A run with `adapters:` by several processes: `torchrun ... -m lorica train run.yaml`.
+
+Each loads the base and takes a share of the adapters, which know nothing of each other. What they
+become are the bits of one process, or of a run alone. When all are written, the first process (or
+another one where that is gone) scores them and writes the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorica.attach.attach import detach
+from lorica.cli.crew import enter, last_one, mark, output_of, told, wait, whole
+from lorica.cli.prepare import Prepared
+from lorica.cli.ranks import Ranks, choose_device
+from lorica.cli.run import Outcome, finished
+from lorica.cli.several import (
+    Several,
+    SeveralRun,
+    about,
+    attached,
+    begin,
+    data_of,
+    prepare_several,
+)
+from lorica.cli.voice import Voice
+from lorica.config import Resolved
+from lorica.errors import NonFiniteError
+from lorica.files.adapter import load_adapter
+from lorica.records.crew import Crew
+from lorica.records.folder import RunFolder
+from lorica.records.read import read_manifest
+from lorica.records.write import Recorder, merged
+from lorica.train.director import Evaluation, Newcomer
+from lorica.train.loop import train
+
+
+def execute_several_together(
+    settings: Resolved,
+    found: Ranks,
+    *,
+    resume: Path | None,
+    discard: bool,
+    quiet: bool,
+    json: bool,
+    ignore_memory: bool,
+) -> Outcome | None:
+    """What one of several processes does for a run; arguments as of `execute_several`.
+
+    Returns:
+        of the process that wrote the end of the run; None of the others.
+    """
+    began = time.monotonic()
+    choose_device()
+    voice = Voice(json=json and found.first, quiet=quiet or not found.first)
+    path = output_of(settings, resume)
+    if resume is not None and (outcome := finished(resume, settings, voice)):
+        return outcome
+    if found.first and resume is None:
+        RunFolder.check(path, replace=discard)
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    several = prepare_several(settings, voice)
+    for part in several.parts.values():
+        detach(part.model, part.adapter)
+    entering: dict[str, Any] = {"resume": resume is not None, "discard": discard}
+    folder = enter(path, found, lambda folder: begin(folder, several.settings), **entering)
+    crew = Crew(path, found.size)
+    try:
+        with told(path, crew, folder):
+            work = _Work(several, crew, voice)
+            work.go()
+            folder = last_one(path, folder)
+            return work.end(folder, began) if folder is not None else None
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+class Bystander:
+    """A director who lets everybody train to the end."""
+
+    state: Mapping[str, Any] = {}
+
+    def judge(self, evaluation: Evaluation) -> None:
+        """Whoever trains goes on."""
+
+    def newcomers(self, standing: Mapping[str, str | None]) -> Sequence[Newcomer]:
+        """Nobody joins."""
+        return []
+
+    def again(self, name: str) -> Newcomer:
+        """Never asked: nobody has joined."""
+        raise AssertionError(name)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing is to be done."""
+
+
+@dataclass
+class _Work:
+    """The share of one process."""
+
+    several: Several
+    crew: Crew
+    voice: Voice
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.several.parts]
+
+    def go(self) -> None:
+        """Train what there is, until all adapters are written or have failed."""
+        share = self.crew.share(len(self.names))
+        if self.crew.size > 1:
+            self.voice.say(f"{self.crew.size} processes, of which each trains {share} adapters")
+        while True:
+            with self.crew.locked():
+                owners = self.crew.owners()
+                left = [name for name in self.names if not self._is_done(name, owners)]
+                if not left:
+                    return
+                free = [n for n in left if n not in owners or self.crew.is_lost(n, owners[n])]
+                folder = self.crew.begin() if free else None
+                if folder is not None:
+                    self.crew.take(free[:share], folder)
+            if folder is None:
+                wait()
+                continue
+            with folder:
+                self._stretch(folder, free[:share])
+
+    def _is_done(self, name: str, owners: Mapping[str, Path]) -> bool:
+        owner = owners.get(name)
+        if self.crew.adapter(name, owner) is not None:
+            return True
+        file = owner / "run.json" if owner is not None else None
+        known = read_manifest(file) if file is not None and file.is_file() else {}
+        return bool(known.get("training", {}).get("failed", {}).get(name))
+
+    def _stretch(self, folder: RunFolder, names: Sequence[str]) -> None:
+        """Train some of the adapters to their end."""
+        model, parts = self.several.first.model, {}
+        for name in names:
+            own = self.several.parts[name]
+            parts[name] = replace(own, adapter=attached(name, own.settings, model)[0])
+        try:
+            self._train(folder, parts)
+        except NonFiniteError as error:  # all of them; the others know nothing of it
+            failed = {name: str(error).splitlines()[0] for name in names}
+            failed |= dict(zip(names, error.problems, strict=False))
+            mark(folder, {"training": {"failed": failed}})
+        finally:
+            for part in parts.values():
+                detach(model, part.adapter)
+
+    def _train(self, folder: RunFolder, parts: Mapping[str, Prepared]) -> None:
+        def recorder(step: int | None) -> Recorder:
+            return self.voice.recorder(folder, self.several.settings.to_yaml(), step)
+
+        data, eval_data, settings = data_of(parts)
+        first = self.several.first
+        report = train(
+            first.model,
+            data,
+            settings,
+            output_dir=folder,
+            eval_data=eval_data,
+            task=first.task,
+            recorder=recorder,
+            manifest=about(parts, self.crew.path),
+            director=Bystander(),
+        )
+        assert self.voice.writer is not None
+        self.voice.writer.finish({"status": "finished", **report.outcome()})
+
+    def end(self, folder: RunFolder, began: float) -> Outcome:
+        """Score the adapters of all, and write the run.
+
+        Raises:
+            NonFiniteError: adapters failed; the others are whole, scored and written.
+        """
+        head, report = whole(self.crew, self.names, self.crew.size)
+        self.crew.write_lines(self.names, {})
+        model, parts = self.several.first.model, dict(self.several.parts)
+        for name, lies in report.folders.items():
+            parts[name] = replace(parts[name], adapter=load_adapter(model, lies, name=name))
+        several = Several(self.several.settings, parts)
+        known = read_manifest(folder.manifest)
+        head |= {key: known[key] for key in ("started", "processes")}
+        recorder = self.voice.writing(folder, several.settings.to_yaml())
+        recorder.start(merged(head, about(parts, folder.path)))
+        run = SeveralRun(several, folder, self.voice, began, recorder)
+        try:
+            return run.end(report)
+        finally:
+            if read_manifest(folder.manifest).get("status") == "finished":
+                self.crew.disband()

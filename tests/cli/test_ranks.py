@@ -1,0 +1,263 @@
+"""Several processes on one run: the bits of one; whose work is taken up; what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lorica.cli import main
+from lorica.config import load_yaml
+from lorica.train.engine import Engine
+
+SECTION = {"r": [2, 4, 5], "learning_rate": [3e-3, 3e-2]}
+CODE = """
+import os, sys
+from lorica.train.engine import Engine
+step, calls, last = Engine.step, [], int(sys.argv.pop(1))
+def dying(self, *a):
+    calls.append(1)
+    if len(calls) == last: os.kill(os.getpid(), 9)
+    return step(self, *a)
+Engine.step = dying
+from lorica.cli import main; main(sys.argv[1:])
+"""
+"""The command line, in a process that is killed at one of its steps."""
+
+
+@pytest.fixture(scope="module")
+def settings(stock, tmp_path_factory):
+    """run.yaml of a search."""
+    values = {
+        "model": str(stock / "llama"),
+        "data": str(stock / "split"),
+        "batch_size": 8,
+        "max_steps": 16,
+        "logging_steps": 4,
+        "target_modules": "all-linear",
+    }
+    file = tmp_path_factory.mktemp("search") / "run.yaml"
+    file.write_text(json.dumps({**values, "search": SECTION}))
+    return file
+
+
+@pytest.fixture
+def several(settings, tmp_path):
+    """run.yaml of four adapters."""
+    values = json.loads(settings.read_text())
+    del values["search"]
+    own = {"eval_records": 6, "max_new_tokens": 6, "eval_steps": 4}
+    adapters = [
+        {"name": "a", "r": 2},
+        {"name": "b", "r": 3, "lora_dropout": 0.1, "seed": 4, "max_steps": 9},
+        {"name": "c", "method": "dora", "r": 2, "batch_size": 2},
+        {"name": "d", "r": 4, "target_modules": ["q_proj", "v_proj"], "max_steps": 5},
+    ]
+    file = tmp_path / "several.yaml"
+    file.write_text(json.dumps({**values, **own, "adapters": adapters}))
+    return file
+
+
+def torchrun(number, *line, folder):
+    words = ["--nproc-per-node", str(number), "-m", "lorica", *map(str, line)]
+    how = {"cwd": folder, "capture_output": True, "text": True}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], **how)
+
+
+def started(rank, size, *line, folder, dies_at=0):
+    """A process as torchrun starts it, without a torchrun that ends all when one dies."""
+    places = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    words = [sys.executable, "-c", CODE, str(dies_at), *map(str, line)]
+    how = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, env={**os.environ, **places}, **how)
+
+
+def same_adapters(first, second):
+    """The files of the adapters are the same, to the last bit."""
+    folders = sorted((first / "adapters").iterdir())
+    assert folders and [f.name for f in folders] == sorted(os.listdir(second / "adapters"))
+    for folder in folders:
+        other = second / "adapters" / folder.name
+        for name in ("adapter_model.safetensors", "adapter_config.json", "lorica.json"):
+            assert (folder / name).read_bytes() == (other / name).read_bytes(), (folder, name)
+
+
+def same_search(first, second):
+    """Both folders hold the same answer, the same adapters, the same rows, and are whole."""
+    one, other = (json.loads((f / "search.json").read_text()) for f in (first, second))
+    candidates = zip(one.pop("candidates"), other.pop("candidates"), strict=True)
+    assert all({**a, "run": 0} == {**b, "run": 0} for a, b in candidates)
+    assert {**one, "resources": 0} == {**other, "resources": 0}
+    assert rows(first) == rows(second)
+    same_adapters(first, second)
+    for name in ("run.yaml", "adapter/adapter_model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert json.loads((second / "run.json").read_text())["status"] == "finished"
+    assert (second / "report.html").is_file() and not (second / "workers").exists()
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    timed = ("tokens_per_second", "memory_bytes")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def alone(settings):
+    """The search by one process."""
+    folder = settings.parent / "alone"
+    with pytest.raises(SystemExit) as ended:
+        main(["search", str(settings), "--output-dir", str(folder), "--quiet"])
+    assert ended.value.code == 0
+    return folder
+
+
+def searched_by(number, settings, tmp_path, alone):
+    line = ["search", settings, "--output-dir", "found"]
+    done = torchrun(number, *line, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("chosen   ") == 1  # one table, one answer
+    assert f"{number} processes" in done.stdout
+    same_search(alone, tmp_path / "found")
+
+
+def test_a_search_by_two_processes_is_that_of_one(settings, tmp_path, alone):
+    searched_by(2, settings, tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_a_search_by_four_processes_is_that_of_one(settings, tmp_path, alone):
+    searched_by(4, settings, tmp_path, alone)
+
+
+def killed(settings, tmp_path, who):
+    line = ["search", settings, "--output-dir", "found"]
+    both = [
+        started(rank, 2, *line, folder=tmp_path, dies_at=3 if rank == who else 0) for rank in (0, 1)
+    ]
+    ended = [process.communicate(timeout=300) for process in both]
+    assert both[who].returncode == -signal.SIGKILL, ended[who][1]
+    assert both[1 - who].returncode == 0, ended[1 - who][1]
+    return ended[1 - who][0]
+
+
+def test_another_process_takes_up_what_a_killed_one_had(settings, tmp_path, alone):
+    said = killed(settings, tmp_path, 0)  # the first, so that the other one writes the answer too
+    assert "chosen   " in said
+    same_search(alone, tmp_path / "found")
+
+
+@pytest.mark.slow
+def test_the_first_process_takes_up_what_another_had(settings, tmp_path, alone):
+    killed(settings, tmp_path, 1)
+    same_search(alone, tmp_path / "found")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_same_line_again(settings, tmp_path, alone):
+    code = CODE.replace("int(sys.argv.pop(1))", "6 if os.environ['AGAIN'] == '0' else 0")
+    code = code.replace("'AGAIN'", "'TORCHELASTIC_RESTART_COUNT'")
+    (tmp_path / "dying.py").write_text(code)
+    line = ["search", settings, "--output-dir", "found", "--resume", "found"]
+    words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "dying.py", *line]
+    run = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "chosen   " in done.stdout, done.stderr
+    same_search(alone, tmp_path / "found")
+
+
+def test_when_all_are_killed_one_process_can_go_on(lorica, settings, tmp_path, alone):
+    line = ["search", settings, "--output-dir", "found"]
+    process = started(0, 2, *line, folder=tmp_path, dies_at=5)
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    told = lorica("search", "--resume", "found", "--quiet")
+    assert told.code == 0, told.err
+    same_search(alone, tmp_path / "found")
+
+
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_adapters_of_a_list_are_those_of_one_process(lorica, several, tmp_path, number):
+    told = lorica("train", several, "--output-dir", "alone", "--quiet")
+    assert told.code == 0, told.err
+    done = torchrun(number, "train", several, "--output-dir", "found", folder=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("\nreport ") == 1, done.stderr
+    same_run(tmp_path / "alone", tmp_path / "found")
+
+
+def same_run(first, second):
+    """Both folders hold the same adapters, scores and rows, and are whole."""
+    same_adapters(first, second)
+    assert rows(first) == rows(second)
+    assert (first / "samples.jsonl").read_bytes() == (second / "samples.jsonl").read_bytes()
+    one, other = (json.loads((f / "run.json").read_text()) for f in (first, second))
+    assert one["training"] == other["training"] and other["status"] == "finished"
+    for name, own in one["adapters"].items():
+        assert {**own, "path": 0} == {**other["adapters"][name], "path": 0}
+    assert (second / "report.html").is_file() and not (second / "workers").exists()
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """This process is the first of two."""
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+
+
+@pytest.mark.parametrize("broken", ["bd", "cd"])
+def test_adapters_that_break_fail_alone(lorica, several, tmp_path, monkeypatch, broken):
+    original = Engine.step
+
+    def step(self, trainees, work):
+        for trainee in trainees:
+            if trainee.adapter.name in broken and trainee.step == 2:
+                with torch.no_grad():
+                    next(trainee.adapter.parameters()).fill_(float("nan"))
+        return original(self, trainees, work)
+
+    monkeypatch.setattr(Engine, "step", step)
+    told = lorica("train", several, "--output-dir", "alone", "--quiet")
+    assert told.code == 1 and "2 of 4 adapters failed" in told.err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # the other one never comes
+    again = lorica("train", several, "--output-dir", "found", "--quiet")
+    assert again.code == 1 and again.err.replace("found", "alone") == told.err
+    same_run(tmp_path / "alone", tmp_path / "found")
+
+
+def test_nothing_is_trained_twice(lorica, stock, quick, one_of_two):
+    line = ["train", "--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
+    told = lorica(*line, "--output-dir", "run")
+    assert (
+        told.code == 2 and "each would do the same" in told.err and "without torchrun" in told.err
+    )
+    told = lorica(*line, "--seeds", "1,2", "--output-dir", "run")
+    assert told.code == 2 and "several seeds" in told.err
+    assert not os.path.exists("run")
+
+
+def test_what_several_processes_cannot_share_is_refused(
+    lorica, settings, several, tmp_path, one_of_two, monkeypatch
+):
+    told = lorica("search", settings)
+    assert told.code == 2 and "several processes need one output_dir" in told.err
+    told = lorica("train", several)
+    assert told.code == 2 and "several processes need one output_dir" in told.err
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "run.json").write_text('{"lorica": "0", "run": {"command": "search"}}')
+    (begun / "config.yaml").write_text(settings.read_text())
+    told = lorica("search", "--resume", begun)
+    assert told.code == 2 and "one process began the run" in told.err
+    values = load_yaml(settings).values
+    values["search"] = {**SECTION, "storage": "study.db"}
+    shared = tmp_path / "shared.yaml"
+    shared.write_text(json.dumps(values))
+    told = lorica("search", shared, "--output-dir", "found")
+    assert told.code == 2 and "storage is for searches on several machines" in told.err
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    told = lorica("search", settings, "--output-dir", "found")
+    assert told.code == 2 and "processes of one machine" in told.err
