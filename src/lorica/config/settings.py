@@ -208,6 +208,11 @@ class TrainSettings(Settings):
         default="auto",
         description="several records in a row, each seeing only itself; auto: where the model can",
     )
+    share_prompts: bool = Field(
+        default=True,
+        description="what the prompts of packed records begin with in common goes through the base "
+        "once per batch, where that changes nothing and saves at least 64 tokens",
+    )
     eval_steps: int | None = Field(
         default=None, ge=1, description="evaluate every so many steps; null: after every epoch"
     )

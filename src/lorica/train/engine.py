@@ -44,6 +44,7 @@ a step is cut into passes changes no bit of any adapter.
 """
 
 Skipping = Callable[[Sequence[Sequence[Example]], Batch], AbstractContextManager]
+Collating = Callable[[Sequence[Adapter], Sequence[Sequence[Example]]], Batch]
 Sharing = Callable[[Sequence[Adapter], Sequence[Sequence[Example]], Batch], AbstractContextManager]
 
 
@@ -105,6 +106,7 @@ class Engine:
         skipping: what must hold during the passes of a batch, given its blocks of examples; see
             `FrozenLayers.skipped`.
         sharing: what must hold during a pass of several adapters; see `SharedLayers.shared`.
+        collating: makes the batch of a pass; None: the task, from the blocks alone.
 
     Raises:
         TrainingError: checkpointing was asked of a model that has none.
@@ -118,8 +120,10 @@ class Engine:
         gradient_checkpointing: bool = False,
         skipping: Skipping = lambda blocks, batch: nullcontext(),
         sharing: Sharing = nothing_shared,
+        collating: Collating | None = None,
     ) -> None:
         self.model, self.task, self.skipping, self.sharing = model, task, skipping, sharing
+        self.collating = collating or (lambda adapters, blocks: task.collate(blocks, model))
         self._checked: set[str] = set()
         with activate(model, None):
             self._shares = task.shares(model)
@@ -221,20 +225,21 @@ class Engine:
         totals: list[_Totals],
         micro: int,
     ) -> None:
-        batch = self.task.collate(blocks, self.model)
+        adapters = [t.adapter for t in trainees]
+        batch = self.collating(adapters, blocks)
         seeds = tuple(derive_seed(t.settings.seed, t.step, micro) for t in trainees)
         torch.manual_seed(seeds[0])  # dropout of the base; where there is any, no pass is shared
         # with stages it has the pass for itself
-        route = route_of(trainees[0].adapter, dropout_seed=seeds[0])
+        route = route_of(adapters[0], dropout_seed=seeds[0])
         if len(trainees) > 1:
-            names = tuple(t.adapter.name for t in trainees)
+            names = tuple(adapter.name for adapter in adapters)
             segments = _named(batch.rows or (), names)
             kept = None if batch.kept is None else _named(batch.kept.ranges, names)
             route = Route(names, None, segments, kept, seeds=seeds)
         skipped = self.skipping(blocks, batch)
         shared = nullcontext()
         if len(trainees) > 1:
-            shared = self.sharing([t.adapter for t in trainees], blocks, batch)
+            shared = self.sharing(adapters, blocks, batch)
         with skipped, self.running(), shared, Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
             if new := set(route.names) - self._checked:
