@@ -1,4 +1,4 @@
-"""What the prompts of a batch begin with alike lies in the row once: the same losses and gradients."""
+"""What prompts of a batch begin with in common lies there once: the same losses and gradients."""
 
 import random
 

@@ -6,8 +6,8 @@ import torch
 from architectures import ARCHITECTURES
 from lorica.attach.attach import attach
 from lorica.config import TrainSettings
-from lorica.methods.loreft import LoReFT
 from lorica.methods.lora import LoRA
+from lorica.methods.loreft import LoReFT
 from lorica.methods.prompt_tuning import PromptTuning
 from lorica.tasks.causal_lm import CausalLM
 from lorica.train.beginnings import Beginnings, beginnings_of
@@ -66,7 +66,7 @@ def test_beside_others_is_as_alone(kinds):
     together = Trained(*kinds)
     for kind, tensors in zip(kinds, together.tensors, strict=True):
         (alone,) = Trained(kind).tensors
-        assert same_bits(tensors, {k: t for k, t in alone.items()}), kind
+        assert same_bits(tensors, alone), kind
 
 
 @pytest.mark.parametrize("kind", ["dropout", "prompt", "edits"])

@@ -194,9 +194,10 @@ class TrainSettings(Settings):
         default="auto",
         description="precision of the base and of its arithmetic; auto: what the device is fast in",
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Literal["offload"] | bool = Field(
         default=False,
-        description="recompute activations in the backward pass: less memory, more time",
+        description="recompute activations in the backward pass: less memory, more time; offload: "
+        "what every layer was given waits in the host's memory meanwhile, on a GPU",
     )
     reuse_frozen_layers: Literal["memory", "disk"] | None = Field(
         default=None,

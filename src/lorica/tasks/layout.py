@@ -1,4 +1,4 @@
-"""The layout of several documents in one flat row, and of the rectangles in which they are attended.
+"""The layout of documents in one flat row, and of the rectangles in which they are attended.
 
 A batch is laid out as one row of tokens, without padding between documents. For attention documents
 of similar length lie in rectangles, padded on the right to the longest of each. A rectangle holds

@@ -36,6 +36,7 @@ from lorica.data.encode import Example
 from lorica.errors import NonFiniteError, TrainingError
 from lorica.methods.between import Between
 from lorica.tasks.task import Batch, Task, answering
+from lorica.train.checkpointing import Checkpointing, checkpoints, turn_off, turn_on
 from lorica.train.optim import learning_rate, make_optimizer
 
 MOST_TOKENS = 4096
@@ -102,7 +103,8 @@ class Engine:
     Args:
         model: a base with the adapters of the trainees attached.
         task: what a loss is.
-        gradient_checkpointing: recompute activations in the backward pass, for less memory.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory; see
+            `checkpointing`.
         skipping: what must hold during the passes of a batch, given its blocks of examples; see
             `FrozenLayers.skipped`.
         sharing: what must hold during a pass of several adapters; see `SharedLayers.shared`.
@@ -117,7 +119,7 @@ class Engine:
         model: nn.Module,
         task: Task,
         *,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = False,
         skipping: Skipping = lambda blocks, batch: nullcontext(),
         sharing: Sharing = nothing_shared,
         collating: Collating | None = None,
@@ -127,9 +129,9 @@ class Engine:
         self._checked: set[str] = set()
         with activate(model, None):
             self._shares = task.shares(model)
-        self._checkpoints = gradient_checkpointing and not _checkpoints(model)
+        self._checkpoints = bool(gradient_checkpointing) and not checkpoints(model)
         if self._checkpoints:
-            _turn_on_checkpointing(model)
+            turn_on(model, gradient_checkpointing)
         self.look_again()
 
     def look_again(self) -> None:
@@ -145,7 +147,7 @@ class Engine:
     def close(self) -> None:
         """Leave the model as it was before: without checkpointing."""
         if self._checkpoints:
-            self.model.activation_checkpointing_disable()  # type: ignore[operator]
+            turn_off(self.model)
             self._checkpoints = False
 
     def step(
@@ -433,16 +435,3 @@ def draws(model: nn.Module) -> bool:
     return layers or any(
         "drop" in name and isinstance(value, float) and value > 0 for name, value in values.items()
     )
-
-
-def _checkpoints(model: Any) -> bool:
-    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-
-
-def _turn_on_checkpointing(model: Any) -> None:
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise TrainingError(
-            f"{type(model).__name__} has no gradient checkpointing",
-            mend="set gradient_checkpointing: false",
-        )
-    model.activation_checkpointing_enable({"use_reentrant": False})
