@@ -24,7 +24,8 @@ from lorica.methods import (
     PromptTuning,
 )
 from lorica.tasks.causal_lm import CausalLM
-from lorica.tasks.documents import NAME, lay_out
+from lorica.tasks.documents import NAME
+from lorica.tasks.layout import lay_out
 from lorica.tasks.probe import attention
 from train.words import WordTokenizer, examples
 

@@ -281,7 +281,8 @@ def test_gradients_of_packed_are_those_of_padded():
 
 
 def _loss(model: Any, ids: list[Tensor], packing: bool) -> Tensor:
-    from lorica.tasks.documents import NAME, lay_out
+    from lorica.tasks.documents import NAME
+    from lorica.tasks.layout import lay_out
     from lorica.tasks.probe import attention
 
     if not packing:

@@ -16,8 +16,8 @@ from lorica.methods.lora import LoRA
 from lorica.methods.loreft import LoReFT
 from lorica.ops.attention import short_attention
 from lorica.tasks import CausalLM, TextClassification
-from lorica.tasks.documents import lay_out
 from lorica.tasks.last_layer import keep_rows
+from lorica.tasks.layout import lay_out
 from lorica.train.engine import Engine, Trainee
 from train.test_frozen import still
 from train.words import WordTokenizer, examples, fast_tokenizer

@@ -202,6 +202,7 @@ def test_parts_add_up_and_cheaper_settings_are_cheaper(shadow, task, examples):
     assert thin.total - thin.fragmentation < whole.total - whole.fragmentation
     redone = planned(shadow, task, examples, gradient_checkpointing=True)
     assert redone.activations < 0.5 * whole.activations
+    assert planned(shadow, task, examples) == whole, "an estimate leaves the shadow as it was"
 
 
 def test_scoring_can_be_the_peak(shadow, task, examples):

@@ -1,6 +1,7 @@
 """The optimizer step: accumulation, packing, adapters beside others, faults."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 
 def test_gradient_checkpointing_gives_the_same_bits():
     found = []
-    for on in (False, True):
+    for on in (False, True, "offload"):
         model = build()
         adapter = attach(model, LoRA(r=4, target_modules="all-linear"), name="x")
         engine = Engine(model, task(), gradient_checkpointing=on)
@@ -203,7 +204,47 @@ def test_gradient_checkpointing_gives_the_same_bits():
         for seed in (1, 2):
             engine.step([trainee], [[examples(seed, 3)]])
         found.append({k: p.detach().clone() for k, p in adapter.named_parameters()})
-    assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
+        engine.close()
+    for other in found[1:]:
+        assert all(torch.equal(v, other[k]) for k, v in found[0].items())
+
+
+@pytest.mark.parametrize(("how", "stays"), [(True, True), ("offload", False)])
+def test_offload_keeps_a_copy_of_what_a_layer_was_given(how, stays):
+    """The copy is the host's; on a CPU both lie in the same memory."""
+    model, own = build(), task()
+    adapter = attach(model, LoRA(r=4, target_modules="all-linear"), name="x")
+    engine, given = Engine(model, own, gradient_checkpointing=how), []
+    model.model.layers[1].register_forward_pre_hook(
+        lambda module, inputs: given.append(weakref.ref(inputs[0]))
+    )
+    model.train()
+    batch = own.collate([examples(1, 3)], model)
+    given.clear()  # trying the model out ran it too
+    with activate(model, adapter), engine.running():
+        (loss,) = own.losses(model, batch)
+        assert [one() is not None for one in given] == [stays]
+        loss.backward()
+    engine.close()
+
+
+def test_checkpointing_lets_nothing_below_the_adapter_be_differentiated():
+    model = build()
+    adapter = attach(
+        model, LoRA(r=4, target_modules="all-linear", layers_to_transform=[1]), name="x"
+    )
+    model.enable_input_require_grads()
+    earlier = model._require_grads_hooks
+    hooks = len(model.get_input_embeddings()._forward_hooks)
+    engine = Engine(model, task(), gradient_checkpointing=True)
+    assert model._require_grads_hooks is earlier, "somebody asked for these"
+    assert len(model.get_input_embeddings()._forward_hooks) == hooks
+    model.disable_input_require_grads()
+    asked = []
+    model.model.layers[0].register_forward_hook(lambda m, x, y: asked.append(y.requires_grad))
+    trainee = Trainee(adapter, TrainSettings(max_steps=1), 1)
+    engine.step([trainee], [[examples(1, 3)]])
+    assert asked and not any(asked)
 
 
 def test_checkpointing_where_there_is_none_is_refused():

@@ -57,3 +57,13 @@ def test_going_of_a_storage_that_never_came_is_left_out():
 def test_the_most_that_lives_at_once():
     events = [Event(1, 100), Event(2, 50), Event(1, -100), Event(3, 20)]
     assert most_alive(events) == 150
+
+
+def test_only_the_memory_of_one_device_counts():
+    ledger = Ledger(device="meta")
+    with ledger:
+        here = torch.empty(100)
+        there = torch.empty(50, device="meta")
+        assert ledger.live == 200
+        del there
+    assert ledger.live == 0 and here.numel() == 100

@@ -161,6 +161,9 @@ def _way_out(found: Forecast) -> str | None:
                 "gradient_accumulation_steps": number,
             }
             tried += [halved, halved | checkpointing] if checkpointing else [halved]
+    if found.shadow.request.device.type != "cpu" and train.gradient_checkpointing != "offload":
+        offload = {"gradient_checkpointing": "offload"}  # the last resort: every layer's input
+        tried += [offload, tried[-1] | offload]  # goes over the bus twice
     others = [need for phase, need in found.memory.phases.items() if phase != "training"]
     for changes in tried:
         try:

@@ -31,8 +31,10 @@ OF_IMAGES = ("resolution", "num_inference_steps", "guidance_scale")
 """Settings that only a run on pictures has."""
 _OF_TEXTS = (
     *("columns", "format", "train_on", "separator", "add_bos", "eos_token", "chat_template"),
-    *("system", "max_new_tokens", "max_length", "packing", "trust_remote_code"),
+    *("system", "max_new_tokens", "max_length", "packing", "share_prompts"),
+    "trust_remote_code",
 )
+_PACKING = ("packing", "share_prompts")
 _DRAWN_FROM = 1000
 """Seed of the first picture that is shown; the next has the next."""
 
@@ -95,7 +97,7 @@ def _check_settings(settings: Resolved) -> None:
         f"{settings.origins[key]}: {key} has no effect on pictures"
         for key in _OF_TEXTS
         if not settings.origins[key].startswith(("default", "rule"))
-        and not (key == "packing" and settings.values[key] in (False, "auto"))
+        and not (key in _PACKING and settings.values[key] in (False, "auto"))
     ]
     if settings.run.metrics not in (None, ("loss",)):
         ignored.append(f"{settings.origins['metrics']}: pictures are scored by loss alone")

@@ -347,10 +347,11 @@ def check_effects(settings: Resolved, material: Material, kind: str) -> None:
         "train_on": causal and format in ("prompt", "chat"),
         "add_bos": causal,
         "packing": causal,
+        "share_prompts": causal,
         "max_new_tokens": material.generates,
         **dict.fromkeys(OF_IMAGES, False),
     }
-    neutral = {"packing": (False, "auto")}
+    neutral = {"packing": (False, "auto"), "share_prompts": (False,)}
     problems = []
     for key, effective in reaches.items():
         origin = settings.origins[key]

@@ -194,9 +194,10 @@ class TrainSettings(Settings):
         default="auto",
         description="precision of the base and of its arithmetic; auto: what the device is fast in",
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Literal["offload"] | bool = Field(
         default=False,
-        description="recompute activations in the backward pass: less memory, more time",
+        description="recompute activations in the backward pass: less memory, more time; offload: "
+        "what every layer was given waits in the host's memory meanwhile, on a GPU",
     )
     reuse_frozen_layers: Literal["memory", "disk"] | None = Field(
         default=None,
@@ -207,6 +208,11 @@ class TrainSettings(Settings):
     packing: Literal["auto"] | bool = Field(
         default="auto",
         description="several records in a row, each seeing only itself; auto: where the model can",
+    )
+    share_prompts: bool = Field(
+        default=True,
+        description="what the prompts of packed records begin with in common goes through the base "
+        "once per batch, where that changes nothing and saves at least 64 tokens",
     )
     eval_steps: int | None = Field(
         default=None, ge=1, description="evaluate every so many steps; null: after every epoch"

@@ -27,6 +27,7 @@ OF_THE_RUN = (
     "dtype",
     "max_length",
     "packing",
+    "share_prompts",
     "gradient_checkpointing",
     "reuse_frozen_layers",
     "save_steps",

@@ -22,10 +22,17 @@ from lorica.data.encode import IGNORED, CausalEncoder, Encoded, Example, Progres
 from lorica.data.encoded_cache import Encoding, encoding_of
 from lorica.data.template import ChatTemplate
 from lorica.errors import ConfigError
-from lorica.tasks.documents import NAME, lay_out
+from lorica.tasks.documents import NAME
+from lorica.tasks.flat import flat_batch, shifted
 from lorica.tasks.head import head_losses
-from lorica.tasks.last_layer import LastLayer, Place, keep_rows
-from lorica.tasks.probe import attention, packing_fault, place_of_rows, plain_head
+from lorica.tasks.last_layer import LastLayer, Place
+from lorica.tasks.probe import (
+    attention,
+    beginnings_fault,
+    packing_fault,
+    place_of_rows,
+    plain_head,
+)
 from lorica.tasks.task import (
     Batch,
     Prediction,
@@ -62,6 +69,7 @@ class CausalLM:
         self._packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
         self._ends: WeakKeyDictionary[nn.Module, LastLayer | None] = WeakKeyDictionary()
+        self._joins: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
     @classmethod
     def of(
@@ -111,12 +119,25 @@ class CausalLM:
     def pads(self, model: nn.Module) -> bool:
         return not self.packs(model)
 
-    def collate(self, blocks: Sequence[Sequence[Example]], model: nn.Module) -> Batch:
+    def collate(
+        self,
+        blocks: Sequence[Sequence[Example]],
+        model: nn.Module,
+        *,
+        alike: Sequence[bool] = (),
+    ) -> Batch:
+        """As every task does.
+
+        Args:
+            alike: for each block whether what its examples begin with goes through the model once;
+                only where `begins_once` says nothing against it.
+        """
         if self.packs(model):
-            return _packed(blocks, device_of(model), keeps=self._end(model) is not None)
+            keeps = self._end(model) is not None
+            return flat_batch(blocks, device_of(model), keeps=keeps, alike=alike)
         (examples,) = blocks
         ids, device = [e.input_ids for e in examples], device_of(model)
-        targets = pad([_shifted(e.labels) for e in examples], IGNORED).flatten()
+        targets = pad([shifted(e.labels) for e in examples], IGNORED).flatten()
         keep = (targets != IGNORED).nonzero().flatten()
         inputs = {
             "input_ids": pad(ids, filler(model, self.tokenizer)),
@@ -187,6 +208,16 @@ class CausalLM:
             self._packs[model] = reason is None
         return self._packs[model]
 
+    def begins_once(self, model: nn.Module) -> str | None:
+        """Why documents that begin alike cannot go on behind one beginning in this model; None
+        where they can, found out by running it, once.
+        """
+        if not self.packs(model):
+            return "batches are padded"
+        if model not in self._joins:
+            self._joins[model] = beginnings_fault(model)
+        return self._joins[model]
+
     def place(self, model: nn.Module) -> Place | None:
         """Where rows without a label leave `model`; None where all go through to the end."""
         end = self._end(model)
@@ -200,7 +231,13 @@ class CausalLM:
         return self._ends[model]
 
     def assume(
-        self, model: nn.Module, *, packs: bool, plain: bool, place: Place | None = None
+        self,
+        model: nn.Module,
+        *,
+        packs: bool,
+        plain: bool,
+        place: Place | None = None,
+        joins: str | None = "it was not tried",
     ) -> None:
         """Take for granted what running `model` would tell: one without numbers cannot be asked.
 
@@ -208,8 +245,9 @@ class CausalLM:
             packs: whether documents may share a row of it.
             plain: whether its logits are exactly head(hidden states).
             place: where rows without a label leave it.
+            joins: what `begins_once` is to say.
         """
-        self._packs[model] = packs
+        self._packs[model], self._joins[model] = packs, joins
         self._ends[model] = None if place is None else LastLayer(model, place)
         self._heads[model] = model.get_output_embeddings() if plain else None  # type: ignore[operator]
 
@@ -341,36 +379,3 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     more = configured if isinstance(configured, list) else [configured]
     return list(dict.fromkeys(t for t in (tokenizer.eos_token_id, *more) if t is not None))
-
-
-def _shifted(labels: Sequence[int]) -> list[int]:
-    """The label of the next token at every position; the last position has none."""
-    return [*labels[1:], IGNORED]
-
-
-def _packed(blocks: Sequence[Sequence[Example]], device: torch.device, *, keeps: bool) -> Batch:
-    """The examples of every block one after the other in one flat row.
-
-    Args:
-        keeps: whether only rows with a label go through all of the last layer.
-    """
-    documents, rows, positions = lay_out([[len(e) for e in block] for block in blocks])
-    ids = torch.zeros(len(positions), dtype=torch.long)
-    targets = torch.full((len(positions),), IGNORED)
-    for (start, _), block in zip(rows, blocks, strict=True):
-        flat = [i for e in block for i in e.input_ids]
-        end = start + len(flat)
-        ids[start:end] = torch.tensor(flat)
-        targets[start:end] = torch.tensor([t for e in block for t in _shifted(e.labels)])
-    wanted = [(targets[start:end] != IGNORED).nonzero().flatten() for start, end in rows]
-    keep = [start + own for (start, _), own in zip(rows, wanted, strict=True)]
-    kept = keep_rows(documents, wanted) if keeps else None
-    inputs = {
-        "input_ids": ids[None].to(device),
-        "position_ids": positions[None].to(device),
-        "documents": documents.to(device),
-    }
-    labels = tuple(targets[k].to(device) for k in keep)
-    prompts = tuple(example.num_prompt for block in blocks for example in block)
-    kept = None if kept is None else kept.to(device)
-    return Batch(inputs, labels, tuple(k.to(device) for k in keep), tuple(rows), prompts, kept)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from lorica.tasks.documents import ROW_MULTIPLE, Documents
+from lorica.tasks.layout import ROW_MULTIPLE, Documents
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lorica.errors import LoricaError
-from lorica.tasks.documents import NAME, NotSupported, lay_out
+from lorica.tasks.documents import NAME, NotSupported
 from lorica.tasks.last_layer import LastLayer, Place, Seen, keep_rows, noting, places
+from lorica.tasks.layout import lay_out
 from lorica.tasks.task import answering, device_of
 from lorica.tasks.texts import takes_segments, text_inputs
 
@@ -86,6 +87,30 @@ def packing_fault(model: Any, *, longest: int | None = None) -> str | None:
             model.set_attn_implementation(own)
     apart = _apart(model, packed, alone)
     return None if apart is None else f"packed documents see each other (logits differ by {apart})"
+
+
+def beginnings_fault(model: Any) -> str | None:
+    """Why documents cannot go on behind one beginning in a `model` that packs; None where that
+    gives what each gives alone.
+    """
+    lengths, behind = (7, 4, 5, 9), (None, 0, None, 0)  # two go on behind the first
+    vocabulary, device = model.config.get_text_config().vocab_size, device_of(model)
+    documents, _, positions = lay_out([lengths], behind=[behind])
+    flat = 1 + torch.arange(len(positions)) * 7 % (min(vocabulary, 1000) - 1)
+    parts = flat[: sum(lengths)].split(lengths)
+    whole = [torch.cat([parts[0], parts[1]]), parts[2], torch.cat([parts[0], parts[3]])]
+    try:
+        with answering(model):
+            alone = [model(t[None].to(device), use_cache=False).logits[0] for t in whole]
+            wanted = torch.cat([alone[0], alone[1], alone[2][lengths[0] :]])
+            with attention(model, NAME):
+                inputs = {"position_ids": positions[None].to(device)}
+                inputs["documents"] = documents.to(device)
+                made = model(flat[None].to(device), **inputs, use_cache=False).logits[0]
+    except _FAULTS as error:
+        return (str(error) or type(error).__name__).splitlines()[0][:120]
+    apart = _apart(model, made[: sum(lengths)], wanted)
+    return None if apart is None else f"it gives something else (logits differ by {apart})"
 
 
 def _apart(model: Any, ours: Tensor, theirs: Tensor) -> str | None:

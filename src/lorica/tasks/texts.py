@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorica.tasks.documents import lay_out
 from lorica.tasks.last_layer import Kept, keep_rows
+from lorica.tasks.layout import lay_out
 from lorica.tasks.task import device_of, first_position
 
 

@@ -363,7 +363,7 @@ class _Runner:
 
     def _ledger(self) -> Ledger:
         """A ledger for which base and adapter are there already."""
-        ledger = Ledger(self.vocabulary)
+        ledger = Ledger(self.vocabulary, self._device.type)  # not what waits in the host's memory
         with self.shadow.mode:
             for tensor in (*self.model.parameters(), *self.model.buffers(), *_held(self.adapter)):
                 ledger.take(tensor)

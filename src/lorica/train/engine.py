@@ -37,6 +37,7 @@ from lorica.data.encode import Example
 from lorica.errors import NonFiniteError, TrainingError
 from lorica.methods.between import Between
 from lorica.tasks.task import Batch, Task, answering
+from lorica.train.checkpointing import Checkpointing, checkpoints, turn_off, turn_on
 from lorica.train.optim import learning_rate, make_optimizer
 
 MOST_TOKENS = 4096
@@ -45,6 +46,7 @@ a step is cut into passes changes no bit of any adapter.
 """
 
 Skipping = Callable[[Sequence[Sequence[Example]], Batch], AbstractContextManager]
+Collating = Callable[[Sequence[Adapter], Sequence[Sequence[Example]]], Batch]
 Sharing = Callable[[Sequence[Adapter], Sequence[Sequence[Example]], Batch], AbstractContextManager]
 
 
@@ -102,10 +104,12 @@ class Engine:
     Args:
         model: a base with the adapters of the trainees attached.
         task: what a loss is.
-        gradient_checkpointing: recompute activations in the backward pass, for less memory.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory; see
+            `checkpointing`.
         skipping: what must hold during the passes of a batch, given its blocks of examples; see
             `FrozenLayers.skipped`.
         sharing: what must hold during a pass of several adapters; see `SharedLayers.shared`.
+        collating: makes the batch of a pass; None: the task, from the blocks alone.
 
     Raises:
         TrainingError: checkpointing was asked of a model that has none.
@@ -116,17 +120,19 @@ class Engine:
         model: nn.Module,
         task: Task,
         *,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = False,
         skipping: Skipping = lambda blocks, batch: nullcontext(),
         sharing: Sharing = nothing_shared,
+        collating: Collating | None = None,
     ) -> None:
         self.model, self.task, self.skipping, self.sharing = model, task, skipping, sharing
+        self.collating = collating or (lambda adapters, blocks: task.collate(blocks, model))
         self._checked: set[str] = set()
         with activate(model, None):
             self._shares = task.shares(model)
-        self._checkpoints = gradient_checkpointing and not _checkpoints(model)
+        self._checkpoints = bool(gradient_checkpointing) and not checkpoints(model)
         if self._checkpoints:
-            _turn_on_checkpointing(model)
+            turn_on(model, gradient_checkpointing)
         self.look_again()
 
     def look_again(self) -> None:
@@ -142,7 +148,7 @@ class Engine:
     def close(self) -> None:
         """Leave the model as it was before: without checkpointing."""
         if self._checkpoints:
-            self.model.activation_checkpointing_disable()  # type: ignore[operator]
+            turn_off(self.model)
             self._checkpoints = False
 
     def step(
@@ -222,20 +228,21 @@ class Engine:
         totals: list[_Totals],
         micro: int,
     ) -> None:
-        batch = self.task.collate(blocks, self.model)
+        adapters = [t.adapter for t in trainees]
+        batch = self.collating(adapters, blocks)
         seeds = tuple(derive_seed(t.settings.seed, t.step, micro) for t in trainees)
         torch.manual_seed(seeds[0])  # dropout of the base; where there is any, no pass is shared
         # with stages it has the pass for itself
-        route = route_of(trainees[0].adapter, dropout_seed=seeds[0])
+        route = route_of(adapters[0], dropout_seed=seeds[0])
         if len(trainees) > 1:
-            names = tuple(t.adapter.name for t in trainees)
+            names = tuple(adapter.name for adapter in adapters)
             segments = _named(batch.rows or (), names)
             kept = None if batch.kept is None else _named(batch.kept.ranges, names)
             route = Route(names, None, segments, kept, seeds=seeds)
         skipped = self.skipping(blocks, batch)
         shared = nullcontext()
         if len(trainees) > 1:
-            shared = self.sharing([t.adapter for t in trainees], blocks, batch)
+            shared = self.sharing(adapters, blocks, batch)
         with skipped, self.running(), shared, Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
             if new := set(route.names) - self._checked:
@@ -429,16 +436,3 @@ def draws(model: nn.Module) -> bool:
     return layers or any(
         "drop" in name and isinstance(value, float) and value > 0 for name, value in values.items()
     )
-
-
-def _checkpoints(model: Any) -> bool:
-    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-
-
-def _turn_on_checkpointing(model: Any) -> None:
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise TrainingError(
-            f"{type(model).__name__} has no gradient checkpointing",
-            mend="set gradient_checkpointing: false",
-        )
-    model.activation_checkpointing_enable({"use_reentrant": False})

@@ -41,6 +41,7 @@ class Ledger(TorchDispatchMode):
 
     Args:
         vocabulary: tensors with a dimension of this size count as logits; 0: none.
+        device: kind of the device whose memory is meant; None: of all.
 
     Attributes:
         events: in order.
@@ -49,9 +50,9 @@ class Ledger(TorchDispatchMode):
         peak_at: number of events before the moment of `peak`.
     """
 
-    def __init__(self, vocabulary: int = 0) -> None:
+    def __init__(self, vocabulary: int = 0, device: str | None = None) -> None:
         super().__init__()
-        self.vocabulary = vocabulary
+        self.vocabulary, self.device = vocabulary, device
         self.events: list[Event] = []
         self.live = self.peak = self.peak_at = 0
         self._known: dict[int, tuple[int, int]] = {}
@@ -61,7 +62,7 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func is _DEVICE:  # autograd asks for it ten times for every operation
-            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
+            return _device_of(args[0])
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor):
@@ -70,6 +71,8 @@ class Ledger(TorchDispatchMode):
 
     def take(self, tensor: Tensor) -> None:
         """Write down the storage of a tensor, once."""
+        if self.device is not None and _device_of(tensor).type != self.device:
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
@@ -105,6 +108,10 @@ class Ledger(TorchDispatchMode):
             else:
                 found.pop(event.number, None)
         return found
+
+
+def _device_of(tensor: Tensor) -> torch.device:
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
 
 def renumbered(stretches: Iterable[Sequence[Event]]) -> list[Event]:

@@ -26,6 +26,7 @@ from lorica.records.write import Recorder, RunRecorder
 from lorica.tasks.task import Task, answering, device_of
 from lorica.train import checkpoint
 from lorica.train.agreement import Given, of_the_run
+from lorica.train.beginnings import beginnings_of
 from lorica.train.company import Company, Tell
 from lorica.train.course import Course, Window
 from lorica.train.director import Director
@@ -150,14 +151,17 @@ def train(
     was_training = model.training
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
     reuse = reuse_of(model, task, courses, run)
+    reuses = reuse.layers is not None
+    together = beginnings_of(model, task, wanted=run.share_prompts, reuses=reuses)
     engine = Engine(
         model,
         task,
         gradient_checkpointing=run.gradient_checkpointing,
         skipping=reuse.skipped,
-        sharing=nothing_shared if reuse.layers else SharedLayers(model, task).shared,
+        sharing=nothing_shared if reuses else SharedLayers(model, task, together).shared,
+        collating=together.collate,
     )
-    notes += reuse.notes
+    notes += [*reuse.notes, *together.notes(courses)]
     try:
         with torch.random.fork_rng(devices):  # every step seeds torch; the caller's state stays
             company = Company(model, task, courses, run, director, reuse)

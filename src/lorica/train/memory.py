@@ -70,6 +70,8 @@ def levers(
         model, "supports_gradient_checkpointing", False
     ):
         found.append("gradient_checkpointing: true: activations are computed twice, not kept")
+    elif settings.gradient_checkpointing is True and device_of(model).type != "cpu":
+        found.append("gradient_checkpointing: offload: what layers were given waits in the host")
     lengths = sorted(len(e) for c in courses for e in (c.held_out if evaluating else c.examples))
     if lengths:
         found.append(

@@ -16,7 +16,7 @@ from lorica.config import TrainSettings
 from lorica.data.encode import Example, separator_of
 from lorica.errors import ConfigError, DataError
 from lorica.tasks import CausalLM, Seq2Seq, TextClassification, TextToImage
-from lorica.tasks.task import Task, num_positions
+from lorica.tasks.task import Task, device_of, num_positions
 from lorica.train.agreement import Given, of_the_run, settings_of
 from lorica.train.course import GROUP, Course
 from lorica.train.director import Records
@@ -197,6 +197,8 @@ def _settings_problems(model: nn.Module, task: Task, settings: TrainSettings) ->
     own = task.facts().get("max_length", settings.max_length)
     if settings.max_length is not None and own != settings.max_length:
         problems.append(f"max_length={settings.max_length} has no effect: the task has {own}")
+    if settings.gradient_checkpointing == "offload" and device_of(model).type == "cpu":
+        problems.append("gradient_checkpointing=offload has no effect on a CPU: set it to true")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if settings.dtype not in ("auto", dtype):
         problems.append(f"dtype={settings.dtype} has no effect: the model was loaded in {dtype}")

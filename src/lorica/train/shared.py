@@ -20,17 +20,22 @@ from lorica.attach.handle import Adapter
 from lorica.attach.middle import Middle, body_output, middle_of
 from lorica.data.encode import Example
 from lorica.tasks.task import Batch, Task, answering, device_of
+from lorica.train.beginnings import Beginnings, beginnings_of
 
 
 class SharedLayers:
     """What lies below all adapters of a pass.
 
+    Args:
+        together: makes the batches of the run.
+
     Attributes:
         passes: how many passes shared it.
     """
 
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        self.model, self.task, self.passes = model, task, 0
+    def __init__(self, model: nn.Module, task: Task, together: Beginnings | None = None) -> None:
+        self.model, self.passes = model, 0
+        self.together = together or beginnings_of(model, task, wanted=False)
         self._middles: dict[frozenset[Adapter], Middle | None] = {}
         self._fits: dict[int, Middle | None] = {}
 
@@ -41,13 +46,14 @@ class SharedLayers:
         """Run the model from the middle on, where that saves blocks; else as always. The model runs
         as in a step.
         """
-        keys = [tuple(map(id, block)) for block in blocks]
-        once = dict(zip(keys, blocks, strict=True))
+        pairs = list(zip(adapters, blocks, strict=True))
+        keys = [(*map(id, block), self.together.shares(a, block)) for a, block in pairs]
+        once = dict(zip(keys, pairs, strict=True))
         middle = self._middle(adapters) if len(once) < len(blocks) and batch.rows else None
         if middle is None:
             yield
             return
-        own = self.task.collate([*once.values()], self.model)
+        own = self.together.collate(*map(list, zip(*once.values(), strict=True)))
         with torch.no_grad(), activate(self.model, None), middle.below() as caught:
             body_output(self.model, own.inputs)
         rows = dict(zip(once, own.rows or (), strict=True))
