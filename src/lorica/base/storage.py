@@ -164,7 +164,7 @@ def _bitsandbytes(module: nn.Module, stored: Any) -> Packed | None:
         tensors = {"weight": stored.data, "absmax": state.absmax}
         if double:
             tensors |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset}
-        return Packed(tuple(state.shape), state.dtype, tensors, kind.unpack)
+        return Packed(tuple(state.shape), state.dtype, tensors, kind.unpack, kind.form())
     scales = getattr(stored, "SCB", None)
     if scales is None:  # after the first forward pass
         scales = getattr(getattr(module, "state", None), "SCB", None)
