@@ -7,7 +7,7 @@ import lorica
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.base.load import base_of
-from lorica.base.quantize import dequantize_model, quantize_model
+from lorica.base.quantize import dequantize_model, quantize_model, quantized_layers
 from lorica.config import TrainSettings
 from lorica.errors import CheckpointError, Interrupted
 from lorica.methods.lora import LoRA
@@ -168,6 +168,10 @@ def folder(tmp_path_factory):
     """A plain base in float32 on the disk, for starts that read what was there before."""
     made = tmp_path_factory.mktemp("base")
     model = lorica.load_model("embedded", dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # not as round as numbers that were in bfloat16 once
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.mul_(1 + noise * 1e-3)
     model.save_pretrained(made)
     base_of(model).tokenizer.save_pretrained(made)
     return made
@@ -211,7 +215,11 @@ def test_a_start_from_parts_of_the_weight_is_saved_and_loaded(start, folder, tmp
 def test_an_adapter_is_at_home_on_its_quantized_base_in_another_dtype(folder, tmp_path, recwarn):
     model = lorica.load_model(folder, dtype="bfloat16", quantize="nf4")
     lorica.save_adapter(lorica.attach(model, LoRA(r=2), name="a"), tmp_path / "a")
+    assert model.dtype == torch.bfloat16
     other = lorica.load_model(folder, dtype="float32", quantize="nf4")
+    for (_, one), (_, two) in zip(quantized_layers(model), quantized_layers(other), strict=True):
+        assert one.stored_dtype == torch.bfloat16 and two.stored_dtype == torch.float32
+        assert all(torch.equal(t, two.stored()[name]) for name, t in one.stored().items())
     lorica.load_adapter(other, tmp_path / "a", name="a")
     assert not [str(w.message) for w in recwarn if "base" in str(w.message)]
 
