@@ -135,21 +135,21 @@ def _read(process: subprocess.Popen) -> dict:
     raise RuntimeError("a side ended early")
 
 
-def seven() -> dict[str, float]:
-    """One training step of a 7B shape in this process: peak of its memory."""
+def one_step(name: str = "7B", length: int = 128) -> dict[str, float]:
+    """One training step of a shape in this process: peak of its memory."""
     from lorica.data.encode import Example
     from lorica.tasks import CausalLM
     from lorica.train.engine import Engine, Trainee
 
     began = time.process_time()
-    model = base_of_shape("7B")
+    model = base_of_shape(name)
     loaded = time.process_time() - began
     adapter = lorica.attach(model, lorica.LoRA(r=8, target_modules="all-linear"))
     settings = lorica.TrainSettings(max_steps=1, batch_size=1)
     base = base_of(model)
     assert base is not None
     engine = Engine(model, CausalLM.of(base.tokenizer))
-    ids = torch.randint(3, 250, (128,)).tolist()
+    ids = torch.randint(3, 250, (length,)).tolist()
     began = time.process_time()
     engine.step([Trainee(adapter, settings, 1)], [[[Example(ids, ids, 0)]]])
     return {
@@ -248,7 +248,7 @@ def _accuracy(model: Any, adapter: Any, rows: list[dict]) -> float:
 PARTS = {
     "bits": bits,
     "steps": lambda: steps(["30M", "350M", "1B"]),
-    "7b": seven,
+    "7b": one_step,
     "quality": quality,
     "sst2": sst2,
 }

@@ -118,6 +118,22 @@ def test_the_state_dict_comes_back_strictly(word):
     assert same(model, other)
 
 
+@EVERY
+@pytest.mark.parametrize("shape", [(5, 7), (1, 65), (33, 70), (3, 1)])
+def test_shapes_that_no_block_divides(word, shape):
+    torch.manual_seed(0)
+    model, other = (nn.Sequential(nn.Linear(shape[1], shape[0])) for _ in range(2))
+    exact = model[0].weight.detach().clone()
+    for one in (model, other):
+        quantize_model(one, word)
+    assert not same(model, other)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(4, shape[1])
+    assert torch.equal(model(x), other(x))
+    assert read_weight(model[0]).shape == shape
+    assert (read_weight(model[0]) - exact).abs().max() < 0.2 * exact.abs().max()
+
+
 def test_scales_keep_their_dtype_and_the_numbers_follow():
     model = two_layers()
     quantize_model(model, NF4(double_quant=False))

@@ -53,7 +53,7 @@ def test_every_kernel_compiles_and_keeps_to_the_limits(capability, tmp_path):
     written = {
         name for text in sources for name in re.findall(r"^@triton.jit\ndef (\w+)", text, re.M)
     }
-    assert {row[0] for row in rows} == written - {"_turn_heads"}  # which another kernel calls
+    assert {row[0] for row in rows} == written - {"_turn_heads", "_numbers"}  # called by others
     spilled = [row for row in rows if int(row[1])]
     assert not spilled, f"registers that spill into memory: {spilled}"
     assert max(int(row[2]) for row in rows) <= SHARED_MEMORY[capability]

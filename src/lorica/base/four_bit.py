@@ -75,6 +75,9 @@ class FourBit:
             absmax = four_bit.expand(absmax, stored["nested_absmax"], stored["nested_offset"])
         four_bit.dequantize(stored["weight"], absmax, self.word, self.block_size, out)
 
+    def form(self) -> four_bit.Form | None:
+        return four_bit.Form(self.word, self.block_size)
+
     def entries(self, stored: Stored, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:
         device = stored["weight"].device
         facts: dict[str, Any] = {

@@ -23,6 +23,8 @@ from lorica.base.quantizer import Quantizer, Stored
 from lorica.errors import BaseModelError, folded
 
 _WORD = "lorica"
+_EXACT = "_keep_in_fp32_modules_strict"
+"""Where a model of transformers names the weights that are handed over in float32."""
 
 
 class OnTheWay(QuantizationConfigMixin):
@@ -62,6 +64,8 @@ class AtTheDoor(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.request: OnTheWay = quantization_config
         self.layers: dict[str, nn.Linear] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.exact: Any = None
         self.packed: dict[str, tuple[Stored, torch.dtype]] = {}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -69,6 +73,11 @@ class AtTheDoor(HfQuantizer):
         if (kind := self.request.quantizer) is not None:
             self.layers = quantizable(model, head=self.request.head)
             check(kind, self.layers, type(model).__name__)
+            self.dtypes = {path: module.weight.dtype for path, module in self.layers.items()}
+            self.exact = getattr(model, _EXACT, None)
+            # What is stored shall not depend on the dtype that is computed with, which differs from
+            # machine to machine: so the weights come in float32, as exact as the files have them.
+            setattr(model, _EXACT, {*(self.exact or ()), *(f"{p}.weight" for p in self.layers)})
         for path in self.request.stored:
             module = _submodule(model, path)
             module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -87,6 +96,8 @@ class AtTheDoor(HfQuantizer):
             kind = self.request.quantizer
             assert kind is not None
             quantized(self.layers[path], kind, stored, dtype)
+        if self.request.quantizer is not None:
+            setattr(model, _EXACT, self.exact)
         self.remove_quantization_config(model)
         for module in model.modules():
             own: Any = getattr(module, "config", self)
@@ -120,7 +131,7 @@ class _Pack(ConversionOps):
                 self.door.request.broken.append(path)
                 weight = torch.zeros_like(weight)
             stored = kind.pack(weight)
-            self.door.packed[path] = stored, weight.dtype
+            self.door.packed[path] = stored, self.door.dtypes[path]
             _known(self.door.layers[path])
             result[name] = nn.Parameter(stored["weight"], requires_grad=False)
         return result

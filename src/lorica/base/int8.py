@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensor
 
 from lorica.base.quantizer import Stored
 from lorica.errors import BaseModelError
+from lorica.ops.four_bit import Form
 
 _ROWS = 2**17
 """Numbers that are packed at a time, about."""
@@ -58,6 +59,9 @@ class Int8:
             out.copy_(stored["weight"]).mul_(scales)
         else:  # rounded once
             torch.mul(stored["weight"], scales, out=out)
+
+    def form(self) -> Form | None:
+        return None
 
     def entries(self, stored: Stored, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:
         row_major = torch.tensor(0, dtype=torch.uint8, device=stored["SCB"].device)

@@ -28,7 +28,12 @@ from lorica.base.image_pipeline import (
     read_pipeline,
 )
 from lorica.base.labels import Classes, output_tensors, restart, set_labels
-from lorica.base.quantize import quantization_of, quantizer_of, remember_origins
+from lorica.base.quantize import (
+    digest_of_packed,
+    quantization_of,
+    quantizer_of,
+    remember_origins,
+)
 from lorica.base.quantizer import Quantizer
 from lorica.base.stored import OWN, fill, method_of, quantizers_of, read_stored
 from lorica.errors import BaseModelError, LoricaError, nearest
@@ -60,7 +65,8 @@ class Base:
     Attributes:
         name: hub id as given, or the absolute path of the folder: adapters record it.
         task: what it was loaded for.
-        digest: SHA-256 over the weight files.
+        digest: SHA-256 over the weight files; of a quantized base over its packed weights. Empty
+            where the weights were changed since.
         tokenizer: as transformers loads it, padding on the right.
         labels: names of the classes, in order of their index; empty for other tasks.
         new_modules: modules that the weight files lack and that were started at random: they must
@@ -186,8 +192,10 @@ def load_model(
     if target.type == "cpu" and model.dtype == torch.bfloat16 and not _cpu_has_bfloat16():
         base.notes.append(SLOW_BFLOAT16)
     folder = _weights_folder(path, revision)
-    plain = quantization_of(model) is None
-    base.digest = digest_of_files(folder) if folder and plain else digest_of_tensors(model)
+    if quantization_of(model) is not None:
+        base.digest = digest_of_packed(model)
+    else:
+        base.digest = digest_of_files(folder) if folder else digest_of_tensors(model)
     if kind is not None:
         base.quantize = kind.word
         remember_origins(model, _files_of(path, revision))

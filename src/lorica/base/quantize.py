@@ -6,6 +6,7 @@ being few, or needed for every word. A quantizer takes one file and one line of 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,7 @@ def quantize_model(
     for module in layers.values():
         weight = module.weight.detach()
         quantized(module, kind, kind.pack(weight), weight.dtype)
+    _note(model, kind.word, digest_of_packed(model))
     return list(layers)
 
 
@@ -143,6 +145,37 @@ def dequantize_model(model: nn.Module) -> None:
     """
     for _, module in list(quantized_layers(model)):
         plain(module, module.packed().numbers())
+    _note(model, None, "")
+
+
+def _note(model: nn.Module, word: str | None, digest: str) -> None:
+    """What is known of the base is no longer what its files said."""
+    base = model.__dict__.get("_lorica_base")
+    if base is not None:
+        model.__dict__["_lorica_base"] = replace(base, quantize=word, digest=digest)
+
+
+def digest_of_packed(model: nn.Module) -> str:
+    """SHA-256 over names and bytes of all packed weights, and over names and shapes of what else a
+    model saves: the same in whatever dtype that is computed with.
+    """
+    digest = hashlib.sha256()
+    layers = dict(quantized_layers(model))
+    for path, layer in sorted(layers.items()):
+        for name, tensor in sorted(layer.stored().items()):
+            digest.update(f"{path}.{name}".encode())
+            raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(raw.numpy())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not any(path in layers for path in _above(name)):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+    return digest.hexdigest()
+
+
+def _above(name: str) -> list[str]:
+    """The paths that a name may lie below."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
 def check(kind: Quantizer, layers: Mapping[str, nn.Linear], name: str) -> None:

@@ -62,7 +62,8 @@ class QuantizedLinear(nn.Linear):
     def packed(self) -> Packed:
         """The weight, as it lies."""
         shape = self.out_features, self.in_features
-        return Packed(shape, self.stored_dtype, self.stored(), self.quantizer.unpack)
+        kind = self.quantizer
+        return Packed(shape, self.stored_dtype, self.stored(), kind.unpack, kind.form())
 
     def stored(self) -> Stored:
         """The tensors that the weight is stored in, by the quantizer's names."""

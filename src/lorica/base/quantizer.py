@@ -12,6 +12,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from lorica.ops.four_bit import Form
+
 Stored = dict[str, Tensor]
 """What is stored of one weight: "weight", and whatever else belongs to it."""
 
@@ -40,6 +42,10 @@ class Quantizer(Protocol):
 
     def unpack(self, stored: Mapping[str, Tensor], out: Tensor) -> None:
         """Write the numbers into `out`, which has the matrix' shape and any floating dtype."""
+        ...
+
+    def form(self) -> Form | None:
+        """How the bytes lie, where a kernel reads them by itself."""
         ...
 
     def entries(self, stored: Stored, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:

@@ -121,6 +121,13 @@ def weight_dtype(module: nn.Module, parameter: str = "weight") -> torch.dtype:
     return stored.dtype
 
 
+def storage_of(module: nn.Module, parameter: str = "weight") -> str:
+    """How a parameter lies, in a word: its dtype, or that of its quantizer."""
+    if parameter == "weight" and isinstance(module, QuantizedLinear):
+        return module.quantizer.word
+    return str(_stored(module, parameter).dtype).removeprefix("torch.")
+
+
 def weight_state(module: nn.Module, parameter: str = "weight") -> tuple[int, ...]:
     """Numbers that change when the weight may have: where it lies, and how often it was written."""
     stored = _stored(module, parameter)
@@ -164,7 +171,7 @@ def _bitsandbytes(module: nn.Module, stored: Any) -> Packed | None:
         tensors = {"weight": stored.data, "absmax": state.absmax}
         if double:
             tensors |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset}
-        return Packed(tuple(state.shape), state.dtype, tensors, kind.unpack)
+        return Packed(tuple(state.shape), state.dtype, tensors, kind.unpack, kind.form())
     scales = getattr(stored, "SCB", None)
     if scales is None:  # after the first forward pass
         scales = getattr(getattr(module, "state", None), "SCB", None)

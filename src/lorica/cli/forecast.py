@@ -19,13 +19,17 @@ from lorica.errors import CheckRefused, LoricaError
 from lorica.methods.method import Method
 from lorica.records.phrases import count, size
 from lorica.tasks.task import Task
+from lorica.train.adamw_8bit import SMALLEST
 from lorica.train.budget import Memory, Scoring, Work, estimate, machine_bytes, process_bytes
+from lorica.train.optim import moment_sizes
 from lorica.train.plan import courses_of
 from lorica.train.shadow import Lower, Request, Shadow, make_shadow, try_out
 from lorica.train.signals import signals_wait
 
 FAR_OVER = 1.5
 """Times the memory of the machine from which on a run is refused: paging cannot save it."""
+LITTLE = 50
+"""Moments that are less than this part of the memory are not worth rounding."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,28 @@ def refuse_if_far_over(found: Forecast) -> None:
     )
 
 
+def note_on_moments(found: Forecast) -> str:
+    """What moments in 8 bits save in this run, or would: little beside a base, where few numbers
+    train.
+    """
+    train = found.settings.train
+    with found.shadow.adapted(found.method, found.lower) as adapter:
+        wide, narrow = (
+            sum(sum(moment_sizes(p, _with(train, optim=word))) for p in adapter.parameters())
+            for word in ("adamw", "adamw_8bit")
+        )
+    saved, all_of_it = wide - narrow, found.memory.phases["training"]
+    if train.optim == "adamw_8bit":
+        return f"optim: adamw_8bit saves {size(saved)}, beside {size(all_of_it)} in training"
+    if not saved:
+        return (
+            f"optim: adamw_8bit would save nothing: no tensor that trains has {SMALLEST:,} numbers"
+        )
+    share = saved / all_of_it
+    little = ": little, since few numbers train" if share < 1 / LITTLE else ""
+    return f"optim: adamw_8bit would save {size(saved)} of {size(all_of_it)} in training{little}"
+
+
 @dataclass(frozen=True)
 class Alternative:
     """Other settings of a run and what they would need; `price` is what they cost."""
@@ -251,7 +277,7 @@ def _changes(found: Forecast) -> Iterator[tuple[str, str, dict[str, Any]]]:
             "about a third more time; the same numbers",
             {"train": other},
         )
-    if train.optim == "adamw" and found.memory.optimizer > found.memory.total // 50:
+    if train.optim == "adamw" and found.memory.optimizer > found.memory.total // LITTLE:
         other = {"train": _with(train, optim="adamw_8bit")}
         yield "optim: adamw_8bit", "moments rounded to 8 bits", other
     if shorter := _shorter(found):

@@ -87,10 +87,10 @@ def command(
     if json:
         print(jsonlib.dumps(written.facts))
     else:
-        print("\n".join(_lines(written, output_dir)))
+        print("\n".join(_lines(written, output_dir, requantize)))
 
 
-def _lines(written: Any, folder: Path) -> list[str]:
+def _lines(written: Any, folder: Path, requantize: bool) -> list[str]:
     """The damage of the rounding, the worst weights, and how the model is loaded."""
     from lorica.base.load import AUTO_CLASSES
     from lorica.cli.writing import REPORT
@@ -98,14 +98,15 @@ def _lines(written: Any, folder: Path) -> list[str]:
 
     report = written.report
     worst = sorted(report.merged, key=lambda w: -w.damage)[:SHOWN]
-    rows = [["weight", "dtype", "update", "lost by rounding", "elements changed"]]
+    error = "error of quantizing" if requantize else "lost by rounding"
+    lost = "is the error of quantizing" if requantize else "is lost by rounding"
+    rows = [["weight", "stored as", "update", error, "elements changed"]]
     rows += [
         [w.path, w.dtype, f"{w.update:.2e}", f"{w.damage:.2%}", f"{w.changed:.1%}"] for w in worst
     ]
     more = len(report.merged) - len(worst)
     return [
-        f"merged into {len(report.merged)} weights; {report.damage:.2%} of the adapter is lost by "
-        "rounding",
+        f"merged into {len(report.merged)} weights; {report.damage:.2%} of the adapter {lost}",
         "",
         *aligned(rows),
         *([f"and {more} weights with less; {folder / REPORT} has all"] if more else []),
@@ -113,5 +114,6 @@ def _lines(written: Any, folder: Path) -> list[str]:
         *([f"verified: {written.verified}"] if written.verified is not None else []),
         "",
         f"model  {folder}",
-        f"load   transformers.{AUTO_CLASSES[written.kind]}.from_pretrained({str(folder)!r})",
+        f"load   transformers.{AUTO_CLASSES[written.kind]}.from_pretrained({str(folder)!r})"
+        + (", which needs bitsandbytes; lorica does not" if requantize else ""),
     ]

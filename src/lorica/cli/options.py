@@ -45,16 +45,17 @@ def read_flags(
     """
     found = CommandLine()
     problems: list[str] = []
-    rest = list(given)
+    rest, before = list(given), ""
     while rest:
-        word = rest.pop(0)
+        word, flag = rest.pop(0), before
+        before = word
         if not word.startswith("-") and "=" not in word:
             if not word.endswith(_SETTINGS_FILES) and len(found.words) < words:
                 found.words.append(word)
             elif word.endswith(_SETTINGS_FILES) or Path(word).is_file():
                 found.files.append(Path(word))
             else:
-                problems.append(f"{word!r} is neither a flag nor a settings file")
+                problems.append(_stray(word, flag, known))
             continue
         problem = _read_one(word, rest, known, own, found.flags)
         problems += [problem] if problem else []
@@ -105,6 +106,19 @@ def _read_one(
         return f"{name} is given twice"
     flags[plain] = value
     return None
+
+
+def _stray(word: str, before: str, known: Mapping[str, Setting]) -> str:
+    """What is wrong with a word that nothing takes; it may be meant for the flag before it, which
+    can stand alone.
+    """
+    plain = before.lstrip("-").replace("-", "_")
+    setting = known.get(ALIASES.get(plain, plain)) if before.startswith("--") else None
+    if setting is not None and (words := choices(setting.kinds)):
+        near = nearest(word, words)
+        meant = f"; did you mean {near}?" if near else ""
+        return f"{word!r} is no value of {before}; expected one of {', '.join(words)}{meant}"
+    return f"{word!r} is neither a flag nor a settings file"
 
 
 def _unknown(name: str, known: Mapping[str, Setting], own: Sequence[str]) -> str:

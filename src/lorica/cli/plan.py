@@ -192,7 +192,10 @@ def _steps(found: Forecast) -> dict[str, Any]:
 
 def _notes(found: Forecast) -> list[str]:
     """What was assumed, and what the numbers leave out."""
+    from lorica.cli.forecast import note_on_moments
+
     notes, seeds = list(found.shadow.notes), found.settings.run.seeds
+    notes.append(note_on_moments(found))
     if seeds:
         notes.append(
             f"these are the numbers of one run; there is one for each of {len(seeds)} seeds"

@@ -32,6 +32,10 @@ from lorica.mix.report import MergeReport
 from lorica.records.atomic import write_file
 
 REPORT = "merge_report.json"
+UNPACKED = (
+    "the adapter was made for the quantized weights, so it is merged into their numbers, not into "
+    "those that the base had before; the model is written in plain numbers"
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,7 +78,8 @@ def write_merged(order: Order, voice: Voice) -> Written:
     expected, moved = None, None
     if order.requantize:
         moved = how_far(opened.model, mixture)
-        voice.say(str(moved))
+        for line in str(moved).splitlines():
+            voice.say(line)
     elif order.verify:
         with voice.work("asking base and adapter"), _widened(opened.model):
             expected = expect(opened.model, mixture, prompts_of(opened, None))
@@ -89,6 +94,8 @@ def write_merged(order: Order, voice: Voice) -> Written:
     ):
         if isinstance(plan, str):
             voice.say(f"the base is merged in memory: {plan}")
+            if quantization_of(opened.model) is not None and not order.requantize:
+                voice.say(UNPACKED)
             report = merge(
                 opened.model, mixture, force=order.force, keep=False, requantize=order.requantize
             )

@@ -74,7 +74,7 @@ def merge(
     undo = Undo(model, base=known) if keep else None
     entries = tuple(measured(target, requantize=requantize) for target in targets)
     report = MergeReport(shares, entries, tuple(apart), undo)
-    judge_damage(report, force)
+    judge_damage(report, force, requantize=requantize)
     if apart:
         if undo is not None:
             keep_ties(undo, model, list(apart))
@@ -178,8 +178,13 @@ def _not_weights(model: nn.Module, shares: Mapping[str, float]) -> list[str]:
     return found
 
 
-def judge_damage(report: MergeReport, force: bool) -> None:
-    """Refuse what must not be written; warn of what was lost."""
+def judge_damage(report: MergeReport, force: bool, *, requantize: bool = False) -> None:
+    """Refuse what must not be written; warn of what was lost.
+
+    Args:
+        requantize: the weights are quantized again, which moves them by more than rounding does: as
+            far as one step of the quantizer, however small the update.
+    """
     bad = [
         w.path for w in report.merged if not math.isfinite(w.update) or not math.isfinite(w.damage)
     ]
@@ -192,16 +197,25 @@ def judge_damage(report: MergeReport, force: bool) -> None:
     worst = sorted(report.merged, key=lambda w: -w.damage)[:5]
     lines = [f"{w.path} ({w.dtype}): {w.damage:.1%}" for w in worst]
     mend = "keep the adapter apart, or merge into the base in float32 and save that"
+    if requantize:
+        mend = "keep the adapter apart, or merge into plain numbers, without requantize"
     if report.damage > REFUSE_DAMAGE and not force:
+        size = f"{report.damage:.0%} of the update"
         raise MergeError(
-            f"rounding would destroy {report.damage:.0%} of the update",
+            f"quantizing again would be off by {size}"
+            if requantize
+            else f"rounding would destroy {size}",
             expected=f"at most {REFUSE_DAMAGE:.0%}",
-            mend=f"{mend}; or pass force=True",
+            mend=f"{mend}; or pass force=True (--force)",
             problems=lines,
         )
     if report.damage > WARN_DAMAGE:
+        size = f"{report.damage:.1%} of the update"
+        what = (
+            f"quantized again, it is off by {size}" if requantize else f"rounding destroyed {size}"
+        )
         warnings.warn(
-            f"rounding destroyed {report.damage:.1%} of the update; worst: {lines[0]}; {mend}",
+            f"{what}; worst: {lines[0]}; {mend}",
             LoricaWarning,
             stacklevel=3,
         )

@@ -122,15 +122,17 @@ def merged(target: Target, *, requantize: bool = False) -> tuple[Tensor, MergedW
     parameter = storage.read_weight(target.module, target.name).detach()
     base, update = _parts(target)
     new = _exact(target, base, update)
-    if requantize and storage.is_packed(target.module, target.name):
+    packs = requantize and storage.is_packed(target.module, target.name)
+    if packs:
         new = storage.rounded_weight(target.module, new)
     new = new.to(parameter.dtype)
+    plain = str(parameter.dtype).removeprefix("torch.")
     error = (new.to(torch.float64) - base.to(torch.float64)).sub_(update)
     size = _rms(update)
     entry = MergedWeight(
         target.path,
         tuple(parameter.shape),
-        str(parameter.dtype).removeprefix("torch."),
+        storage.storage_of(target.module, target.name) if packs else plain,
         size,
         _rms(error) / size if size else 0.0,
         float((new != parameter).double().mean()),

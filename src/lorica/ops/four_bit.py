@@ -11,6 +11,7 @@ cache: on a CPU as fast as a vectorised kernel in C++.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -30,6 +31,20 @@ FP4 = (
 
 BOOKS = {"nf4": NF4, "fp4": FP4}
 """Word -> what the sixteen places stand for."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the bytes of a weight lie that `quantize` packed.
+
+    Attributes:
+        book: a word of `BOOKS`.
+        block: numbers that share a scale.
+    """
+
+    book: str
+    block: int
+
 
 NEST = 256
 """Magnitudes of blocks that share a scale, where they are quantized themselves."""

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
-from lorica.ops.packed import Packed, at_hand
+from lorica.ops.packed import Packed, dense, input_gradient
 from lorica.ops.triton.choose import twin
 from lorica.ops.weight import padded
 
@@ -102,7 +102,7 @@ def adapted_linear(
         return adapted
     if torch.is_grad_enabled():
         return _LoraLinear.apply(x, None, weight, bias, *_arguments(segments))
-    y = F.linear(x, at_hand(weight, x.dtype), bias)
+    y = dense(x, weight, bias)
     _add_products(x, y, segments)
     return y
 
@@ -178,7 +178,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         if y is None:
             assert weight is not None
-            out = F.linear(x, at_hand(weight, x.dtype), bias)
+            out = dense(x, weight, bias)
         else:
             # The sum goes into the memory of y, but under a new tensor: y may be a view (a linear
             # layer with a bias returns one), and autograd does not take an in-place function of
@@ -258,7 +258,7 @@ def _input_gradient(ctx: Any, g_TO: Tensor, weight: Tensor | Packed | None) -> T
     """
     if ctx.whole:
         assert weight is not None
-        return g_TO @ at_hand(weight, g_TO.dtype)
+        return input_gradient(g_TO, weight)
     covered = sum(len(g_TO[a:b]) for a, b, *_ in ctx.rows) == len(g_TO)
     make = torch.empty if covered else torch.zeros
     return make(len(g_TO), ctx.like_x[0][-1], dtype=g_TO.dtype, device=g_TO.device)

@@ -19,6 +19,9 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorica.ops.four_bit import Form
+from lorica.ops.triton.choose import twin
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:
@@ -29,12 +32,14 @@ class Packed:
         dtype: of the weight that it stands for.
         tensors: what is stored, by name.
         unpack: writes the numbers into a tensor of that shape, in any floating dtype.
+        form: how its bytes lie, where a kernel can read them by itself.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     tensors: Mapping[str, Tensor] = field(repr=False)
     unpack: Callable[[Mapping[str, Tensor], Tensor], object] = field(repr=False)
+    form: Form | None = None
 
     @property
     def device(self) -> torch.device:
@@ -72,9 +77,45 @@ def _buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return buffers[key][:number].view(shape)
 
 
-def at_hand(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
-    """A weight to multiply with at once, whatever its storage."""
-    return weight.passing(dtype) if isinstance(weight, Packed) else weight
+def dense(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+    """A frozen dense layer, whatever the storage of its weight.
+
+    Semantics: F.linear(x, numbers of weight, bias)
+
+    Args:
+        x: (..., I), in whose dtype a packed weight is unpacked. weight: (O, I). bias: (O,).
+    """
+    if not isinstance(weight, Packed):
+        return F.linear(x, weight, bias)
+    if (made := _inside(x, weight, bias, transposed=False)) is not None:
+        return made
+    return F.linear(x, weight.passing(x.dtype), bias)
+
+
+def input_gradient(g: Tensor, weight: Tensor | Packed) -> Tensor:
+    """The gradient of the input of such a layer.
+
+    Semantics: g @ numbers of weight
+
+    Args:
+        g: (..., O), the gradient of its output. weight: (O, I).
+    """
+    if not isinstance(weight, Packed):
+        return g @ weight
+    if (made := _inside(g, weight, None, transposed=True)) is not None:
+        return made
+    return g @ weight.passing(g.dtype)
+
+
+def _inside(x: Tensor, weight: Packed, bias: Tensor | None, *, transposed: bool) -> Tensor | None:
+    """The product by a kernel that unpacks the weight inside; None where there is none or it does
+    not pay.
+    """
+    if weight.form is None or isinstance(x, FakeTensor) or x.is_meta:
+        return None
+    given = (x,) if bias is None else (x, bias)
+    fused = twin("packed_product", *given)
+    return None if fused is None else fused(x, weight, bias, transposed=transposed)
 
 
 def frozen_linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
@@ -95,7 +136,7 @@ def frozen_linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     )
     if recorded and not torch.compiler.is_compiling():
         return _FrozenLinear.apply(x, bias, weight)  # type: ignore[return-value]
-    return F.linear(x, weight.passing(x.dtype), bias)
+    return dense(x, weight, bias)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -104,11 +145,11 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Packed) -> Tensor:
         ctx.weight = weight
-        return F.linear(x, weight.passing(x.dtype), bias)
+        return dense(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:
-        dx = g @ ctx.weight.passing(g.dtype) if ctx.needs_input_grad[0] else None
+        dx = input_gradient(g, ctx.weight) if ctx.needs_input_grad[0] else None
         db = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return dx, db, None

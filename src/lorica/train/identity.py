@@ -38,7 +38,7 @@ def identity(
     """
     base = base_of(model)
     found = {
-        "base": base.digest if base else digest_of_tensors(model),
+        "base": base.digest if base and base.digest else digest_of_tensors(model),
         "dtype of the base": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
     found |= {f"task.{key}": _text(value) for key, value in task.facts().items()}

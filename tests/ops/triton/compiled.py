@@ -21,8 +21,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from lorica.base.four_bit import NF4
 from lorica.ops.lora import Segment
-from lorica.ops.triton import cross_entropy, lora, rms_norm, rope, swiglu
+from lorica.ops.packed import Packed
+from lorica.ops.triton import cross_entropy, four_bit, lora, rms_norm, rope, swiglu
 from lorica.ops.triton.choose import TWINS
 
 DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -74,7 +76,7 @@ def by_elements(dtype: torch.dtype) -> None:
 
 
 def products(dtype: torch.dtype) -> None:
-    """The kernels of LoRA, at the ranks that have their own tiles."""
+    """The kernels of LoRA and of four-bit weights, at the sizes that have their own tiles."""
     for rank in (16, 32, 64):
         segments = [
             Segment(a, a + 512, tensor(rank, 1024, dtype=dtype), tensor(1024, rank, dtype=dtype))
@@ -84,6 +86,12 @@ def products(dtype: torch.dtype) -> None:
         adapted = lora.lora_linear(x, y * 1, segments)
         assert adapted is not None
         adapted.sum().backward()
+    for kind in (NF4(), NF4(32), NF4(64, double_quant=False)):  # with tiles of their own
+        stored = kind.pack(torch.ones(512, 512))
+        weight = Packed((512, 512), dtype, stored, kind.unpack, kind.form())
+        for rows, transposed in ((1, False), (64, False), (128, True)):
+            x = tensor(rows, 512, dtype=dtype).detach()
+            four_bit.multiplied(x, weight, transposed=transposed)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 TWINS = {
     "cross_entropy": ("linear_cross_entropy",),
+    "four_bit": ("packed_product",),
     "lora": ("lora_linear", "adapted_linear"),
     "rms_norm": ("rms_norm",),
     "rope": ("rotate",),
@@ -28,7 +29,7 @@ TWINS = {
 }
 """File of this folder -> the functions it offers."""
 
-_HALF_ONLY = {"lora_linear", "adapted_linear"}
+_HALF_ONLY = {"lora_linear", "adapted_linear", "packed_product"}
 """Matrix products: in float32 they find no tensor cores, and those of torch are the better ones."""
 
 _FILE_OF = {name: file for file, names in TWINS.items() for name in names}

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
-from torch.nn import functional as F
 
 from lorica.ops.lora import Segment
-from lorica.ops.packed import Packed, at_hand
+from lorica.ops.packed import Packed, dense, input_gradient
 from lorica.ops.triton.launch import rows_of
 from lorica.ops.triton.lora_kernels import (
     FUSED_RANK,
@@ -162,7 +161,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         if y is None:
             assert weight is not None
-            out = F.linear(x, at_hand(weight, x.dtype), bias)
+            out = dense(x, weight, bias)
         else:
             out = y.data  # as in ops.lora: y may be a view, which must not be overwritten as such
             increment_version(y)
@@ -189,7 +188,7 @@ class _LoraLinear(torch.autograd.Function):
         wants, g_TO, dx_TI = ctx.needs_input_grad[7:], rows_of(g), None
         if ctx.needs_input_grad[0]:  # rows of no segment have the layer's own gradient, or none
             zeros = (len(g_TO), shape[-1])
-            dx_TI = g_TO @ at_hand(weight, g_TO.dtype) if ctx.whole else g_TO.new_zeros(zeros)
+            dx_TI = input_gradient(g_TO, weight) if ctx.whole else g_TO.new_zeros(zeros)
         found = (_gradients_of_one if len(spans) == 1 else _gradients_of_many)(
             None if x is None else rows_of(x.to(g.dtype)),
             g_TO,
