@@ -95,9 +95,13 @@ def test_a_long_setting_goes_over_lines(lorica, stock):
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     (at,) = [n for n, line in enumerate(lines) if line.startswith("target_modules ")]
-    first, *rest = [line.split() for line in lines[at : at + 4]]
-    assert first == ["target_modules", f"[{names[0]},", "--target-modules"]
-    assert sum(rest, []) == [f"{names[1]},", f"{names[2]},", f"{names[3]}]"]
+    words = [line.split() for line in lines[at : at + 4]]
+    assert words == [
+        ["target_modules", f"[{names[0]},", "--target-modules"],
+        [f"{names[1]},"],
+        [f"{names[2]},"],
+        [f"{names[3]}]"],
+    ]
 
 
 def test_a_run_keeps_its_plan(finished_run):

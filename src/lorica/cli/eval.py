@@ -13,7 +13,10 @@ from lorica.cli.together import AverageWith, StackOn, Weights
 def command(
     subject: Annotated[str, typer.Argument(help="a run folder, an adapter folder or a base model")],
     data: Annotated[
-        str, typer.Option(help="records to score on: a file, a folder, a hub id or embedded", metavar="PATH")
+        str,
+        typer.Option(
+            help="records to score on: a file, a folder, a hub id or embedded", metavar="PATH"
+        ),
     ],
     model: Annotated[
         str | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lorica.cli.kinds import is_encoder, is_encoder_decoder, refuse_pictures
 from lorica.config import RunConfig
