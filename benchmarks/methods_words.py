@@ -49,8 +49,15 @@ def properties() -> list[str]:
         key = (_merges(method), _read_by_peft(method), "yes" if _stacks(method) else "no")
         groups.setdefault(key, []).append(word)
     lines += [f"| {', '.join(words)} | {' | '.join(key)} |" for key, words in groups.items()]
+    several = "; ".join(
+        f"`{word}`: {', '.join(part for part, _ in known.parts)}"
+        for word, known in WORDS.items()
+        if isinstance(known, Union)
+    )
     return [
         *lines,
+        "",
+        f"Words for several methods in one adapter: {several}.",
         "",
         "What becomes a weight costs nothing once it is merged. What shares the fast product mixes "
         "by row and trains beside others in one matrix product; everything else is mixed and "

@@ -14,7 +14,9 @@ from lorica.attach.activate import activate
 from lorica.base.load import load_model
 from lorica.cli import judge, main
 from lorica.cli.dialogue import Dialogue, Sampling
+from lorica.cli.material import FACTS
 from lorica.cli.opening import open_subject
+from lorica.data.facts import facts
 from lorica.files.adapter import load_adapter
 
 
@@ -55,6 +57,19 @@ def test_eval_speaks_json(lorica, finished_run, stock):
     (found,) = done.rows
     assert found["num_records"] == 5 and list(found["scores"]) == ["perplexity", "exact_match"]
     assert found["scores"]["perplexity"]["tuned"] < found["scores"]["perplexity"]["base"]
+
+
+def test_eval_on_the_embedded_records(lorica):
+    """Those that a run with `--data embedded` is scored on."""
+    few = ["--limit", "3", "--max-new-tokens", "2", "--metrics", "loss"]
+    done = lorica("eval", "embedded", "--data", "embedded", *few, "--output", "said.jsonl")
+    assert done.code == 0 and "embedded facts, test" in done.err, done.err
+    asked = [json.loads(line)["record"] for line in Path("said.jsonl").read_text().splitlines()]
+    test = facts("test", num_records=FACTS["test"])
+    prompts = {row["prompt"] for row in test}
+    assert len(asked) == 3 and all(record["prompt"] in prompts for record in asked)
+    mapped = lorica("eval", "embedded", "--data", "embedded", "--format", "chat")
+    assert mapped.code == 2 and "the embedded records take no format" in mapped.err
 
 
 def test_eval_of_a_base(lorica, stock):

@@ -88,6 +88,22 @@ def test_a_setting_with_a_line_break_stays_one_line(lorica, stock):
     assert "[q_proj, v_proj]" in line
 
 
+def test_a_long_setting_goes_over_lines(lorica, stock):
+    names = [f"model.layers.{n}.mlp.{part}_proj" for n in (0, 1) for part in ("up", "down")]
+    given = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", "--no-probe"]
+    done = lorica("plan", *given, "--target-modules", ",".join(names))
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    (at,) = [n for n, line in enumerate(lines) if line.startswith("target_modules ")]
+    words = [line.split() for line in lines[at : at + 4]]
+    assert words == [
+        ["target_modules", f"[{names[0]},", "--target-modules"],
+        [f"{names[1]},"],
+        [f"{names[2]},"],
+        [f"{names[3]}]"],
+    ]
+
+
 def test_a_run_keeps_its_plan(finished_run):
     found = json.loads((finished_run / "run.json").read_text(encoding="utf-8"))
     planned = found["plan"]["memory"]["total"]

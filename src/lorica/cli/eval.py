@@ -13,7 +13,10 @@ from lorica.cli.together import AverageWith, StackOn, Weights
 def command(
     subject: Annotated[str, typer.Argument(help="a run folder, an adapter folder or a base model")],
     data: Annotated[
-        str, typer.Option(help="records to score on: a file, a folder or a hub id", metavar="PATH")
+        str,
+        typer.Option(
+            help="records to score on: a file, a folder, a hub id or embedded", metavar="PATH"
+        ),
     ],
     model: Annotated[
         str | None,
@@ -83,6 +86,7 @@ def command(
         Material,
         check_format,
         for_scoring,
+        read_scored,
         with_system,
     )
     from lorica.cli.opening import open_subject
@@ -91,7 +95,6 @@ def command(
     from lorica.cli.voice import Voice
     from lorica.config import known_settings
     from lorica.config.text import parse_flag
-    from lorica.data.read import read
     from lorica.evaluate.metrics import find_metrics
 
     voice = Voice(quiet=json, stream=sys.stderr)
@@ -99,7 +102,7 @@ def command(
     find_metrics(names or ["loss"])  # a wrong name is told before anything is loaded
     others = others_of(subject, stack_on, average_with, weights)
     mapping = parse_flag("columns", columns, known_settings()) if columns else None
-    records = read(data, columns=mapping, format=format)
+    records = read_scored(data, columns=mapping, format=format)
     voice.say(f"data: {records.statement}")
     with voice.work(f"loading {subject}"):
         opened = open_subject(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lorica.cli.kinds import is_encoder, is_encoder_decoder, refuse_pictures
 from lorica.config import RunConfig
@@ -12,7 +13,7 @@ from lorica.data.facts import facts
 from lorica.data.pack import order
 from lorica.data.read import from_rows, read, read_splits
 from lorica.data.texts import input_of
-from lorica.errors import DataError
+from lorica.errors import ConfigError, DataError
 from lorica.tasks.text_classification import label_names
 
 GENERATING = ("prompt", "chat", "seq2seq")
@@ -148,6 +149,21 @@ def gather(run: RunConfig, *, seed: int) -> Material:
     else:
         told.append("nothing is held out: base and tuned will not be compared")
     return material
+
+
+def read_scored(data: str, **how: Any) -> Dataset:
+    """The records that a command scores on; of "embedded", those that a run is scored on.
+
+    Raises:
+        ConfigError: a format or columns for the embedded records, which are what they are.
+    """
+    if data != "embedded":
+        return read(data, **how)
+    if given := [name for name, value in how.items() if value is not None]:
+        raise ConfigError(
+            f"the embedded records take no {' and no '.join(given)}", mend="leave it out"
+        )
+    return _embedded()["test"]
 
 
 def for_scoring(records: Dataset, most: int | None, seed: int) -> tuple[Dataset, str]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lorica.train.shadow import Lower
 
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+VALUE_WIDTH = 48
+"""Letters of a setting's value in a line of the plan."""
 
 
 def command(
@@ -317,7 +319,11 @@ def _lines(found: Forecast, cheaper: list[Alternative], pace: Pace) -> list[str]
 
 
 def _setting_lines(found: Forecast) -> list[str]:
-    """What was set or decided with its origin, then the defaults with what they do."""
+    """What was set or decided with its origin, then the defaults with what they do. A long value
+    goes over several lines.
+    """
+    from textwrap import wrap
+
     from lorica.config.text import yaml_text
     from lorica.records.lines import aligned
 
@@ -326,5 +332,6 @@ def _setting_lines(found: Forecast) -> list[str]:
     for entry in sorted(entries, key=lambda e: e["origin"] == "default"):
         default = entry["origin"] == "default"
         why = f"default: {entry['help']}" if default else entry["origin"]
-        rows.append([entry["key"], yaml_text(entry["value"]), why])
+        first, *more = wrap(yaml_text(entry["value"]), VALUE_WIDTH) or [""]
+        rows += [[entry["key"], first, why], *(["", part, ""] for part in more)]
     return aligned(rows, left=("setting", "value", "why"))
