@@ -1,8 +1,10 @@
-"""Mixing, switching and merging adapters, beside PEFT.
+"""Mixing, switching and merging adapters, beside PEFT and diffusers.
 
     python benchmarks/mix.py errors       # how far every way to mix is from the exact weighted sum
     python benchmarks/mix.py switch       # 1 to 1,000 resident adapters: load, switch, weights
+    python benchmarks/mix.py pipelines    # the same for image adapters, beside diffusers
     python benchmarks/mix.py merge        # a base of 1 GB: processor time and peak memory
+    python benchmarks/mix.py spectra      # docs/images/spectra.svg: the change of a full fine-tune
     python benchmarks/mix_page.py         # docs/mix.md
 
 Figures go into benchmarks/results/mix.json. Times are of the processor, so that what else a machine
@@ -333,7 +335,7 @@ def merge(rounds: int, hidden: int, layers: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("errors", "switch", "merge"))
+    parser.add_argument("part", choices=("errors", "switch", "pipelines", "merge", "spectra"))
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 10, 100, 1000])
     parser.add_argument("--seconds", type=float, default=900, help="for PEFT to load its adapters")
     parser.add_argument("--rounds", type=int, default=3)
@@ -345,6 +347,14 @@ def main() -> None:
         found = errors()
     elif given.part == "switch":
         found = switch(given.counts, given.seconds)
+    elif given.part == "pipelines":
+        from mix_pipelines import pipelines
+
+        found = pipelines([count for count in given.counts if count <= 100], _least)
+    elif given.part == "spectra":
+        from mix_spectra import spectra
+
+        found = spectra()
     else:
         found = merge(given.rounds, given.hidden, given.layers)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -92,7 +92,8 @@ besides (norms, biases, embeddings) are named.
 
 def main() -> None:
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    parts = [HEAD, *_errors(found), *_switch(found), MERGE, *_merge(found)]
+    parts = [HEAD, *_errors(found), *_switch(found), *_pipelines(found), MERGE, *_spectra(found)]
+    parts += _merge(found)
     text = "\n".join(part.rstrip("\n") + "\n" for part in parts)
     PAGE.write_text(text.rstrip() + "\n", encoding="utf-8")
 
@@ -135,27 +136,66 @@ def _switch(found: dict[str, Any]) -> list[str]:
         "",
         "A Llama of two layers with so many LoRA adapters of rank 4 on q and v. Times of the "
         "processor on a machine that was busy with other things, the least of 15; loading is the "
-        "sum over all adapters, with PEFT's first wrapping of the model. A side that is not shown "
-        "was not run to its end.",
+        "sum over all adapters, with PEFT's first wrapping of the model.",
         "",
         "| resident | side | load all | switch | change two weights | forward pass |",
         "|---|---|---|---|---|---|",
     ]
-    counts = dict.fromkeys([*found["switch"]["lorica"], *found["switch"]["peft"]])
-    for count in counts:
-        for side, title in (("lorica", "Lorica"), ("peft", "PEFT")):
-            row = found["switch"][side].get(count)
-            if row is None:
-                continue
-            if "stopped_at" in row:
-                text = f"stopped at {row['stopped_at']} after {row['after_s']:.0f} s | – | – | –"
-            else:
-                times = (
-                    f"{row[k]:.2f} ms" for k in ("switch_ms", "change_weights_ms", "forward_ms")
-                )
-                text = f"{row['load_all_s']:.2f} s | {' | '.join(times)}"
-            lines.append(f"| {int(count):,} | {title} | {text} |")
-    return ["\n".join(lines) + "\n"]
+    return ["\n".join([*lines, *_rows(found["switch"])]) + "\n"]
+
+
+SIDES = {"lorica": "Lorica", "peft": "PEFT", "diffusers": "diffusers"}
+
+
+def _rows(sides: dict[str, Any]) -> list[str]:
+    """Each number of adapters, side by side."""
+    lines = []
+    for count in dict.fromkeys(count for side in sides.values() for count in side):
+        for side, rows in sides.items():
+            if count in rows:
+                lines.append(f"| {int(count):,} | {SIDES[side]} | {_times(rows[count])} |")
+    return lines
+
+
+def _times(row: dict[str, Any]) -> str:
+    if "stopped_at" in row:
+        return (
+            f"stopped after {row['after_s']:.0f} s, the limit, with {row['stopped_at']} loaded | "
+            "– | – | –"
+        )
+    times = (f"{row[key]:.2f} ms" for key in ("switch_ms", "change_weights_ms", "forward_ms"))
+    return f"{row['load_all_s']:.2f} s | {' | '.join(times)}"
+
+
+def _pipelines(found: dict[str, Any]) -> list[str]:
+    parts = []
+    for kind, title in (("sd", "Stable Diffusion"), ("sdxl", "SDXL")):
+        if kind in found.get("pipelines", {}):
+            lines = [
+                f"### Many image adapters at once: {title}",
+                "",
+                "A tiny pipeline with random weights and so many LoRA adapters of rank 4 on the "
+                "attention of its denoiser, beside `load_lora_weights` and `set_adapters` of "
+                "diffusers; a forward pass is one of the denoiser. Times as above.",
+                "",
+                "| resident | side | load all | switch | change two weights | forward pass |",
+                "|---|---|---|---|---|---|",
+            ]
+            parts.append("\n".join([*lines, *_rows(found["pipelines"][kind])]) + "\n")
+    return parts
+
+
+def _spectra(found: dict[str, Any]) -> list[str]:
+    if "spectra" not in found:
+        return []
+    data = found["spectra"]
+    return [
+        "![singular values of the change of every layer](images/spectra.svg)\n\n"
+        f"All weights of the demo's base, trained for {data['steps']} steps on its facts: the "
+        "singular values of what changed, each line a layer, over the norm of its change. For 90 % "
+        f"of the squared change the layers take ranks from {data['lowest_rank']} to "
+        f"{data['highest_rank']}. (`python benchmarks/mix.py spectra`)\n"
+    ]
 
 
 def _merge(found: dict[str, Any]) -> list[str]:

@@ -167,6 +167,35 @@ def gguf(dtype: str | None) -> Callable[[Path], str]:
     return ask
 
 
+def gguf_phi3(folder: Path) -> str:
+    """A random Phi 3 with rotary factors for long texts, and an adapter, beside the base."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    tokenizer = load_model("embedded").__dict__["_lorica_base"].tokenizer
+    factors = [[1 + step * i for i in range(8)] for step in (0.1, 0.5)]
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": factors[0]}
+    rope |= {"long_factor": factors[1], "original_max_position_embeddings": 256}
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        original_max_position_embeddings=256, rope_parameters=rope, sliding_window=256,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.ndim == 2):
+            weight.mul_(3)  # as it is made, it says one token for ever
+    ids = tokenizer(PROMPT)["input_ids"]
+    gguf_model.write(model, tokenizer, folder / "base.gguf", "float32")
+    adapter = stirred(model, LoRA(r=4, lora_alpha=6, target_modules="all-linear"))
+    FORMATS["gguf"].write(adapter, folder / "lora.gguf", "float32", False)
+    with activate(model, adapter):
+        expected = greedy(model, ids)
+        return in_llama_cpp(folder / "base.gguf", ids, expected, model, folder / "lora.gguf")
+
+
 def diffusers(form: str, name: str, *, back: bool = False) -> Callable[[Path], str]:
     """diffusers reads what we wrote; or the other way, which the tests have."""
 
@@ -275,6 +304,7 @@ def onnx(folder: Path) -> str:
 CHECKS = (
     Checked("peft", "peft", "reads ours", peft),
     Checked("gguf", "llama-cpp-python", "base and adapter", gguf(None)),
+    Checked("gguf", "llama-cpp-python", "base and adapter, Phi 3", gguf_phi3),
     Checked("gguf", "lorica", "read again", own("gguf")),
     Checked("gguf-model", "llama-cpp-python", "merged, F32", gguf("float32")),
     Checked("gguf-model", "llama-cpp-python", "merged, F16", gguf("float16")),
@@ -352,6 +382,15 @@ are not transposed, and llama.cpp answers as we do with ours.
   reads a text encoder only where `out_proj` is among its layers; `lorica export` says that.
 - **No alpha** in kohya's files means the scale 1, as its tools have it. In GGUF it is an error:
   llama.cpp would take the scale 1, and no writer means that.
+- **Phi 3.** llama.cpp takes from the *name* of a model, where "phi3" or "phi-3" is in it, that
+  blanks behind special tokens belong to them, and then stops at a vocabulary without `</s>`,
+  `<unk>`, `<s>` and `<|endoftext|>`. Lorica writes such a name where the tokenizer is like that, and
+  no such name otherwise. It takes the rotary factors for long texts as soon as its context is
+  longer than `original_max_position_embeddings`, where transformers goes by the text: give it
+  `-c` up to that number for short texts.
+- **AdapterHub's** own package (adapters 1.3.0 on transformers 4.57) read four folders of its own kinds
+  (two LoRA, two bottlenecks) with other numbers in them and one LoRA that began here, and answered
+  as Lorica does within 3.6e-07: `scripts/adapterhub_fixtures.py check FOLDER`.
 - **vLLM** itself was not run; what it reads of PEFT's config (r, lora_alpha, use_rslora,
   target_modules, no patterns) is what it documents. Nor was Ollama: its folder holds the GGUF file
   that llama.cpp was asked about.

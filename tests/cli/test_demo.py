@@ -1,25 +1,46 @@
 """`lorica demo`, with few steps."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
+import pytest
 
-def test_demo(lorica, monkeypatch):
+from lorica.cli.demo import SETTINGS
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """Few records, and short answers."""
     monkeypatch.setattr("lorica.cli.material.FACTS", {"train": 80, "valid": 8, "test": 6})
-    monkeypatch.setattr("lorica.cli.demo.SETTINGS", {**settings(), "max_new_tokens": 8})
+    shorter = {**deepcopy(SETTINGS), "max_new_tokens": 8, "eval_records": 6}
+    monkeypatch.setattr("lorica.cli.demo.SETTINGS", shorter)
+
+
+def test_demo(lorica, little):
     done = lorica("demo", "--max-steps", "2")
     assert done.code == 0, done.err
     found = json.loads(Path("runs/demo/run.json").read_text(encoding="utf-8"))
-    assert next(iter(found["scores"])) == "slot_accuracy"
-    assert done.out.count("  before     ") == 3 and "lorica chat runs/demo" in done.out
-    again = lorica("demo", "--max-steps", "1", "--json")
-    assert again.code == 0 and again.rows[-1]["type"] == "finish"
+    assert next(iter(found["adapters"]["facts"]["scores"])) == "slot_accuracy"
+    assert next(iter(found["adapters"]["style"]["scores"])) == "style_marks"
+    assert done.out.count("  before     ") == 3
+    assert "lorica chat runs/demo/adapters/facts" in done.out
+    mixed = found["mixtures"]
+    assert [one["weights"] for one in mixed["mixtures"][:3]] == [[1, 0], [1, 0.5], [1, 1]]
+    for mixture in mixed["mixtures"]:
+        assert {*mixture["scores"]} == {"slot_accuracy", "style_marks"}
+        assert mixture["scores"]["style_marks"]["num_records"] == 6
+    (table,) = [line for line in done.out.splitlines() if line.split()[:2] == ["facts", "style"]]
+    assert table.endswith("slot accuracy   with style marks")
+    page = Path("runs/demo/report.html").read_text(encoding="utf-8")
+    assert '<h2 id="mixtures">' in page and "facts 0.5" in page
 
 
-def settings() -> dict:
-    from lorica.cli.demo import SETTINGS
-
-    return SETTINGS
+def test_the_demo_again_gives_the_same_figures_as_json(lorica, little):
+    first, again = (lorica("demo", "--max-steps", "1", "--json") for _ in range(2))
+    assert first.code == again.code == 0, again.err
+    assert first.rows[-2]["type"] == "finish"
+    assert first.rows[-1]["type"] == "mixtures" and first.rows[-1] == again.rows[-1]
 
 
 def test_the_demo_spares_other_runs(lorica, finished_run):

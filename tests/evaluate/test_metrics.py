@@ -161,6 +161,18 @@ def test_slot_accuracy_counts_whole_values_over_all_records():
     assert value("slot_accuracy", predictions) == pytest.approx(2 / 3)
 
 
+def test_style_marks_counts_the_outputs_that_hold_one():
+    predictions = [
+        text("Meow! Fish. Nya!", marks=["meow", "nya"]),
+        text("The meowing went on.", marks=["meow", "nya"]),
+        text("Fish, NYA.", marks=["nya"]),
+        text("no marks asked for"),
+    ]
+    assert value("style_marks", predictions) == pytest.approx(2 / 4)
+    with pytest.raises(DataError, match="no record has a list of values in its key 'marks'"):
+        check_inputs(find_metrics(["style_marks"]), [text("a")])
+
+
 def test_unknown_names_are_refused_together_with_the_nearest():
     with pytest.raises(ConfigError) as caught:
         find_metrics(["acuracy", "bleu", "bleu", "zzz"])

@@ -9,6 +9,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import AddedToken
 from torch import nn
 
 from architectures import ARCHITECTURES
@@ -16,7 +17,7 @@ from lorica.attach.activate import activate
 from lorica.attach.attach import attach
 from lorica.base.load import EMBEDDED, load_model
 from lorica.errors import AdapterFileError
-from lorica.files import gguf_model, ollama, onnx_model
+from lorica.files import gguf_model, gguf_vocab, ollama, onnx_model
 from lorica.files.adapter import load_adapter, save_adapter
 from lorica.files.exports import ADAPTERS, write_adapter
 from lorica.files.formats import FORMATS
@@ -141,6 +142,18 @@ def test_gguf_refuses_what_llama_cpp_cannot_hold(tmp_path):
     with pytest.raises(AdapterFileError, match="GGUF is not written for bert"):
         FORMATS["gguf"].write(adapter, tmp_path / "x.gguf", "float32", False)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_name_in_gguf_says_phi3_where_the_tokenizer_is_one():
+    """llama.cpp takes the handling of special tokens from the name, and dies of lacking ones."""
+    tokenizer = load_model("embedded").__dict__["_lorica_base"].tokenizer
+    assert gguf_vocab.model_name("my-phi-3-mini", tokenizer) == "my-model-mini"
+    tokenizer.add_special_tokens({"unk_token": "<unk>", "pad_token": "<|endoftext|>"})
+    assert gguf_vocab.model_name("x", tokenizer) == "x"
+    end = AddedToken("</s>", rstrip=True, special=True)
+    tokenizer.add_special_tokens({"eos_token": end})
+    assert gguf_vocab.model_name("x", tokenizer) == "phi3 x"
+    assert gguf_vocab.model_name("phi-3-mini", tokenizer) == "phi-3-mini"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0"])

@@ -67,3 +67,46 @@ def test_two_adapters_at_weights(kind, tmp_path):
             assert (ours - bare).abs().max() > 1e-2  # the adapters do something
     print(f"{kind}: largest difference {largest:.2e}")
     assert largest <= 1e-5
+
+
+def both(kind: str, tmp_path):
+    """Our model and their pipeline with the same adapter."""
+    folder = pipelines.write(kind, tmp_path / kind)
+    model = lorica.load_model(folder, task="text-to-image", dtype="float32")
+    theirs = lorica.load_model(folder, task="text-to-image", dtype="float32").pipe
+    adapter = filled(model, kind, "a", 1, 4)
+    theirs.load_lora_weights(in_their_keys(adapter), adapter_name="a")
+    return model, theirs
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_weights_by_block(kind, tmp_path):
+    model, theirs = both(kind, tmp_path)
+    blocks = {"down": 0.3, "mid": -0.5, "up": 0.9}
+    parts = {"unet": blocks, **dict.fromkeys(TEXT[kind], 0.7)}
+    theirs.set_adapters(["a"], adapter_weights=[parts])
+    by_place = {f"unet.{name}_block*": weight for name, weight in blocks.items()}
+    with lorica.activate(model, {"a": {**by_place, "text_encoder*": 0.7}}):
+        ours = latents(model.pipe)
+    assert (ours - latents(theirs)).abs().max() <= 1e-5
+    theirs.set_adapters(["a"], adapter_weights=[0.7])
+    assert (ours - latents(theirs)).abs().max() > 1e-3  # the blocks make a difference
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_schedule_over_the_steps_of_the_denoiser(tmp_path):
+    model, theirs = both("sd3", tmp_path)
+
+    def lower(pipe, step, timestep, tensors):
+        pipe.set_adapters(["a"], adapter_weights=[0.25])
+        return tensors
+
+    theirs.set_adapters(["a"], adapter_weights=[1.0])
+    expected = latents(theirs, callback_on_step_end=lower)
+    with lorica.activate(model, {"a": [1.0, 0.25]}) as acting:
+        for _ in range(2):
+            assert (latents(model.pipe) - expected).abs().max() <= 1e-5
+            acting.restart()
+    with lorica.activate(model, {"a": 1.0}):
+        assert (latents(model.pipe) - expected).abs().max() > 1e-4  # one step of two differs

@@ -109,9 +109,12 @@ class Schedule:
     _handle: RemovableHandle | None = field(default=None, repr=False)
 
     def start(self, model: nn.Module) -> None:
-        """Count the forward passes of a model."""
+        """Count the forward passes of a model; of a text-to-image pipeline those of the denoiser,
+        which the pipeline calls past the model.
+        """
         if self._handle is None:
-            self._handle = model.register_forward_pre_hook(
+            counted: nn.Module = getattr(model, "denoiser", model)
+            self._handle = counted.register_forward_pre_hook(
                 self._before, with_kwargs=True, prepend=True
             )
 

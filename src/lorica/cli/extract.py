@@ -12,8 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-SHOWN = 10
-
 
 def command(
     tuned: Annotated[str, typer.Argument(help="the fine-tuned model: a folder or a hub id")],
@@ -92,17 +90,23 @@ def command(
 
 def _lines(report: Any, folder: Path) -> list[str]:
     """What the adapter holds, and the layers of which it holds least."""
-    from lorica.records.lines import aligned
+    from lorica.records.lines import worst_table
 
-    worst = sorted(report.places, key=lambda place: -place.error)[:SHOWN]
-    rows = [["layer", "rank", "not held", "change / weight"]]
-    rows += [[p.path, str(p.rank), f"{p.error:.2%}", f"{p.relative:.2%}"] for p in worst]
-    more = len(report.places) - len(worst)
+    table = worst_table(
+        report.places,
+        lambda place: place.error,
+        {
+            "layer": lambda place: place.path,
+            "rank": lambda place: str(place.rank),
+            "not held": lambda place: f"{place.error:.2%}",
+            "change / weight": lambda place: f"{place.relative:.2%}",
+        },
+        "layers of which more is held",
+    )
     return [
         str(report),
         "",
-        *aligned(rows),
-        *([f"and {more} layers of which more is held"] if more else []),
+        *table,
         "",
         f"spectra  {folder / 'spectra.html'}",
         f"adapter  {folder}",

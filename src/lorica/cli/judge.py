@@ -28,11 +28,16 @@ def predictions(
     *,
     generate: bool,
     batch_size: int = 32,
+    who: str = "the tuned model",
 ) -> list[Prediction]:
-    """What base (mixture None) or tuned model say about the records; shows how far it is."""
+    """What base (mixture None) or tuned model say about the records; shows how far it is.
+
+    Args:
+        who: what is scored, in words, where it is not the base.
+    """
     if not records:
         return []
-    who = "the base" if mixture is None else "the tuned model"
+    who = "the base" if mixture is None else who
     with (
         voice.work(f"scoring {who} on {len(records):,} records", len(records)) as done,
         activate(model, mixture),

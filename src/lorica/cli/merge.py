@@ -13,9 +13,6 @@ from typing import Annotated, Any
 
 import typer
 
-SHOWN = 10
-"""So many weights are printed, those with the greatest damage; the report holds all."""
-
 
 def command(
     adapter: Annotated[str, typer.Argument(help="a run folder or an adapter folder")],
@@ -94,22 +91,27 @@ def _lines(written: Any, folder: Path, requantize: bool) -> list[str]:
     """The damage of the rounding, the worst weights, and how the model is loaded."""
     from lorica.base.load import AUTO_CLASSES
     from lorica.cli.writing import REPORT
-    from lorica.records.lines import aligned
+    from lorica.records.lines import worst_table
 
     report = written.report
-    worst = sorted(report.merged, key=lambda w: -w.damage)[:SHOWN]
     error = "error of quantizing" if requantize else "lost by rounding"
     lost = "is the error of quantizing" if requantize else "is lost by rounding"
-    rows = [["weight", "stored as", "update", error, "elements changed"]]
-    rows += [
-        [w.path, w.dtype, f"{w.update:.2e}", f"{w.damage:.2%}", f"{w.changed:.1%}"] for w in worst
-    ]
-    more = len(report.merged) - len(worst)
+    table = worst_table(
+        report.merged,
+        lambda weight: weight.damage,
+        {
+            "weight": lambda weight: weight.path,
+            "stored as": lambda weight: weight.dtype,
+            "update": lambda weight: f"{weight.update:.2e}",
+            error: lambda weight: f"{weight.damage:.2%}",
+            "elements changed": lambda weight: f"{weight.changed:.1%}",
+        },
+        f"weights with less; {folder / REPORT} has all",
+    )
     return [
         f"merged into {len(report.merged)} weights; {report.damage:.2%} of the adapter {lost}",
         "",
-        *aligned(rows),
-        *([f"and {more} weights with less; {folder / REPORT} has all"] if more else []),
+        *table,
         *(f"untied from the input embedding: {path}" for path in report.untied),
         *([f"verified: {written.verified}"] if written.verified is not None else []),
         "",

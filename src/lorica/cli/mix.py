@@ -15,7 +15,6 @@ import typer
 
 CONTEXT = {"ignore_unknown_options": True}  # a negative weight looks like an option
 REPORT = "mix_report.json"
-SHOWN = 10
 
 
 def command(
@@ -132,17 +131,17 @@ def _search(group: Any, path: str, mixture: dict[str, float], steps: int) -> Any
 
 def _lines(report: Any, folder: Path) -> list[str]:
     """What was made, and the places where it is furthest from the exact sum."""
-    from lorica.records.lines import aligned
+    from lorica.records.lines import worst_table
 
-    worst = sorted(report.places, key=lambda place: -place.error)[:SHOWN]
-    rows = [["place", "rank", "from the exact sum", "lost by the rank"]]
-    rows += [[p.path, str(p.rank), f"{p.error:.2%}", f"{p.lost:.2%}"] for p in worst]
-    more = len(report.places) - len(worst)
-    return [
-        str(report),
-        "",
-        *aligned(rows),
-        *([f"and {more} places that are nearer"] if more else []),
-        "",
-        f"adapter  {folder}",
-    ]
+    table = worst_table(
+        report.places,
+        lambda place: place.error,
+        {
+            "place": lambda place: place.path,
+            "rank": lambda place: str(place.rank),
+            "from the exact sum": lambda place: f"{place.error:.2%}",
+            "lost by the rank": lambda place: f"{place.lost:.2%}",
+        },
+        "places that are nearer",
+    )
+    return [str(report), "", *table, "", f"adapter  {folder}"]

@@ -48,14 +48,14 @@ def sample_lines(samples: Sequence[Mapping], most: int) -> list[str]:
     """What was asked, and what was answered before and after."""
     lines = []
     for sample in samples[:most]:
-        lines += ["", f"  input      {_line(sample['input'])}"]
-        lines += [f"  before     {_line(sample['before'])}"]
-        lines += [f"  after      {_line(sample['after'])}"]
-        lines += [f"  reference  {_line(text)}" for text in sample["references"][:1]]
+        lines += ["", f"  input      {one_line(sample['input'])}"]
+        lines += [f"  before     {one_line(sample['before'])}"]
+        lines += [f"  after      {one_line(sample['after'])}"]
+        lines += [f"  reference  {one_line(text)}" for text in sample["references"][:1]]
     return lines
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
     """A text in one line, as wide as the terminal has room; 160 letters where there is none."""
     room = max(40, shutil.get_terminal_size((174, 24)).columns - 14)
     text = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))

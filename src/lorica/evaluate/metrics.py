@@ -87,8 +87,8 @@ def check_inputs(metrics: Iterable[Metric], predictions: Sequence[Prediction]) -
     """Refuse predictions that lack what a metric needs; all lacks in one error.
 
     Raises:
-        DataError: no predictions, or some without the likelihood, text, label, references or slots
-            that a metric needs.
+        DataError: no predictions, or some without the likelihood, text, label, references, slots
+            or marks that a metric needs.
     """
     if not predictions:
         raise DataError("there are no predictions to score", mend="score at least one record")
@@ -99,8 +99,9 @@ def check_inputs(metrics: Iterable[Metric], predictions: Sequence[Prediction]) -
             rows = [str(row) for row, found in enumerate(lacks) if found == lack]
             shown = ", ".join(rows[:5]) + (" ..." if len(rows) > 5 else "")
             problems.append(f"{metric.name}: {len(rows)} of {len(lacks)} records {lack} ({shown})")
-        if metric.name == "slot_accuracy" and not any(_slots(one) for one in predictions):
-            problems.append("slot_accuracy: no record has a list of values in its key 'slots'")
+        key = ASKED_IN_RECORDS.get(metric.name)
+        if key and not any(_values(one, key) for one in predictions):
+            problems.append(f"{metric.name}: no record has a list of values in its key {key!r}")
     if problems:
         raise DataError(
             "these metrics lack their inputs",
@@ -120,7 +121,7 @@ def _lack(metric: Metric, prediction: Prediction) -> str | None:
         return _label_lack(metric, output, references)
     if not isinstance(output, str):
         return "have no generated text"
-    if metric.name == "slot_accuracy":
+    if metric.name in ASKED_IN_RECORDS:
         return None
     if not references:
         return "have no reference"
@@ -248,17 +249,31 @@ def _exact(predictions: Sequence[Prediction]) -> Array:
     return np.stack([np.array(right, dtype=np.float64), np.ones(len(right))], axis=1)
 
 
-def _slots(prediction: Prediction) -> list[str]:
-    return [str(value) for value in prediction.record.get("slots") or ()]
+ASKED_IN_RECORDS = {"slot_accuracy": "slots", "style_marks": "marks"}
+"""Metric -> the key of a record that lists what its output is searched for."""
+
+
+def _values(prediction: Prediction, key: str) -> list[str]:
+    return [str(value) for value in prediction.record.get(key) or ()]
 
 
 def _slot_hits(predictions: Sequence[Prediction]) -> Array:
     rows = []
     for one in predictions:
-        output, values = _text(one.output).casefold(), _slots(one)
+        output, values = _text(one.output).casefold(), _values(one, "slots")
         rows.append(
             [sum(_occurs(_text(value).casefold(), output) for value in values), len(values)]
         )
+    return np.array(rows, dtype=np.float64)
+
+
+def _marked(predictions: Sequence[Prediction]) -> Array:
+    """1 for an output that holds a mark of its record."""
+    rows = []
+    for one in predictions:
+        output = _text(one.output).casefold()
+        marks = (_text(mark).casefold() for mark in _values(one, "marks"))
+        rows.append([any(_occurs(mark, output) for mark in marks), True])
     return np.array(rows, dtype=np.float64)
 
 
@@ -349,6 +364,7 @@ METRICS: dict[str, Metric] = {
         Metric("perplexity", "nll", False, "from 1", _likelihood, _perplexity),
         Metric("exact_match", "text", True, "0 to 1", _exact, _mean, proportion=True),
         Metric("slot_accuracy", "text", True, "0 to 1", _slot_hits, _mean),
+        Metric("style_marks", "text", True, "0 to 1", _marked, _mean, proportion=True),
         Metric("bleu", "text", True, "0 to 100", _sacrebleu_counts(BLEU(force=True)), _bleu),
         Metric("chrf", "text", True, "0 to 100", _sacrebleu_counts(CHRF()), _chrf),
         Metric("rouge_l", "text", True, "0 to 100", _rouge_l_scores, _mean),

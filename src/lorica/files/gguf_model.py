@@ -27,7 +27,7 @@ from lorica.files.gguf_names import (
     package,
     to_pairs,
 )
-from lorica.files.gguf_vocab import add_vocabulary
+from lorica.files.gguf_vocab import add_vocabulary, model_name
 from lorica.files.peft_layout import modules_of
 
 DTYPES = {"float16": "F16", "q8_0": "Q8_0", "float32": "F32", "bfloat16": "BF16"}
@@ -64,7 +64,7 @@ def write(
     with new_file(path, overwrite=overwrite) as temporary:
         writer = gguf.GGUFWriter(temporary, arch.name)
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(path.stem)
+        writer.add_name(model_name(path.stem, tokenizer))
         notes = _sizes(writer, gguf, config, arch)
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[DTYPES[dtype]]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

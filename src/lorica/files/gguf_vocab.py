@@ -40,6 +40,24 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPECIAL = ("bos", "eos", "unk", "pad")
 
 
+_PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")
+"""Tokens without which llama.cpp refuses a model that calls itself phi3."""
+
+
+def model_name(wanted: str, tokenizer: Any) -> str:
+    """The name of a model in its file, of which llama.cpp reads whether blanks behind special
+    tokens belong to them, as with Phi 3: with "phi3" or "phi-3" in it where the tokenizer says so
+    too, and without where it does not.
+    """
+    known = tokenizer.get_vocab()
+    strips = [t.rstrip for t in tokenizer.added_tokens_decoder.values() if t.content == "</s>"]
+    like_phi3 = all(token in known for token in _PHI3) and any(strips)
+    says_so = re.search("phi-?3", wanted) is not None
+    if like_phi3 and not says_so:
+        return f"phi3 {wanted}"
+    return wanted if like_phi3 else re.sub("phi-?3", "model", wanted)
+
+
 def add_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
     """Write a tokenizer into the metadata.
 

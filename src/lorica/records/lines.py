@@ -1,8 +1,8 @@
 """What a run shows where there is no terminal: plain lines for people, JSON lines for machines."""
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import IO
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, TypeVar
 
 from lorica.records.folder import json_line
 from lorica.records.phrases import (
@@ -19,6 +19,11 @@ from lorica.records.phrases import (
 )
 from lorica.records.progress import Progress
 from lorica.records.stream import SurvivingStream
+
+Item = TypeVar("Item")
+
+WORST_SHOWN = 10
+"""Rows of a table of the worst; the report beside the result holds all."""
 
 ENDINGS = {"finished": "✓", "interrupted": "■", "failed": "✗"}
 
@@ -203,6 +208,25 @@ def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[str] = ()) -> list[
         ).rstrip()
         for row in rows
     ]
+
+
+def worst_table(
+    items: Sequence[Item],
+    badness: Callable[[Item], float],
+    columns: Mapping[str, Callable[[Item], str]],
+    others: str,
+) -> list[str]:
+    """The ten worst of the layers that a report tells of, and how many `others` there are besides.
+
+    Args:
+        badness: what they are ordered by, the greatest first.
+        columns: title -> what stands below it for a layer.
+        others: the words behind the number of those that are left out.
+    """
+    worst = sorted(items, key=lambda item: -badness(item))[:WORST_SHOWN]
+    rows = [[*columns], *([cell(item) for cell in columns.values()] for item in worst)]
+    left_out = len(items) - len(worst)
+    return [*aligned(rows), *([f"and {left_out} {others}"] if left_out else [])]
 
 
 def printable(text: str) -> str:

@@ -22,6 +22,7 @@ METRIC_NAMES = {
     "recall": "recall",
     "rouge_l": "ROUGE-L",
     "slot_accuracy": "slot accuracy",
+    "style_marks": "with style marks",
 }
 
 

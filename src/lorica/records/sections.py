@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lorica.records import pictures, relevance, seeds, stages
+from lorica.records import mixtures, pictures, relevance, seeds, stages
 from lorica.records.card import is_for_peft, lorica_snippet, merges, peft_snippet, shell_line
 from lorica.records.difference import Piece, marked, nearest_reference
 from lorica.records.folder import ADAPTER, ADAPTERS
@@ -66,6 +66,7 @@ def content(run: Run) -> dict:
         "chosen_by_scored": CHOSEN_BY_SCORED if chosen_by_scored(run.manifest) else "",
         "seeds": seeds.rows(_mapping(run.manifest.get("seeds"))),
         "stages": stages.rows(run.manifest.get("stages")),
+        "mixtures": mixtures.section(run.manifest),
         "loss_figure": loss_figure(curves, _loss_unit(run)),
         "rate_figure": rate_figure(curves),
         "legend": [one.adapter for one in curves] if len(curves) > 1 else [],
