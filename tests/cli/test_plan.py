@@ -118,10 +118,13 @@ def test_far_too_much_is_refused_before_loading(lorica, stock, quick, monkeypatc
 
 def test_what_is_scarce_is_a_warning(lorica, stock, quick, monkeypatch):
     monkeypatch.setattr(forecast, "machine_bytes", lambda device: (64 * GIB, 1000))
-    done = _train(lorica, stock, quick)
+    single = [*quick]  # a batch that cannot be halved: fewer ways out are tried
+    single[single.index("--batch-size") + 1] = "1"
+    done = _train(lorica, stock, single)
     assert done.code == 0, done.err
     assert "are free now" in done.out
     words = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", "--no-probe"]
+    words += ["--batch-size", 1]
     shown = lorica("plan", *words)
     assert "IT DOES NOT FIT" in shown.out and "warning" in shown.err
 

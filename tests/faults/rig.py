@@ -47,7 +47,7 @@ FLAGS = {
 def write_rig(folder: Path, records: int = 64) -> Path:
     """A base in `folder`/base, records in `folder`/records.jsonl."""
     tokenizer = fast_tokenizer(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = hf.LlamaConfig(
         vocab_size=len(tokenizer),
         intermediate_size=96,
