@@ -21,6 +21,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several workers share the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where a test has two, they do not spin
 
 for number, usual in (
     (signal.SIGINT, signal.default_int_handler),

@@ -1,11 +1,14 @@
 """`lorica plan`: what a run will need; and `train`, which keeps it and minds it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cli.foreseen import foreseen
 from lorica.cli import forecast
+from lorica.cli.forecast import warning_of
 
 GIB = 2**30
 
@@ -131,28 +134,29 @@ def test_far_too_much_is_refused_before_loading(lorica, stock, quick, monkeypatc
 
 def test_what_is_scarce_is_a_warning(lorica, stock, quick, monkeypatch):
     monkeypatch.setattr(forecast, "machine_bytes", lambda device: (64 * GIB, 1000))
-    done = _train(lorica, stock, quick)
+    single = [*quick]  # a batch that cannot be halved: fewer ways out are tried
+    single[single.index("--batch-size") + 1] = "1"
+    done = _train(lorica, stock, single)
     assert done.code == 0, done.err
     assert "are free now" in done.out
-    shown = lorica("plan", "--model", stock / "llama", "--data", stock / "pairs.jsonl")
+    words = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", "--no-probe"]
+    words += ["--batch-size", 1]
+    shown = lorica("plan", *words)
     assert "IT DOES NOT FIT" in shown.out and "warning" in shown.err
 
 
-def test_what_is_scarce_has_a_way_out(lorica, stock, monkeypatch):
+def test_what_is_scarce_has_a_way_out(stock):
     """Settings with the same steps under which the run would fit, where there are any."""
-    words = ["--model", "embedded", "--data", stock / "pairs.jsonl", "--batch-size", 16]
-    words += ["--dtype", "float32", "--eval-size", 0, "--no-probe"]
+    small = {"batch_size": 16, "dtype": "float32", "eval_size": 0}
+    found = foreseen(model="embedded", data=stock / "pairs.jsonl", **small)
 
-    def planned(free):
-        monkeypatch.setattr(forecast, "machine_bytes", lambda device: (64 * GIB, free))
-        done = lorica("plan", *words, "--json")
-        assert done.code == 0, done.err
-        return done.rows[0]["memory"], done.err
+    def told(free):
+        return warning_of(replace(found, machine=64 * GIB, free=free))
 
-    memory, told = planned(GIB)
-    assert "would fit" not in told
-    assert memory["phase"] == "training"
-    need = memory["total"] - memory["parts"]["process"]
-    assert "it would fit with gradient_checkpointing: true (" in planned(need - 1)[1]
-    _, told = planned(memory["parts"]["weights"])  # no setting makes the base smaller
-    assert "are free now" in told and "would fit" not in told
+    assert told(GIB) is None
+    memory = found.memory
+    assert memory.phase == "training"
+    need = memory.total - found.process
+    assert "it would fit with gradient_checkpointing: true (" in str(told(need - 1))
+    scarce = str(told(memory.weights))  # no setting makes the base smaller
+    assert "are free now" in scarce and "would fit" not in scarce

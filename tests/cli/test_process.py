@@ -1,15 +1,22 @@
-"""The command as a process of its own: quick help, exit codes, clean streams, signals, pipes."""
+"""The command as a process of its own: quick help, exit codes, clean streams, signals, pipes.
+
+Starting Python and importing torch takes longer than a run. It is part of the test where the start
+is what matters (help, a signal, memory); the other processes are forks of this one.
+"""
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import lorica
+from faults import rig
 
 SOURCE = str(Path(lorica.__file__).parents[1])
 START = "from lorica.cli import main; main()"
@@ -23,6 +30,17 @@ def process(words, **how) -> subprocess.Popen:
     command = [sys.executable, "-c", START, *map(str, words)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment(), **{**streams, **how})
+
+
+def forked(words, folder: Path, output: Path, before=lambda: None) -> rig.Run:
+    """A fork that runs a command line in `folder`, both its streams going into `output`."""
+
+    def prepare() -> None:
+        os.chdir(folder)
+        os.environ["NO_COLOR"] = "1"
+        before()
+
+    return rig.start([str(word) for word in words], output, before=prepare)
 
 
 def test_help_is_quick_and_loads_no_torch():
@@ -45,10 +63,14 @@ def test_help_is_quick_and_loads_no_torch():
 
 
 def test_settings_are_told_wrong_with_code_2(tmp_path):
-    running = process(["train", "--data", "x", "--lora-r", "8"], cwd=tmp_path)
-    out, err = running.communicate(timeout=120)
-    assert running.returncode == 2 and out == ""
-    assert "model is missing" in err and "Traceback" not in err
+    out, err = tmp_path / "out", tmp_path / "err"
+
+    def apart() -> None:
+        os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+
+    running = forked(["train", "--data", "x", "--lora-r", "8"], tmp_path, out, apart)
+    assert running.wait() == 2 and out.read_text() == ""
+    assert "model is missing" in err.read_text() and "Traceback" not in err.read_text()
 
 
 def test_a_signal_stops_and_a_pipe_may_break(stock, quick, tmp_path):
@@ -70,32 +92,37 @@ def test_a_signal_stops_and_a_pipe_may_break(stock, quick, tmp_path):
 
 def test_a_reader_that_leaves_does_not_stop_a_run(stock, quick, tmp_path):
     data = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
-    running = process(["train", *data, "--output-dir", "run"], cwd=tmp_path)
-    head = subprocess.run(["head", "-1"], stdin=running.stdout, capture_output=True, text=True)
-    assert running.stdout is not None and running.stderr is not None
-    running.stdout.close()
-    err = running.stderr.read()
-    running.stderr.close()
-    assert running.wait(120) == 0, err
+    ear, mouth = os.pipe()
+
+    def into_the_pipe() -> None:
+        os.dup2(mouth, 1)
+        os.close(mouth)
+        os.close(ear)
+
+    words = ["train", *data, "--output-dir", "run"]
+    running = forked(words, tmp_path, tmp_path / "err", into_the_pipe)
+    os.close(mouth)
+    head = subprocess.run(["head", "-1"], stdin=ear, capture_output=True, text=True)
+    os.close(ear)
+    assert running.wait() == 0, running.words
     assert head.stdout.startswith("data: ") and "\x1b" not in head.stdout
-    assert "BrokenPipe" not in err
+    assert "BrokenPipe" not in running.words
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
 
 
 @pytest.mark.parametrize("colour", ["1", None])
 def test_a_terminal(stock, quick, tmp_path, colour):
     """On a terminal of its own: a screen that ends with scores and with what to type next."""
-    import pty
-    import select
-    import time
-
     data = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
-    controller, terminal = pty.openpty()
-    command = [sys.executable, "-c", START, "train", *map(str, data), "--output-dir", "run"]
-    env = {**environment(TERM="xterm-256color", COLUMNS="80", LINES="40")}
-    if colour is None:
-        del env["NO_COLOR"]
-    running = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=terminal, stderr=terminal)
+    controller, terminal = os.openpty()
+
+    def look() -> None:
+        os.environ.update(TERM="xterm-256color", COLUMNS="80", LINES="40")
+        if colour is None:
+            del os.environ["NO_COLOR"]
+
+    words = ["train", *data, "--output-dir", "run"]
+    running = forked(words, tmp_path, Path(os.ttyname(terminal)), look)
     os.close(terminal)
     shown, limit = b"", time.monotonic() + 120
     while time.monotonic() < limit:

@@ -1,14 +1,16 @@
 """`lorica search` from a file to its answer; stopped and gone on with; and what it refuses."""
 
 import json
+import os
 import signal
 import sqlite3
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from faults import rig
+from lorica.train.engine import Engine
 
 SECTION = {"r": [2, 4, 5], "learning_rate": [3e-3, 3e-2]}
 
@@ -78,20 +80,21 @@ def test_the_answer_is_an_adapter_with_a_reason_a_page_and_settings(lorica, sett
 def test_a_killed_search_goes_on_by_one_line_to_the_same_answer(lorica, settings, tmp_path):
     """The process dies between two turns, and nothing in it can clean up."""
     file = settings()
-    code = (
-        "import os, sys; from lorica.train.engine import Engine\n"
-        "step, calls = Engine.step, []\n"
-        "def dying(self, *a):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 6: os.kill(os.getpid(), 9)\n"
-        "    return step(self, *a)\n"
-        "Engine.step = dying\n"
-        "from lorica.cli import main; main(sys.argv[1:])\n"
-    )
-    where = {"cwd": tmp_path, "capture_output": True}
-    line = ["search", str(file), "--output-dir", "killed"]
-    died = subprocess.run([sys.executable, "-c", code, *line], **where)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+
+    def die_in_the_sixth() -> None:
+        step, calls = Engine.step, []
+
+        def dying(self, *given):
+            calls.append(1)
+            if len(calls) == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, *given)
+
+        Engine.step = dying
+
+    words = ["search", str(file), "--output-dir", "killed"]
+    died = rig.start(words, tmp_path / "words.txt", before=die_in_the_sixth)
+    assert died.wait() == -signal.SIGKILL, died.words
     told = lorica("train", "--resume", "killed")
     assert told.code == 2 and "lorica search" in told.err
     assert lorica("search", "--resume", "killed", "--quiet").code == 0

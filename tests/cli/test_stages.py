@@ -1,10 +1,7 @@
 """`stages:` of a run: several trainings one after the other, in one folder."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from faults import rig
 from lorica.config import resolve
 from lorica.errors import ConfigError
 from lorica.methods import WORDS, LoRA, PromptTuning
@@ -125,13 +123,6 @@ def _common() -> list[str]:
     return [part for k, v in values.items() for part in (f"--{k.replace('_', '-')}", str(v))]
 
 
-LINES = """
-import sys
-from lorica.cli import main
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_run_stopped_in_any_stage_goes_on_to_the_same_bits(lorica, given, stage):
     values = yaml.safe_load(Path("run.yaml").read_text())
@@ -140,15 +131,13 @@ def test_a_run_stopped_in_any_stage_goes_on_to_the_same_bits(lorica, given, stag
         one["max_steps"] = 60
     Path("run.yaml").write_text(yaml.safe_dump(values))
     assert lorica(*given, "whole", "--quiet").code == 0
-    words = [sys.executable, "-c", LINES, *given, "run", "--quiet"]
-    process = subprocess.Popen(words, env={**os.environ}, stderr=subprocess.PIPE, text=True)
+    process = rig.start([*given, "run", "--quiet"], Path("words.txt"))
     rows = Path(f"run/stages/{stage}/metrics.jsonl")
-    while process.poll() is None and not (rows.is_file() and rows.read_bytes().count(b"\n") > 5):
+    while not process.over() and not (rows.is_file() and rows.read_bytes().count(b"\n") > 5):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 130, told
-    assert "go on with: lorica train --resume run\n" in told
+    process.send(signal.SIGINT)
+    assert process.wait() == 130, process.words
+    assert "go on with: lorica train --resume run\n" in process.words
     state = json.loads(Path("run/run.json").read_text())
     assert state["status"] == "interrupted"
     steps = len(rows.read_text().splitlines())

@@ -123,19 +123,16 @@ def other_zone():
 
 
 SURROUNDINGS = {
-    "few open files": (few_files, "run"),
-    "umask 077": (lambda: os.umask(0o077), "run"),
+    "few open files, spaces": (few_files, "a run with  spaces"),
+    "umask 077, quotes": (lambda: os.umask(0o077), "it's $(touch x) `y`"),
     "plain locale": (plain_locale, "Läufe"),
-    "time zone": (other_zone, "run"),
-    "no home": (lambda: os.environ.pop("HOME", None), "run"),
-    "spaces": (None, "a run with  spaces"),
-    "unicode": (None, "прогон-実行-🦎"),
+    "time zone, unicode": (other_zone, "прогон-実行-🦎"),
+    "no home, dashes": (lambda: os.environ.pop("HOME", None), "-rf"),
     "255 bytes": (None, "å" * 127 + "x"),
-    "dashes": (None, "-rf"),
-    "quotes": (None, "it's $(touch x) `y`"),
     "deep": (None, "a/b/c/d"),
     "link": (None, "link"),
 }
+"""Case -> what is strange about the process, and the folder; each is strange by itself."""
 
 
 @pytest.mark.parametrize("case", SURROUNDINGS)
