@@ -22,7 +22,8 @@ from lorica.train.loop import TrainReport
 PAUSE = 0.2
 """Seconds between two looks for work."""
 
-_SUMMARY = ("steps", "loss", "eval_loss", "best_step", "stopped", "failed")
+_SUMMARY = dict.fromkeys(("loss", "eval_loss", "stopped", "failed")) | {"steps": 0, "best_step": 0}
+"""What training comes to, and what that is where a whole stretch came to nothing."""
 
 
 def output_of(settings: Any, resume: Path | None) -> Path:
@@ -89,7 +90,8 @@ def told(path: Path, crew: Crew, folder: RunFolder | None) -> Iterator[None]:
         yield
     except BaseException as error:
         status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        if folder is not None:
+        known = read_manifest(folder.manifest) if folder is not None else {}
+        if folder is not None and known.get("status") != "finished":
             with suppress(OSError):
                 text = f"{type(error).__name__}: {error}"
                 outcome = {"status": status, "ended": now()}
@@ -125,16 +127,16 @@ def whole(crew: Crew, names: Sequence[str], size: int) -> tuple[dict[str, Any], 
     """
     manifests = crew.gather(names)
     owners = crew.owners()
-    first = next(iter(manifests.values()))
+    first = next(iter(manifests.values()), {})
     own = {name: manifests.get(owners[name].name, {}) for name in names if name in owners}
     adapters = {
         name: {**entry, "path": str(crew.adapter(name, None) or crew.path / "adapters" / name)}
         for name, found in own.items()
         if (entry := found.get("adapters", {}).get(name))
     }
-    training = {
-        key: {name: found.get("training", {}).get(key, {}).get(name) for name, found in own.items()}
-        for key in _SUMMARY
+    training: dict[str, Any] = {
+        key: {n: found.get("training", {}).get(key, {}).get(n, nothing) for n, found in own.items()}
+        for key, nothing in _SUMMARY.items()
     }
     resources = _resources([found.get("resources", {}) for found in manifests.values()], size)
     folders = {name: path for name in adapters if (path := crew.adapter(name, None))}

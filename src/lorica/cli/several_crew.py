@@ -153,8 +153,8 @@ class _Work:
         try:
             self._train(folder, parts)
         except NonFiniteError as error:  # all of them; the others know nothing of it
-            failed = {name: str(error).splitlines()[0] for name in names}
-            failed |= dict(zip(names, error.problems, strict=False))
+            reasons = (problem.partition(";")[0] for problem in error.problems)
+            failed = dict(zip(names, reasons, strict=True))
             mark(folder, {"training": {"failed": failed}})
         finally:
             for part in parts.values():
