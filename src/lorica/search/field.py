@@ -163,7 +163,9 @@ class Field:
         if not is_chosen(method):
             adapter = attach(self.model, method, **how)
             if self.source is not None:
-                begin_from(adapter, self.source)
+                notes = begin_from(adapter, self.source, partly=True)
+                for note in [] if self.handles else notes:  # the same for all
+                    self.tell("info", f"start: {note}")
             return adapter
         records = self.course.examples
         return attach_by_records(self.model, method, self.task, records, **how)[0]
