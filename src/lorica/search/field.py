@@ -22,8 +22,9 @@ from lorica.data.encode import Example
 from lorica.errors import ConfigError, TargetError
 from lorica.files.transfer import begin_from
 from lorica.methods.method import Method, is_chosen
+from lorica.search.entry import Entry, adapter_name
 from lorica.search.space import Point, name_of
-from lorica.search.study import Entry, Study, adapter_name
+from lorica.search.study import Study
 from lorica.search.verdict import verdict
 from lorica.tasks.task import Task
 from lorica.train.director import Evaluation, Newcomer
