@@ -1,6 +1,4 @@
-"""A run that several processes share, from the side of one of them: the folder, the waiting, and
-what the stretches of work of all add up to.
-"""
+"""A run that several processes share, as one of them sees it: the folder, the waiting, the whole."""
 
 from __future__ import annotations
 
@@ -82,9 +80,12 @@ def mark(folder: RunFolder, values: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def told(path: Path, crew: Crew, folder: RunFolder | None) -> Iterator[None]:
+def told(path: Path, crew: Crew, folder: RunFolder | None, command: str) -> Iterator[None]:
     """What is stopped or fails in here leaves a run that can be gone on with, and says so of the
     run and not of one of its stretches.
+
+    Args:
+        command: of lorica, which goes on with the run.
     """
     try:
         yield
@@ -98,7 +99,8 @@ def told(path: Path, crew: Crew, folder: RunFolder | None) -> Iterator[None]:
                 mark(folder, outcome if status == "interrupted" else {**outcome, "error": text})
         if isinstance(error, LoricaError) and error.mend:
             parts = error.mend.split(str(crew.path / "workers"))
-            error.mend = str(path).join([parts[0], *(p.lstrip("/0123456789") for p in parts[1:])])
+            text = str(path).join([parts[0], *(p.lstrip("/0123456789") for p in parts[1:])])
+            error.mend = text.replace("lorica train --resume", f"lorica {command} --resume")
         raise
 
 

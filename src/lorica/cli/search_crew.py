@@ -76,7 +76,7 @@ def execute_search_together(
     folder = enter(path, found, lambda folder: begin(folder, ground.settings), **entering)
     crew = Crew(path, found.size)
     try:
-        with told(path, crew, folder):
+        with told(path, crew, folder, "search"):
             work = _Work(ground, crew, voice)
             work.go()
             folder = last_one(path, folder)

@@ -73,7 +73,7 @@ def execute_several_together(
     folder = enter(path, found, lambda folder: begin(folder, several.settings), **entering)
     crew = Crew(path, found.size)
     try:
-        with told(path, crew, folder):
+        with told(path, crew, folder, "train"):
             work = _Work(several, crew, voice)
             work.go()
             folder = last_one(path, folder)
