@@ -194,7 +194,11 @@ def same_run(first, second):
     assert rows(first) == rows(second)
     assert (first / "samples.jsonl").read_bytes() == (second / "samples.jsonl").read_bytes()
     one, other = (json.loads((f / "run.json").read_text()) for f in (first, second))
-    assert one["training"] == other["training"] and other["status"] == "finished"
+    for name, why in one["training"]["failed"].items():
+        both = [[run["training"][key][name] for key in one["training"]] for run in (one, other)]
+        assert why or both[0] == both[1]
+    assert one["training"]["failed"] == other["training"]["failed"]
+    assert other["status"] == "finished"
     for name, own in one["adapters"].items():
         assert {**own, "path": 0} == {**other["adapters"][name], "path": 0}
     assert (second / "report.html").is_file() and not (second / "workers").exists()

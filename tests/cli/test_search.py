@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from faults import rig
 from lorica.train.engine import Engine
+from lorica.cli.search_prepare import fitting
+from lorica.train.budget import Memory
 
 SECTION = {"r": [2, 4, 5], "learning_rate": [3e-3, 3e-2]}
 
@@ -138,3 +140,38 @@ def test_the_plan_of_a_search_says_how_many_at_once(lorica, settings):
     assert plan["rungs"] == [2, 4] and plan["steps_without_cuts"] == 96
     assert plan["steps"] == 96 * (2 + 1 + 3) // 16
     assert "at once     2 (as set)" in lorica("plan", settings({**SECTION, "at_once": 2})).out
+
+
+def test_candidates_begin_from_an_adapter_with_its_ranks_and_places(lorica, settings, tmp_path):
+    few = {"target_modules": ["q_proj", "v_proj"], "r": 3, "lora_alpha": 5, "max_steps": 4}
+    values = json.loads(settings().read_text()) | few
+    del values["search"]
+    (tmp_path / "first.yaml").write_text(json.dumps(values))
+    assert lorica("train", "first.yaml", "--output-dir", "first", "--quiet").code == 0
+    del values["target_modules"], values["r"], values["lora_alpha"]
+    values |= {"init_adapter": "first", "search": {"learning_rate": [1e-3, 1e-2]}}
+    (tmp_path / "on.yaml").write_text(json.dumps(values))
+    told = lorica("search", "on.yaml", "--quiet")
+    assert told.code == 0, told.err
+    assert {c["rank"] for c in answer(tmp_path)["candidates"]} == {3}
+    config = json.loads((tmp_path / "found/adapter/adapter_config.json").read_text())
+    assert set(config["target_modules"]) == {"q_proj", "v_proj"} and config["lora_alpha"] == 5
+    facts = json.loads((tmp_path / "found/adapter/lorica.json").read_text())
+    assert len(facts["began_from"]["digest"]) == 64
+    assert lorica("train", "found/run.yaml", "--output-dir", "again", "--quiet").code == 0
+    name = "adapter/adapter_model.safetensors"
+    first, second = (tmp_path / run / name for run in ("found", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    values["search"] = {"r": [2, 3], "learning_rate": [1e-3]}
+    (tmp_path / "on.yaml").write_text(json.dumps(values))
+    told = lorica("search", "on.yaml", "--replace")
+    assert told.code == 2 and "every candidate begins with the tensors of first" in told.err
+    assert "which decide about r" in told.err
+
+
+def test_those_that_have_ended_still_need_the_memory_of_their_adapters():
+    phases = {"loading": 1, "training": 1000}
+    memory = Memory(100, 500, 0, 50, 50, 100, 150, 25, 25, 0, "training", phases, 64)
+    # 80 % of 8,000 less 900 for what is shared leaves 5,900 with the first: 14 x 400 and 3 x 50
+    assert [fitting(memory, 100, 8000, most) for most in (8, 14, 17, 100)] == [8, 14, 14, 2]
+    assert [fitting(memory, 100, free, 100) for free in (0, 2000, 100_000)] == [1, 1, 100]

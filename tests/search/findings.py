@@ -4,9 +4,9 @@ import math
 
 import torch
 
+from lorica.search.entry import Entry
 from lorica.search.result import CutTo, OfSpectrum, answer_of, as_dict
 from lorica.search.spectra import Spectrum
-from lorica.search.study import Entry
 
 TOKENS = tuple(5 + record % 4 for record in range(60))
 RANKS, RATES = (4, 8, 16, 32), (1e-4, 1e-3)

@@ -1,6 +1,4 @@
-"""A run that several processes share, from the side of one of them: the folder, the waiting, and
-what the stretches of work of all add up to.
-"""
+"""A run that several processes share, as one of them sees it: the folder, the waiting, the whole."""
 
 from __future__ import annotations
 
@@ -22,7 +20,8 @@ from lorica.train.loop import TrainReport
 PAUSE = 0.2
 """Seconds between two looks for work."""
 
-_SUMMARY = ("steps", "loss", "eval_loss", "best_step", "stopped", "failed")
+_SUMMARY = dict.fromkeys(("loss", "eval_loss", "stopped", "failed")) | {"steps": 0, "best_step": 0}
+"""What training comes to, and what that is where a whole stretch came to nothing."""
 
 
 def output_of(settings: Any, resume: Path | None) -> Path:
@@ -81,22 +80,27 @@ def mark(folder: RunFolder, values: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def told(path: Path, crew: Crew, folder: RunFolder | None) -> Iterator[None]:
+def told(path: Path, crew: Crew, folder: RunFolder | None, command: str) -> Iterator[None]:
     """What is stopped or fails in here leaves a run that can be gone on with, and says so of the
     run and not of one of its stretches.
+
+    Args:
+        command: of lorica, which goes on with the run.
     """
     try:
         yield
     except BaseException as error:
         status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        if folder is not None:
+        known = read_manifest(folder.manifest) if folder is not None else {}
+        if folder is not None and known.get("status") != "finished":
             with suppress(OSError):
                 text = f"{type(error).__name__}: {error}"
                 outcome = {"status": status, "ended": now()}
                 mark(folder, outcome if status == "interrupted" else {**outcome, "error": text})
         if isinstance(error, LoricaError) and error.mend:
             parts = error.mend.split(str(crew.path / "workers"))
-            error.mend = str(path).join([parts[0], *(p.lstrip("/0123456789") for p in parts[1:])])
+            text = str(path).join([parts[0], *(p.lstrip("/0123456789") for p in parts[1:])])
+            error.mend = text.replace("lorica train --resume", f"lorica {command} --resume")
         raise
 
 
@@ -125,16 +129,16 @@ def whole(crew: Crew, names: Sequence[str], size: int) -> tuple[dict[str, Any], 
     """
     manifests = crew.gather(names)
     owners = crew.owners()
-    first = next(iter(manifests.values()))
+    first = next(iter(manifests.values()), {})
     own = {name: manifests.get(owners[name].name, {}) for name in names if name in owners}
     adapters = {
         name: {**entry, "path": str(crew.adapter(name, None) or crew.path / "adapters" / name)}
         for name, found in own.items()
         if (entry := found.get("adapters", {}).get(name))
     }
-    training = {
-        key: {name: found.get("training", {}).get(key, {}).get(name) for name, found in own.items()}
-        for key in _SUMMARY
+    training: dict[str, Any] = {
+        key: {n: found.get("training", {}).get(key, {}).get(n, nothing) for n, found in own.items()}
+        for key, nothing in _SUMMARY.items()
     }
     resources = _resources([found.get("resources", {}) for found in manifests.values()], size)
     folders = {name: path for name in adapters if (path := crew.adapter(name, None))}

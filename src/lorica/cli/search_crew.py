@@ -33,10 +33,11 @@ from lorica.records.crew import Crew
 from lorica.records.folder import STUDY, RunFolder
 from lorica.records.read import read_manifest
 from lorica.records.write import Recorder, merged
+from lorica.search.entry import Entry
 from lorica.search.field import Course, Field
 from lorica.search.member import Member, lost
 from lorica.search.schedule import Schedule, training
-from lorica.search.study import Entry, Study, import_optuna
+from lorica.search.study import Study, import_optuna
 from lorica.train.loop import TrainReport, train
 
 
@@ -75,7 +76,7 @@ def execute_search_together(
     folder = enter(path, found, lambda folder: begin(folder, ground.settings), **entering)
     crew = Crew(path, found.size)
     try:
-        with told(path, crew, folder):
+        with told(path, crew, folder, "search"):
             work = _Work(ground, crew, voice)
             work.go()
             folder = last_one(path, folder)
@@ -191,8 +192,8 @@ class _Work:
             at_once=self.schedule.at_once,
             keeps_best=settings.keep_best,
         )
-        how: dict[str, Any] = {"seed": settings.seed, "task": ground.task, "tell": self.voice.say}
-        how["source"] = ground.source
+        how: dict[str, Any] = {"seed": settings.seed, "task": ground.task, "source": ground.source}
+        how["tell"] = lambda kind, text: self.voice.say(text, kind)
         return Field(ground.model, self.study, course, ground.candidates.made, **how)
 
     def _train(self, folder: RunFolder, member: Member) -> TrainReport:

@@ -40,11 +40,12 @@ from lorica.records.phrases import loss_text, parameters
 from lorica.records.read import read_manifest
 from lorica.records.search_page import write_search_page
 from lorica.records.write import Recorder
+from lorica.search.entry import Entry
 from lorica.search.field import Course, Field, by_record
 from lorica.search.result import CutTo, OfSpectrum, answer_of, as_dict
 from lorica.search.space import name_of
 from lorica.search.spectra import cut, has_spectra, smaller_ranks, spectra, suggested
-from lorica.search.study import Entry, Study, import_optuna
+from lorica.search.study import Study, import_optuna
 from lorica.train.loop import TrainReport, train
 from lorica.train.measure import mean_loss
 
@@ -145,8 +146,8 @@ class Search:
             keeps_best=train.keep_best,
         )
         made = ground.candidates.made
-        how: dict[str, Any] = {"seed": train.seed, "task": ground.task, "tell": self.voice.say}
-        how["source"] = ground.source
+        how: dict[str, Any] = {"seed": train.seed, "task": ground.task, "source": ground.source}
+        how["tell"] = lambda kind, text: self.voice.say(text, kind)
         return Field(ground.model, study, course, made, **how)
 
     def _train(self, director: Field, resume: bool) -> TrainReport:

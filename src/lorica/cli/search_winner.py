@@ -17,7 +17,7 @@ from lorica.files.folder import new_folder
 from lorica.records.atomic import write_file
 from lorica.records.card import write_card
 from lorica.records.folder import RUN_YAML, RunFolder
-from lorica.search.study import Entry
+from lorica.search.entry import Entry
 
 
 def write_winner(

@@ -73,7 +73,7 @@ def execute_several_together(
     folder = enter(path, found, lambda folder: begin(folder, several.settings), **entering)
     crew = Crew(path, found.size)
     try:
-        with told(path, crew, folder):
+        with told(path, crew, folder, "train"):
             work = _Work(several, crew, voice)
             work.go()
             folder = last_one(path, folder)
@@ -86,7 +86,10 @@ def execute_several_together(
 class Bystander:
     """A director who lets everybody train to the end."""
 
-    state: Mapping[str, Any] = {}
+    @property
+    def state(self) -> dict[str, Any]:
+        """Nothing is to be remembered."""
+        return {}
 
     def judge(self, evaluation: Evaluation) -> None:
         """Whoever trains goes on."""
@@ -153,8 +156,8 @@ class _Work:
         try:
             self._train(folder, parts)
         except NonFiniteError as error:  # all of them; the others know nothing of it
-            failed = {name: str(error).splitlines()[0] for name in names}
-            failed |= dict(zip(names, error.problems, strict=False))
+            reasons = (problem.partition(";")[0] for problem in error.problems)
+            failed = dict(zip(names, reasons, strict=True))
             mark(folder, {"training": {"failed": failed}})
         finally:
             for part in parts.values():

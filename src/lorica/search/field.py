@@ -23,8 +23,9 @@ from lorica.data.encode import Example
 from lorica.errors import ConfigError, TargetError
 from lorica.files.transfer import begin_from
 from lorica.methods.method import Method, is_chosen
+from lorica.search.entry import Entry, adapter_name
 from lorica.search.space import Point, name_of
-from lorica.search.study import Entry, Study, adapter_name
+from lorica.search.study import Study
 from lorica.search.verdict import verdict
 from lorica.tasks.task import Task
 from lorica.train.director import Evaluation, Newcomer
@@ -164,7 +165,9 @@ class Field:
         if not is_chosen(method):
             adapter = attach(self.model, method, **how)
             if self.source is not None:
-                begin_from(adapter, self.source)
+                notes = begin_from(adapter, self.source, partly=True)
+                for note in [] if self.handles else notes:  # the same for all
+                    self.tell("info", f"start: {note}")
             return adapter
         records = self.course.examples
         return attach_by_records(self.model, method, self.task, records, **how)[0]

@@ -16,9 +16,9 @@ from typing import Any
 from lorica.errors import ConfigError, TargetError
 from lorica.records.crew import Crew
 from lorica.records.folder import RunFolder
+from lorica.search.entry import Entry
 from lorica.search.field import Field, number_of
 from lorica.search.schedule import Schedule, training
-from lorica.search.study import Entry
 from lorica.train.director import LATER, Evaluation, Later, Newcomer
 
 LOOK_EVERY = 1.0

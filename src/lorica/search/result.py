@@ -16,9 +16,9 @@ from lorica.search.answer import (
     importance,
     paired,
 )
+from lorica.search.entry import Entry
 from lorica.search.space import name_of
 from lorica.search.spectra import Spectrum, suggested
-from lorica.search.study import Entry
 
 Losses = Sequence[float]
 

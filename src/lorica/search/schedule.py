@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lorica.search.entry import Entry
 from lorica.search.space import SearchSettings
-from lorica.search.study import Entry, Study
+from lorica.search.study import Study
 from lorica.search.verdict import verdict
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lorica.search.answer import paired
+from lorica.search.entry import Entry
 from lorica.search.halving import AtRung, cut_at, is_hopeless
 from lorica.search.space import SearchSettings
-from lorica.search.study import Entry
 
 Decided = Callable[[Entry, int], str | None]
 """What was decided about a candidate at a step: why it ended, or ""; None where nothing was."""

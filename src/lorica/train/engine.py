@@ -175,7 +175,7 @@ class Engine:
                     expected="at least one label that is not -100",
                 )
         with resting(_idle(trainees)):
-            for group in self._groups(trainees):
+            for group in self.groups(trainees):
                 self._differentiate(trainees, work, totals, group)
             for trainee in trainees:
                 if (penalty := trainee.between.penalty()) is not None:
@@ -195,7 +195,7 @@ class Engine:
         """The micro-batches of those trainees that may share a pass."""
         for micro in range(max(len(work[i]) for i in group)):
             present = [i for i in group if micro < len(work[i])]
-            for chosen in _passes(present, [_num_tokens(work[i][micro]) for i in present]):
+            for chosen in passes_of(present, [_num_tokens(work[i][micro]) for i in present]):
                 self._micro_step(
                     [trainees[i] for i in chosen],
                     [work[i][micro] for i in chosen],
@@ -203,7 +203,7 @@ class Engine:
                     micro,
                 )
 
-    def _groups(self, trainees: Sequence[Trainee]) -> list[list[int]]:
+    def groups(self, trainees: Sequence[Trainee]) -> list[list[int]]:
         """Who may go through one pass with whom and still train to the same bits as alone.
 
         Nobody where the base draws random numbers for the whole row, or where its output head is
@@ -236,8 +236,8 @@ class Engine:
         route = route_of(adapters[0], dropout_seed=seeds[0])
         if len(trainees) > 1:
             names = tuple(adapter.name for adapter in adapters)
-            segments = _named(batch.rows or (), names)
-            kept = None if batch.kept is None else _named(batch.kept.ranges, names)
+            segments = named_ranges(batch.rows or (), names)
+            kept = None if batch.kept is None else named_ranges(batch.kept.ranges, names)
             route = Route(names, None, segments, kept, seeds=seeds)
         skipped = self.skipping(blocks, batch)
         shared = nullcontext()
@@ -288,7 +288,7 @@ class _Totals:
     rows: list[int] = field(default_factory=list)
 
 
-def _named(
+def named_ranges(
     ranges: Sequence[tuple[int, int]], names: Sequence[str]
 ) -> tuple[tuple[int, int, str], ...]:
     """Ranges of rows with the adapters that they belong to."""
@@ -364,7 +364,7 @@ def _sharing(model: nn.Module, adapters: Sequence[Adapter]) -> set[str]:
     }
 
 
-def _passes(present: Sequence[int], tokens: Sequence[int]) -> list[list[int]]:
+def passes_of(present: Sequence[int], tokens: Sequence[int]) -> list[list[int]]:
     """Those who share, cut into passes of at most `MOST_TOKENS`, or of one adapter."""
     passes: list[list[int]] = []
     room = 0

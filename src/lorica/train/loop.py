@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from lorica.train.course import Course, Window
 from lorica.train.director import Director
 from lorica.train.engine import Engine, StepResult, nothing_shared
 from lorica.train.identity import circumstances, identity, identity_of
+from lorica.train.judging import eval_batch_size, judged_together, losses_of
 from lorica.train.measure import mean_loss, memory_bytes, versions
 from lorica.train.memory import memory_advised
 from lorica.train.plan import Records, courses_of, default_task, total_steps
@@ -326,7 +327,7 @@ class _Run:
         """
         fresh = [c for c in self.courses if c.step and c.joined + c.step == self.turn]
         due = [c for c in fresh if c.held_out and c.due(self._eval_every(c))]
-        found = {c.name: self._evaluate(c, stop) for c in due}
+        found = self._evaluations(due, stop)
         self.unjudged = False
         self.company.hear(found)
         for course in fresh:
@@ -344,12 +345,31 @@ class _Run:
         """Steps between evaluations: as set, or an epoch."""
         return course.settings.eval_steps or course.steps_per_epoch
 
+    def _evaluations(
+        self, due: Sequence[Course], stop: Stop
+    ) -> dict[str, tuple[dict[str, float], list[float]]]:
+        """Name -> scores of an adapter, and the loss of every evaluation example."""
+        found = {}
+        together = self.evaluator is None and len(due) > 1
+        for group in judged_together(self.engine, due) if together else [[c] for c in due]:
+            if len(group) == 1:
+                found[group[0].name] = self._evaluate(group[0], stop)
+                continue
+            adapters, examples = [c.trainee.adapter for c in group], group[0].held_out
+            size = eval_batch_size(group[0])
+            with self._advised(group, "an evaluation"):
+                each = losses_of(self.engine, adapters, examples, size, between=stop.check)
+            number = sum(e.num_trained for e in examples)
+            for course, losses in zip(group, each, strict=True):
+                found[course.name] = {"eval_loss": math.fsum(losses) / number}, losses
+        return found
+
     def _evaluate(self, course: Course, stop: Stop) -> tuple[dict[str, float], list[float]]:
         """Scores of an adapter, and the loss of every evaluation example."""
         adapter, each = course.trainee.adapter, []
-        size = course.settings.eval_batch_size or course.settings.batch_size
         advised = self._advised([course], "an evaluation")
         with advised, activate(self.model, adapter), answering(self.model):
+            size = eval_batch_size(course)
             loss = mean_loss(
                 self.model, self.task, course.held_out, size, between=stop.check, each=each
             )
