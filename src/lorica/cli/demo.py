@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from lorica.cli.importing import uncollected
+
 SETTINGS = {
     "model": "embedded",
     "data": "embedded",
@@ -46,10 +48,11 @@ def command(
         bool, typer.Option("--quiet", help="say nothing but warnings and the result")
     ] = False,
 ) -> None:
-    from lorica.cli.run import execute
-    from lorica.cli.showing import closing_lines
-    from lorica.config import Layer, resolve
-    from lorica.methods import WORDS
+    with uncollected():
+        from lorica.cli.run import execute
+        from lorica.cli.showing import closing_lines
+        from lorica.config import Layer, resolve
+        from lorica.methods import WORDS
 
     _spare_other_runs(output_dir)
     values = {**SETTINGS, "output_dir": output_dir}

@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from lorica.cli.importing import uncollected
+
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
@@ -47,13 +49,15 @@ def command(
     if {"-h", "--help"} & {*context.args}:
         print(page(context, settings=True), end="")
         return
-    from lorica.cli.layers import layers_of
-    from lorica.config import resolve
-    from lorica.methods import WORDS
+    with uncollected():
+        from lorica.cli.layers import layers_of
+        from lorica.config import resolve
+        from lorica.methods import WORDS
 
     layers, resume = layers_of(context, resume, replace=replace)
     settings = resolve(*layers, methods=WORDS)
-    from lorica.cli.search_run import execute_search
+    with uncollected():
+        from lorica.cli.search_run import execute_search
 
     how = {"json": json, "quiet": quiet, "ignore_memory": ignore_memory}
     execute_search(settings, resume=resume, discard=replace, **how)
