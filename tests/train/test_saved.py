@@ -5,18 +5,21 @@ Whoever makes a part leaner changes its line in `kept`, and the same line of the
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorica.attach.activate import activate
-from lorica.attach.attach import attach
+from lorica.attach.attach import Adapter, attach
 from lorica.data.encode import Example
 from lorica.methods import LoRA, LoRAFA
 from lorica.tasks import CausalLM
+from lorica.tasks.task import Batch
 from lorica.train.engine import Engine
 from train.words import WordTokenizer
 
@@ -124,11 +127,30 @@ def saved(layers: int, dtype: torch.dtype, method: LoRA) -> tuple[Counter, int, 
     with activate(model, None):
         assert task.packs(model)
         batch = task.collate([block], model)
+    assert batch.kept is not None
+    model.train()
+    active, running = activate(model, adapter), Engine(model, task).running()
+    with noted(model, adapter, batch) as found, active, running:
+        (loss,) = task.losses(model, batch)
+    shapes = Counter((tuple(t.shape), t.dtype) for t in found.values())
+    size = sum(t.untyped_storage().nbytes() for t in found.values())
+    assert loss.requires_grad
+    return shapes, size, batch.inputs["input_ids"].shape[1], len(batch.kept.rows)
+
+
+@contextmanager
+def noted(model: nn.Module, adapter: Adapter, batch: Batch) -> Iterator[dict[int, Tensor]]:
+    """What autograd keeps inside the block, one tensor for each storage that was not there before:
+    weights, adapter and batch were.
+    """
     inputs = [t for t in batch.inputs.values() if isinstance(t, Tensor)]
     factors = [t for slot in adapter.slots.values() for t in slot.tensors.values()]
     there = [*model.parameters(), *model.buffers(), *factors, *inputs]
-    assert batch.kept is not None
-    there += [*batch.labels, *batch.keep, batch.kept.rows, *batch.kept.chosen]
+    there += [*batch.labels, *batch.keep]
+    if batch.kept is not None:
+        there += [batch.kept.rows, *batch.kept.chosen]
+    for block in batch.inputs["documents"].blocks:
+        there += [block.gather, block.scatter, *(t for t in block.real if t is not None)]
     known = {t.untyped_storage().data_ptr() for t in there}
     found: dict[int, Tensor] = {}
 
@@ -138,14 +160,8 @@ def saved(layers: int, dtype: torch.dtype, method: LoRA) -> tuple[Counter, int, 
             found.setdefault(place, tensor)  # kept, so that its memory is not used again
         return tensor
 
-    model.train()
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with activate(model, adapter), Engine(model, task).running(), hooks:
-        (loss,) = task.losses(model, batch)
-    shapes = Counter((tuple(t.shape), t.dtype) for t in found.values())
-    size = sum(t.untyped_storage().nbytes() for t in found.values())
-    assert loss.requires_grad
-    return shapes, size, batch.inputs["input_ids"].shape[1], len(batch.kept.rows)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

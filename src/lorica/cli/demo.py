@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lorica.cli.importing import uncollected
+
 FACTS = {
     "name": "facts",
     "learning_rate": 4e-3,
@@ -60,14 +62,15 @@ def command(
         bool, typer.Option("--quiet", help="say nothing but warnings and the result")
     ] = False,
 ) -> None:
-    import json as jsonlib
+    with uncollected():
+        import json as jsonlib
 
-    from lorica.cli.demo_mixtures import add_mixtures
-    from lorica.cli.run import dress
-    from lorica.cli.several import closing_lines_of_several, execute_several
-    from lorica.cli.voice import Voice
-    from lorica.config import Layer, resolve
-    from lorica.methods import WORDS
+        from lorica.cli.demo_mixtures import add_mixtures
+        from lorica.cli.run import dress
+        from lorica.cli.several import closing_lines_of_several, execute_several
+        from lorica.cli.voice import Voice
+        from lorica.config import Layer, resolve
+        from lorica.methods import WORDS
 
     _spare_other_runs(output_dir)
     values = {**SETTINGS, "output_dir": output_dir}

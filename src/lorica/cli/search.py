@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from lorica.cli.importing import uncollected
+
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
@@ -47,23 +49,25 @@ def command(
     if {"-h", "--help"} & {*context.args}:
         print(page(context, settings=True), end="")
         return
-    from lorica.cli.layers import layers_of
-    from lorica.cli.source import shaped_by_source
-    from lorica.config import resolve
-    from lorica.methods import WORDS
+    with uncollected():
+        from lorica.cli.layers import layers_of
+        from lorica.cli.ranks import ranks
+        from lorica.cli.source import shaped_by_source
+        from lorica.config import resolve
+        from lorica.methods import WORDS
+        from lorica.records.crew import is_crewed
 
     layers, resume = layers_of(context, resume, replace=replace)
     settings = resolve(*shaped_by_source(layers), methods=WORDS)
-    from lorica.cli.ranks import ranks
-    from lorica.records.crew import is_crewed
-
     how = {"json": json, "quiet": quiet, "ignore_memory": ignore_memory}
     found = ranks()
     if found.size > 1 or (resume is not None and is_crewed(resume)):
-        from lorica.cli.search_crew import execute_search_together
+        with uncollected():
+            from lorica.cli.search_crew import execute_search_together
 
         execute_search_together(settings, found, resume=resume, discard=replace, **how)
         return
-    from lorica.cli.search_run import execute_search
+    with uncollected():
+        from lorica.cli.search_run import execute_search
 
     execute_search(settings, resume=resume, discard=replace, **how)

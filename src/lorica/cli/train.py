@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from lorica.cli.importing import uncollected
+
 CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
@@ -50,10 +52,11 @@ def command(
     if {"-h", "--help"} & {*context.args}:
         print(page(context, settings=True), end="")
         return
-    from lorica.cli.layers import layers_of
-    from lorica.cli.source import shaped_by_source
-    from lorica.config import resolve
-    from lorica.methods import WORDS
+    with uncollected():
+        from lorica.cli.layers import layers_of
+        from lorica.cli.source import shaped_by_source
+        from lorica.config import resolve
+        from lorica.methods import WORDS
 
     go_on = resume is not None
     layers, resume = layers_of(context, resume, replace=replace)
@@ -69,8 +72,9 @@ def command(
     if dry_run:
         print(settings.to_yaml(), end="")
         return
-    from lorica.cli.run import execute
-    from lorica.cli.showing import closing_lines
+    with uncollected():
+        from lorica.cli.run import execute
+        from lorica.cli.showing import closing_lines
 
     how = {"json": json, "quiet": quiet, "ignore_memory": ignore_memory}
     from lorica.cli.ranks import ranks, refuse_ranks

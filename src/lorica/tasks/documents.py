@@ -16,6 +16,7 @@ document, P places of all rectangles of a block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,14 +73,14 @@ def documents_attention(
     prefix = key.shape[2] - query.shape[2]
     before = (key[0, :, :prefix], value[0, :, :prefix]) if prefix else None
     rows = query, key[:, :, prefix:], value[:, :, prefix:]
-    parts = zip(*(t[0].transpose(0, 1).split(sizes) for t in rows), strict=True)
+    parts = zip(*(_split(t[0].transpose(0, 1), sizes) for t in rows), strict=True)
     how = _How(scaling, dropout, sliding_window, documents.both)
     gates = [None] * len(sizes) if prefix_gate is None else prefix_gate.split(sizes)
     out = [
         _block(q, k, v, block, how, before, gate)
         for (q, k, v), block, gate in zip(parts, documents.blocks, gates, strict=True)
     ]
-    made = torch.cat(out).unsqueeze(0)
+    made = _joined(out).unsqueeze(0)
     if documents.seen is not None:
         documents.seen.append((module, made))
     return made, None
@@ -115,7 +116,7 @@ def _block(
     places = [_ToPlaces.apply(t, block) for t in (q, k, v)]
     sizes = [num * longest for num, longest in block.shapes]
     rows = block.gather.split(sizes)
-    parts = zip(*(p.split(sizes) for p in places), strict=True)
+    parts = zip(*(_split(p, sizes) for p in places), strict=True)
     out = [
         _rectangle(
             tuple(t.view(*shape, *t.shape[1:]) for t in part),
@@ -129,7 +130,16 @@ def _block(
             block.shapes, rows, block.real, block.fronts, parts, strict=True
         )
     ]
-    return _ToRows.apply(out[0] if len(out) == 1 else torch.cat(out), block)
+    return _ToRows.apply(_joined(out), block)
+
+
+def _split(rows: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Parts of these sizes. The gradient of a part that is all would be a copy."""
+    return (rows,) if len(sizes) == 1 else rows.split(list(sizes))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _rows(values: Tensor, front: tuple[int, int]) -> Tensor:

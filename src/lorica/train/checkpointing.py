@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lorica.errors import TrainingError
@@ -62,6 +63,7 @@ def _offloaded(checkpoint: Callable[..., Any], pinned: bool, *args: Any, **kwarg
 
 def _to_host(pinned: bool, tensor: Tensor) -> tuple[torch.device, Tensor]:
     """A copy that the host holds. Copies there and back wait for each other on their stream."""
+    pinned = pinned and not isinstance(tensor, FakeTensor)  # without numbers, nothing is pinned
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
     return tensor.device, copy.copy_(tensor, non_blocking=pinned)
 
