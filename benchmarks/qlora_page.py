@@ -68,11 +68,12 @@ relevance) need plain weights and are refused.
 ## Merging
 
 The adapter was made for the rounded weights, and is merged into those: into plain numbers, which
-`lorica verify` finds to be the same. With `--requantize` the sum is rounded again, by up to a step of
-the quantizer, however small the update: on the real small Llama, 40 steps on E2E records, the weights
-were off by 105 % of the update, the logits by 76 % of what the adapter does to them. It is told, layer
-by layer, before anything is written; it is refused without `--force`, and `lorica verify` then says
-that it is not the same model. Keep the adapter apart where memory is short.
+`lorica verify` finds to be the same. With `--requantize` the sum is rounded again, by up to a step
+of the quantizer, however small the update: on the real small Llama, after 40 steps on E2E records,
+the weights were off by 105 % of the update, the logits by 76 % of what the adapter does to them.
+That is told, layer by layer, before anything is written; it is refused without `--force`, and
+`lorica verify` then says that it is not the same model. Keep the adapter apart where memory is
+short.
 """
 
 
