@@ -1,6 +1,6 @@
 """Quantized bases, measured: bits, memory, time and quality, beside PEFT with bitsandbytes.
 
-    python benchmarks/qlora.py [bits] [steps] [steps=30M,350M] [7b] [quality] [sst2]
+    python benchmarks/qlora.py [bits] [steps] [steps=30M,350M/one] [7b] [quality] [sst2]
 
 Times are of the processor, not of the clock, and the sides take their steps in turn, because this
 may run on a machine that others use. Results go to benchmarks/results/qlora.json, and the page
@@ -85,9 +85,14 @@ def bits() -> dict[str, float]:
 
 
 def steps(names: list[str]) -> dict[str, dict]:
-    """Processor seconds of a step and peak of the process, of both sides."""
+    """Processor seconds of a step and peak of the process, of both sides.
+
+    Args:
+        names: shapes, each for all kinds of batches, or with the one that stands behind a slash.
+    """
     found = {}
-    for name, kind in [(name, kind) for name in names for kind in ("mixed", "full")]:
+    cases = [(name.split("/")[0], kind) for name in names for kind in _kinds(name)]
+    for name, kind in cases:
         with tempfile.TemporaryDirectory() as folder:
             save_base(base_of_shape(name), Path(folder) / "base")
             sides = {
@@ -110,6 +115,11 @@ def steps(names: list[str]) -> dict[str, dict]:
         }
         print(name, kind, found[f"{name}, {kind}"], flush=True)
     return found
+
+
+def _kinds(name: str) -> tuple[str, ...]:
+    kind = name.partition("/")[2]
+    return (kind,) if kind else ("one", "mixed", "full")
 
 
 def _start(side: str, folder: str, kind: str) -> subprocess.Popen:
@@ -194,7 +204,7 @@ def _perplexity(model: Any, ids: list[torch.Tensor]) -> float:
     return math.exp(float(sum(losses)) / sum(row.shape[1] - 1 for row in ids))
 
 
-def sst2(seeds: int = 3, records: int = 600) -> dict[str, list[float]]:
+def sst2(seeds: int = 5, records: int = 400) -> dict[str, list[float]]:
     """Accuracy on SST-2 of MiniLM with LoRA on each base, a run for each seed."""
     import csv
 
@@ -227,6 +237,7 @@ def sst2(seeds: int = 3, records: int = 600) -> dict[str, list[float]]:
                 )  # fmt: skip
                 lorica.train(model, {adapter: train}, settings, output_dir=f"{folder}/run")
                 found.setdefault(word or "float32", []).append(_accuracy(model, adapter, judged))
+                print(word, seed, found[word or "float32"][-1], flush=True)
         print(word, found[word or "float32"], flush=True)
     return found
 

@@ -2,8 +2,8 @@
 
     python benchmarks/qlora_sides.py SIDE FOLDER KIND BATCH LENGTH
 
-KIND full: all records have LENGTH tokens; mixed: from an eighth of it on, as real ones have. The
-second half of each record is trained.
+KIND full: all records have LENGTH tokens; mixed: from an eighth of it on, as real ones have; one: a
+single record of LENGTH tokens. The second half of each record is trained.
 
 A side waits on its standard input; every line there asks for one optimizer step, and the answer is
 a JSON line with its processor time and the peak of the process' memory. Both sides train LoRA of
@@ -80,8 +80,8 @@ def main() -> None:
     answer({"ready": True})
     for _ in sys.stdin:
         rows = []
-        for _ in range(int(batch)):
-            least = int(length) if kind == "full" else int(length) // 8
+        for _ in range(1 if kind == "one" else int(batch)):
+            least = int(length) // 8 if kind == "mixed" else int(length)
             size = int(torch.randint(least, int(length) + 1, ()))
             rows.append(torch.randint(3, 250, (size,)).tolist())
         before = time.process_time()

@@ -55,7 +55,8 @@ def stored_problems(word: str) -> list[str]:
         return []
     mend = "name the base in full precision, and quantize it on the way in: quantize: nf4"
     if missing := [name for name in _NEEDS.get(word, ()) if find_spec(name) is None]:
-        return [f"it is quantized ({word}), and {' and '.join(missing)} is not installed; {mend}"]
+        lacks = f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not installed"
+        return [f"it is quantized ({word}), and {lacks}; {mend}"]
     if word not in _TRIED:
         return [f"it is quantized ({word}), which is not supported; {mend}"]
     return []

@@ -90,7 +90,7 @@ def multiplied(
         len(rows), num_out, num_in, rows.stride(0), out.stride(0),
         HEIGHT=height, SIDE=SIDE, BLOCK=form.block, NESTED="nested_absmax" in weight.tensors,
         NEST=NEST, EVEN=num_in % form.block == 0 and form.block % SIDE == 0, TRANSPOSED=transposed,
-        BIASED=bias is not None,
+        BIASED=bias is not None, num_warps=8 if height > SIDE else 4,
     )  # fmt: skip
     return out.view(*x.shape[:-1], made)
 
