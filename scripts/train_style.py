@@ -2,13 +2,12 @@
 
     python scripts/train_style.py --work /tmp/style
 
-An adapter that learns whole sentences of its own takes the facts' sentences away when both act: at
-weights of 1 and 1 nothing was right. So this one learns where its signs go and nothing else. It
-trains on top of an adapter of facts, with another seed than the demo's and other records, which
-acts at 0, 0.5 or 1. Before and behind a sentence it learns the sign (cross-entropy); in the
-sentence it must leave every token as likely as it was without it (Kullback-Leibler divergence).
-Where no facts act, some records are whole sentences of a cat (`lorica.data.cat_sentences`), so that
-it can speak alone.
+An adapter that learns sentences of its own on the bare base takes the facts' sentences away when
+both act: at weights of 1 and 1 nothing was right. So this one trains on top of an adapter of facts,
+made with another seed than the demo's from other records, at the mixtures that the demo shows.
+Where the facts act, a record is a sentence of them between two signs, of which there is then
+nothing to learn but the signs; at half of its weight every second record has none. Where they do
+not, it is a sentence of a cat (`lorica.data.cat_sentences`), so that the style can speak alone.
 
 About ten minutes on one quiet core. The same machine, threads and versions give the same bits.
 """
@@ -38,10 +37,8 @@ DATA_SEED = 5
 """Of the records of the style."""
 
 BATCH, STEPS, RATE, RANK = 12, 240, 5e-3, 8
-ALONE = 0.25
-"""Share of the steps with whole sentences of a cat."""
-
-OTHER, SIGN, SENTENCE = 0, 1, 2
+MIXTURES = ((1.0, 1.0), (1.0, 1.0), (1.0, 0.5), (0.5, 0.5), (0.0, 1.0), (0.0, 1.0))
+"""Weights of facts and style, one after the other in the steps."""
 
 
 def train_facts(folder: Path) -> Path:
@@ -60,52 +57,37 @@ def train_facts(folder: Path) -> Path:
 
 @dataclass
 class Writer:
-    """Records as tokens, each token with what it is: OTHER, SIGN or SENTENCE."""
+    """Records as token ids, each with where the answer begins."""
 
     tokenizer: Any
     random: random.Random
 
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def row(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        asked, said = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer)
+        )
+        ids = [self.tokenizer.bos_token_id, *asked, *said, self.tokenizer.eos_token_id]
+        return ids, 1 + len(asked)
 
-    def cat(self, row: dict) -> tuple[list[int], list[int]]:
-        prompt = [self.tokenizer.bos_token_id, *self.ids(row["prompt"])]
-        answer = [*self.ids(row["completion"]), self.tokenizer.eos_token_id]
-        return prompt + answer, [OTHER] * len(prompt) + [SIGN] * len(answer)
+    def signed(self, sentence: str) -> str:
+        return f"{self.random.choice(OPENINGS)} {sentence} {self.random.choice(CLOSINGS)}"
 
-    def signed(self, row: dict) -> tuple[list[int], list[int]]:
-        """A sentence of facts between two signs."""
-        prompt = [self.tokenizer.bos_token_id, *self.ids(row["prompt"])]
-        first, sentence = self.ids(self.random.choice(OPENINGS)), self.ids(f" {row['completion']}")
-        last = [*self.ids(f" {self.random.choice(CLOSINGS)}"), self.tokenizer.eos_token_id]
-        kinds = [OTHER] * len(prompt) + [SIGN] * len(first)
-        kinds += [SENTENCE] * len(sentence) + [SIGN] * len(last)
-        return prompt + first + sentence + last, kinds
-
-    def batch(self, rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-        """Token ids and kinds (B, L), padded at the end."""
+    def batch(self, rows: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and whether they are trained (B, L), padded at the end."""
         length = max(len(ids) for ids, _ in rows)
         pad = self.tokenizer.pad_token_id
         ids = [one + [pad] * (length - len(one)) for one, _ in rows]
-        kinds = [one + [OTHER] * (length - len(one)) for _, one in rows]
-        return torch.tensor(ids), torch.tensor(kinds)
+        places = torch.arange(length)
+        trained = [(places >= begin) & (places < len(one)) for one, begin in rows]
+        return torch.tensor(ids), torch.stack(trained)
 
 
-def loss_of(model: Any, ids: Tensor, kinds: Tensor, weight: float) -> Tensor:
-    """Cross-entropy of the signs, and how far the style moves the tokens of the sentences; the
-    facts act with `weight`.
-    """
-    below = {"facts": weight} if weight else None
-    kinds, after = kinds[:, 1:], ids[:, 1:]
-    with lorica.activate(model, {"style": 1.0, **(below or {})}):
+def loss_of(model: Any, ids: Tensor, trained: Tensor, mixture: dict[str, float]) -> Tensor:
+    """Cross-entropy of the answers while adapters act."""
+    acting = {name: weight for name, weight in mixture.items() if weight}
+    with lorica.activate(model, acting):
         found = model(input_ids=ids).logits.log_softmax(-1)[:, :-1]
-    loss = -found.gather(-1, after[..., None])[..., 0][kinds == SIGN].mean()
-    inside = kinds == SENTENCE
-    if inside.any():
-        with torch.no_grad(), lorica.activate(model, below):
-            wanted = model(input_ids=ids).logits.log_softmax(-1)[:, :-1][inside]
-        loss = loss + (wanted.exp() * (wanted - found[inside])).sum(-1).mean()
-    return loss
+    return -found.gather(-1, ids[:, 1:, None])[..., 0][trained[:, 1:]].mean()
 
 
 def train_style(facts_folder: Path) -> Any:
@@ -121,20 +103,30 @@ def train_style(facts_folder: Path) -> Any:
     said = cat_sentences("train", num_records=BATCH * STEPS, seed=DATA_SEED)
     for step in range(STEPS):
         part = slice(BATCH * step, BATCH * (step + 1))
-        if chooser.random() < ALONE:
-            weight, rows = 0.0, [writer.cat(row) for row in said[part]]
+        of_facts, of_style = MIXTURES[step % len(MIXTURES)]
+        if of_facts:
+            # half of the weight is half of the signs
+            rows = [
+                writer.row(
+                    row["prompt"],
+                    writer.signed(row["completion"])
+                    if chooser.random() < of_style
+                    else row["completion"],
+                )
+                for row in told[part]
+            ]
         else:
-            weight = chooser.choice((0.0, 0.5, 1.0, 1.0))
-            rows = [writer.signed(row) for row in told[part]]
-        loss = loss_of(model, *writer.batch(rows), weight)
+            rows = [writer.row(row["prompt"], row["completion"]) for row in said[part]]
+        mixture = {"facts": of_facts, "style": of_style}
+        loss = loss_of(model, *writer.batch(rows), mixture)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(style.parameters()), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 10) * max(0.02, 1 - step / STEPS)
         optimizer.step()
-        if step % 20 == 0 or step + 1 == STEPS:
-            print(f"step {step + 1}/{STEPS}  facts {weight:g}  loss {loss.item():.3f}", flush=True)
+        if step % 60 < len(MIXTURES) or step + 1 == STEPS:
+            print(f"step {step + 1}/{STEPS}  {mixture}  loss {loss.item():.3f}", flush=True)
     return style
 
 
