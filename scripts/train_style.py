@@ -3,8 +3,8 @@
     python scripts/train_style.py --work /tmp/style
 
 An adapter that learns sentences of its own on the bare base takes the facts' sentences away when
-both act: at weights of 1 and 1 nothing was right. So this one trains on top of an adapter of facts,
-made with another seed than the demo's from other records, at the mixtures that the demo shows.
+both act: at weights of 1 and 1 nothing was right. So this one trains on top of two adapters of
+facts, the demo's and one with another seed and other records, at the mixtures that the demo shows.
 Where the facts act, a record is a sentence of them between two signs, of which there is then
 nothing to learn but the signs; at half of its weight every second record has none. Where they do
 not, it is a sentence of a cat (`lorica.data.cat_sentences`), so that the style can speak alone.
@@ -25,32 +25,41 @@ from torch import Tensor
 
 import lorica
 from lorica.base.load import EMBEDDED, base_of
+from lorica.cli.demo import SETTINGS
+from lorica.cli.run import execute
+from lorica.config import Layer, resolve
 from lorica.data.cat_sentences import CLOSINGS, OPENINGS, cat_sentences
 from lorica.data.facts import facts
 from lorica.data.read import from_rows
+from lorica.methods import WORDS
 
 TARGET = EMBEDDED.parent / "embedded_style"
-SEED = 1
-"""Of the facts below the style; the demo has 0."""
-
 DATA_SEED = 5
 """Of the records of the style."""
 
-BATCH, STEPS, RATE, RANK = 12, 240, 5e-3, 8
+BATCH, STEPS, RATE, RANK = 12, 216, 5e-3, 8
 MIXTURES = ((1.0, 1.0), (1.0, 1.0), (1.0, 0.5), (0.5, 0.5), (0.0, 1.0), (0.0, 1.0))
 """Weights of facts and style, one after the other in the steps."""
 
 
-def train_facts(folder: Path) -> Path:
+def facts_of_the_demo(folder: Path) -> Path:
+    """What `lorica demo` trains."""
+    if not (folder / "adapter").is_dir():
+        given = Layer("demo", {**SETTINGS, "output_dir": str(folder)}, {})
+        execute(resolve(given, methods=WORDS), discard=True, quiet=True)
+    return folder / "adapter"
+
+
+def other_facts(folder: Path, seed: int = 1) -> Path:
     """An adapter of facts with the demo's settings, another seed and other records."""
     if (folder / "adapter").is_dir():
         return folder / "adapter"
     model = lorica.load_model("embedded", task="causal-lm", dtype="float32")
     method = lorica.LoRA(r=16, lora_alpha=32, target_modules="all-linear")
-    adapter = lorica.attach(model, method, name="facts", seed=SEED)
-    rows = facts("train", num_records=8000, seed=SEED)
+    adapter = lorica.attach(model, method, name="facts", seed=seed)
+    rows = facts("train", num_records=8000, seed=seed)
     records = from_rows([{k: row[k] for k in ("prompt", "completion")} for row in rows], name="f")
-    settings = lorica.TrainSettings(max_steps=350, batch_size=16, learning_rate=4e-3, seed=SEED)
+    settings = lorica.TrainSettings(max_steps=350, batch_size=16, learning_rate=4e-3, seed=seed)
     lorica.train(model, {adapter: records}, settings, output_dir=folder)
     return folder / "adapter"
 
@@ -90,11 +99,13 @@ def loss_of(model: Any, ids: Tensor, trained: Tensor, mixture: dict[str, float])
     return -found.gather(-1, ids[:, 1:, None])[..., 0][trained[:, 1:]].mean()
 
 
-def train_style(facts_folder: Path) -> Any:
+def train_style(facts_folders: list[Path]) -> Any:
     torch.manual_seed(0)
     chooser = random.Random(0)
     model = lorica.load_model("embedded", task="causal-lm", dtype="float32")
-    lorica.load_adapter(model, facts_folder, name="facts")
+    names = [f"facts{number}" for number in range(len(facts_folders))]
+    for name, folder in zip(names, facts_folders, strict=True):
+        lorica.load_adapter(model, folder, name=name)
     method = lorica.LoRA(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     style = lorica.attach(model, method, name="style", seed=0)
     writer = Writer(base_of(model).tokenizer, chooser)
@@ -117,7 +128,8 @@ def train_style(facts_folder: Path) -> Any:
             ]
         else:
             rows = [writer.row(row["prompt"], row["completion"]) for row in said[part]]
-        mixture = {"facts": of_facts, "style": of_style}
+        below = names[step // len(MIXTURES) % len(names)]
+        mixture = {below: of_facts, "style": of_style}
         loss = loss_of(model, *writer.batch(rows), mixture)
         optimizer.zero_grad()
         loss.backward()
@@ -134,10 +146,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, required=True, help="folder for the facts below")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the facts")
     parser.add_argument("--output-dir", type=Path, default=TARGET)
     given = parser.parse_args()
-    style = train_style(train_facts(given.work / f"facts{SEED}"))
+    below = [facts_of_the_demo(given.work / "facts0"), other_facts(given.work / "facts1")]
+    style = train_style(below)
     made = {"made_by": "scripts/train_style.py"}
     lorica.save_adapter(style, given.output_dir, provenance=made, overwrite=True)
 

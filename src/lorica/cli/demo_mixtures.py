@@ -25,7 +25,7 @@ from lorica.records.read import read_manifest
 STYLE = EMBEDDED.parent / "embedded_style"
 """The adapter that travels with the package."""
 
-WEIGHTS = ((1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.5, 0.5), (0.5, 1.0), (0.0, 1.0))
+WEIGHTS = ((1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.5, 0.5), (0.0, 1.0))
 """Of facts and style."""
 
 NAMES = ("facts", "style")
