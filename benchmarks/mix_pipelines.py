@@ -84,7 +84,9 @@ def _their_pipeline(folder: Path, counts: list[int], found: dict[str, Any], leas
     loaded, begun = 0, time.process_time()
     for count in counts:
         for number in range(loaded, count):
-            pipe.load_lora_weights(folder, weight_name="one.safetensors", adapter_name=f"n{number}")
+            pipe.load_lora_weights(
+                folder.parent, weight_name="one.safetensors", adapter_name=f"n{number}"
+            )
         loaded, total = count, time.process_time() - begun
 
         def mixture(number: int, count: int = count) -> None:
