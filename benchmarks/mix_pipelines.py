@@ -48,12 +48,12 @@ def _image_adapter(folder: Path) -> Any:
 def _our_pipeline(folder: Path, counts: list[int], found: dict[str, Any], least: Least) -> None:
     from lorica import activate, load_adapter, load_model, save_adapter
 
-    save_adapter(_image_adapter(folder), folder / "one")
+    save_adapter(_image_adapter(folder), folder.parent / "one", overwrite=True)
     model, loaded = load_model(folder, task="text-to-image", dtype="float32"), 0
     begun = time.process_time()
     for count in counts:
         for number in range(loaded, count):
-            load_adapter(model, folder / "one", name=f"n{number}")
+            load_adapter(model, folder.parent / "one", name=f"n{number}")
         loaded, total = count, time.process_time() - begun
 
         def mixture(number: int, count: int = count) -> dict[str, float]:
@@ -79,12 +79,14 @@ def _their_pipeline(folder: Path, counts: list[int], found: dict[str, Any], leas
         for path, slot in _image_adapter(folder).slots.items()
         for key, tensor in slot.tensors.items()
     }
-    save_file(tensors, folder / "one.safetensors")
+    save_file(tensors, folder.parent / "one.safetensors")
     pipe = load_model(folder, task="text-to-image", dtype="float32").pipe
     loaded, begun = 0, time.process_time()
     for count in counts:
         for number in range(loaded, count):
-            pipe.load_lora_weights(folder, weight_name="one.safetensors", adapter_name=f"n{number}")
+            pipe.load_lora_weights(
+                folder.parent, weight_name="one.safetensors", adapter_name=f"n{number}"
+            )
         loaded, total = count, time.process_time() - begun
 
         def mixture(number: int, count: int = count) -> None:

@@ -384,13 +384,13 @@ are not transposed, and llama.cpp answers as we do with ours.
   llama.cpp would take the scale 1, and no writer means that.
 - **Phi 3.** llama.cpp takes from the *name* of a model, where "phi3" or "phi-3" is in it, that
   blanks behind special tokens belong to them, and then stops at a vocabulary without `</s>`,
-  `<unk>`, `<s>` and `<|endoftext|>`. Lorica writes such a name where the tokenizer is like that, and
-  no such name otherwise. It takes the rotary factors for long texts as soon as its context is
+  `<unk>`, `<s>` and `<|endoftext|>`. Lorica writes such a name where the tokenizer is like that,
+  and no such name otherwise. It takes the rotary factors for long texts as soon as its context is
   longer than `original_max_position_embeddings`, where transformers goes by the text: give it
   `-c` up to that number for short texts.
-- **AdapterHub's** own package (adapters 1.3.0 on transformers 4.57) read four folders of its own kinds
-  (two LoRA, two bottlenecks) with other numbers in them and one LoRA that began here, and answered
-  as Lorica does within 3.6e-07: `scripts/adapterhub_fixtures.py check FOLDER`.
+- **AdapterHub's** own package (adapters 1.3.0 on transformers 4.57) read four folders that Lorica
+  wrote, two of LoRA and two of bottlenecks, and one LoRA that began here, and answered as Lorica
+  does within 3.6e-07: `scripts/adapterhub_fixtures.py check FOLDER`.
 - **vLLM** itself was not run; what it reads of PEFT's config (r, lora_alpha, use_rslora,
   target_modules, no patterns) is what it documents. Nor was Ollama: its folder holds the GGUF file
   that llama.cpp was asked about.

@@ -1,6 +1,7 @@
-"""The two adapters of the demo at once: how much is right, and how much is in style, by weights.
+"""Two adapters at once: how much is right, and how much is in style, by their weights.
 
-Both are read from the run folder, so what is shown is what anybody can do with the files.
+The facts are those of the demo's run, read from its folder; the style travels with the package and
+was made by scripts/train_style.py.
 """
 
 from __future__ import annotations
@@ -9,30 +10,35 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorica.cli.gathering import gathered
+from lorica.base.load import EMBEDDED, load_model
 from lorica.cli.judge import predictions
+from lorica.cli.opening import adapter_facts, task_of
 from lorica.cli.voice import Voice
 from lorica.data.cat_sentences import MARKS
 from lorica.data.facts import facts
 from lorica.evaluate.score import score
+from lorica.files.adapter import load_adapter
 from lorica.records.atomic import write_file
 from lorica.records.folder import RunFolder, json_text
 from lorica.records.read import read_manifest
 
-WEIGHTS = ((1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.5, 0.5), (0.5, 1.0), (0.0, 1.0))
+STYLE = EMBEDDED.parent / "embedded_style"
+"""The adapter that travels with the package."""
+
+WEIGHTS = ((1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.5, 0.5), (0.0, 1.0))
 """Of facts and style."""
 
+NAMES = ("facts", "style")
 METRICS = ("slot_accuracy", "style_marks")
 
 
 def add_mixtures(
-    path: Path, names: tuple[str, str], *, num_records: int, max_new_tokens: int, voice: Voice
+    path: Path, *, num_records: int, max_new_tokens: int, voice: Voice
 ) -> dict[str, Any]:
-    """Score the mixtures of two adapters of a finished run and note them in its run.json.
+    """Score the mixtures of a finished run with the style and note them in its run.json.
 
     Args:
         path: the run folder.
-        names: of the adapters, in the order of `WEIGHTS`.
         num_records: test records of the facts that every mixture answers.
         max_new_tokens: of an answer.
 
@@ -41,21 +47,21 @@ def add_mixtures(
         "scores", "output"}]}, with input and output of the first record.
     """
     with RunFolder.open(path) as folder:
-        group = gathered([folder.adapter(name) for name in names], base=None, whole=True)
-        assert group.task is not None
-        group.task.max_new_tokens = max_new_tokens  # type: ignore[attr-defined]
+        model = load_model("embedded", task="causal-lm", dtype="float32")  # as the run had it
+        for name, place in zip(NAMES, (folder.adapter(), STYLE), strict=True):
+            load_adapter(model, place, name=name)
+        task = task_of(model, adapter_facts(folder.adapter())["task"], max_new_tokens)
         records = [{**row, "marks": MARKS} for row in facts("test", num_records=num_records)]
         mixtures = []
         for weights in WEIGHTS:
-            mixture = dict(zip(group.names, weights, strict=True))
-            who = " and ".join(f"{name} {w:g}" for name, w in zip(names, weights, strict=True))
-            given = (group.model, mixture, group.task, records, voice)
-            found = predictions(*given, generate=True, who=who)
+            mixture = dict(zip(NAMES, weights, strict=True))
+            who = " and ".join(f"{name} {w:g}" for name, w in mixture.items())
+            found = predictions(model, mixture, task, records, voice, generate=True, who=who)
             scores = {name: asdict(one) for name, one in score(found, METRICS).items()}
             output = str(found[0].output)
             mixtures.append({"weights": list(weights), "scores": scores, "output": output})
         made = {
-            "adapters": list(names),
+            "adapters": list(NAMES),
             "num_records": num_records,
             "input": records[0]["prompt"].strip(),
             "mixtures": mixtures,

@@ -8,7 +8,6 @@ from typing import Any
 
 from lorica.cli.kinds import is_encoder, is_encoder_decoder, refuse_pictures
 from lorica.config import RunConfig
-from lorica.data.cat_sentences import cat_sentences
 from lorica.data.dataset import Dataset, group_references
 from lorica.data.facts import facts
 from lorica.data.pack import order
@@ -29,9 +28,6 @@ FITTING = {
 
 FACTS = {"train": 8000, "valid": 200, "test": 200}
 """Records of the embedded data."""
-
-EMBEDDED = {"embedded": ("facts", facts), "embedded-style": ("cat sentences", cat_sentences)}
-"""Data that travels with the package: the word for it, what it is called, and what makes it."""
 
 
 @dataclass
@@ -96,12 +92,8 @@ class Material:
             return ("accuracy", "macro_f1", "loss")
         if not self.generates:
             return ("perplexity",)
-        asked = [
-            metric
-            for metric, key in (("slot_accuracy", "slots"), ("style_marks", "marks"))
-            if self.test and all(key in record for record in self.test)
-        ]
-        return (*asked, "chrf", "bleu", "rouge_l", "exact_match", "perplexity")
+        slots = ("slot_accuracy",) if self.test and all("slots" in r for r in self.test) else ()
+        return (*slots, "chrf", "bleu", "rouge_l", "exact_match", "perplexity")
 
 
 def class_names(records: Dataset) -> tuple[str, ...]:
@@ -126,8 +118,7 @@ def check_format(records: Dataset, task: str) -> None:
 def gather(run: RunConfig, *, seed: int) -> Material:
     """Read what the settings name, and hold records out where nothing is given to evaluate on.
 
-    The data "embedded" is the set that `lorica.data.facts` makes, "embedded-style" that of
-    `lorica.data.cat_sentences`.
+    The data "embedded" is the set that `lorica.data.facts` makes.
     """
     parts = read_parts(run)
     if "train" not in parts:
@@ -210,10 +201,9 @@ def with_system(dataset: Dataset, system: str | None) -> Dataset:
     return replace(dataset, rows=rows)
 
 
-def _embedded(data: str) -> dict[str, Dataset]:
-    name, rows = EMBEDDED[data]
+def _embedded() -> dict[str, Dataset]:
     return {
-        split: from_rows(rows(split, num_records=number), name=f"embedded {name}, {split}")
+        split: from_rows(facts(split, num_records=number), name=f"embedded facts, {split}")
         for split, number in FACTS.items()
     }
 
@@ -221,8 +211,8 @@ def _embedded(data: str) -> dict[str, Dataset]:
 def read_parts(run: RunConfig, *, max_bad_rows: int = 0) -> dict[str, Dataset]:
     """The records that the settings name, by split: "train", "valid", "test"."""
     refuse_pictures(run.task, run.model)
-    if run.data in EMBEDDED:
-        return _embedded(run.data)
+    if run.data == "embedded":
+        return _embedded()
     how = {"format": run.format, "columns": run.columns, "max_bad_rows": max_bad_rows}
     parts = read_splits(run.data, **how)
     if run.eval_data:

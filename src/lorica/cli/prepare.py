@@ -21,7 +21,7 @@ from lorica.cli.forecast import (
     warning_of,
 )
 from lorica.cli.images import OF_IMAGES, is_for_images, prepare_images
-from lorica.cli.material import EMBEDDED, Material, gather
+from lorica.cli.material import Material, gather
 from lorica.cli.start import (
     Begun,
     begin,
@@ -206,7 +206,7 @@ def _anchored(values: Mapping[str, Any]) -> dict[str, str]:
     for key in _PATHS:
         value: str = values.get(key) or ""
         stem = re.sub(r"#\d+$", "", value)  # records.jsonl#500: a sample of so many
-        if stem not in ("", *EMBEDDED) and (path := Path(stem).expanduser()).exists():
+        if stem not in ("", "embedded") and (path := Path(stem).expanduser()).exists():
             found[key] = str(path.absolute()) + value.removeprefix(stem)
     return found
 

@@ -73,13 +73,12 @@ def command(
         print(settings.to_yaml(), end="")
         return
     with uncollected():
+        from lorica.cli.ranks import ranks, refuse_ranks
         from lorica.cli.run import execute
         from lorica.cli.showing import closing_lines
+        from lorica.records.crew import is_crewed
 
     how = {"json": json, "quiet": quiet, "ignore_memory": ignore_memory}
-    from lorica.cli.ranks import ranks, refuse_ranks
-    from lorica.records.crew import is_crewed
-
     found = ranks()
     if settings.adapters and (found.size > 1 or (resume is not None and is_crewed(resume))):
         from lorica.cli.several import closing_lines_of_several

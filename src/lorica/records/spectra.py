@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lorica.records.atomic import write_file
 from lorica.records.plots import NUM_COLOURS, SERIES, STYLE, svg
@@ -52,6 +53,9 @@ def spectra_figure(places: Sequence[Mapping[str, Any]]) -> str:
             values = [value / place["size"] for value in place["spectrum"]]
             axes.plot(range(1, len(values) + 1), values, color=colour, lw=0.9, label=name)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("number")
         axes.set_ylabel("singular value")
         _legend(axes)
