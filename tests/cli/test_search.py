@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from faults import rig
-from lorica.train.engine import Engine
 from lorica.cli.search_prepare import fitting
 from lorica.train.budget import Memory
+from lorica.train.engine import Engine
 
 SECTION = {"r": [2, 4, 5], "learning_rate": [3e-3, 3e-2]}
 

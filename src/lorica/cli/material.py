@@ -152,18 +152,18 @@ def gather(run: RunConfig, *, seed: int) -> Material:
 
 
 def read_scored(data: str, **how: Any) -> Dataset:
-    """The records that a command scores on; of the embedded sets, those that a run is scored on.
+    """The records that a command scores on; of "embedded", those that a run is scored on.
 
     Raises:
         ConfigError: a format or columns for the embedded records, which are what they are.
     """
-    if data not in EMBEDDED:
+    if data != "embedded":
         return read(data, **how)
     if given := [name for name, value in how.items() if value is not None]:
         raise ConfigError(
             f"the embedded records take no {' and no '.join(given)}", mend="leave it out"
         )
-    return _embedded(data)["test"]
+    return _embedded()["test"]
 
 
 def for_scoring(records: Dataset, most: int | None, seed: int) -> tuple[Dataset, str]:
