@@ -1,4 +1,4 @@
-"""A run that several processes share, as one of them sees it: the folder, the waiting, the whole."""
+"""A run that several processes share, as one of them sees it: folder, waiting, the whole."""
 
 from __future__ import annotations
 
