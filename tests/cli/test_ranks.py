@@ -211,6 +211,28 @@ def one_of_two(monkeypatch):
         monkeypatch.setenv(key, value)
 
 
+def test_a_signal_leaves_a_run_that_goes_on(lorica, settings, tmp_path, alone, monkeypatch):
+    original, calls = Engine.step, []
+
+    def step(self, trainees, work):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, trainees, work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", step)
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "2")
+        told = lorica("search", settings, "--output-dir", "found", "--quiet")
+    assert told.code == 128 + signal.SIGTERM, told.err
+    assert "lorica search --resume found" in told.err and "workers" not in told.err
+    assert json.loads((tmp_path / "found/run.json").read_text())["status"] == "interrupted"
+    told = lorica("search", "--resume", "found", "--quiet")
+    assert told.code == 0, told.err
+    same_search(alone, tmp_path / "found")
+
+
 @pytest.mark.parametrize("broken", ["bd", "cd"])
 def test_adapters_that_break_fail_alone(lorica, several, tmp_path, monkeypatch, broken):
     original = Engine.step
