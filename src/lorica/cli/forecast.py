@@ -156,7 +156,7 @@ def _way_out(found: Forecast) -> str | None:
     """
     train = found.settings.train
     checkpointing = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
-    tried = [checkpointing] if checkpointing else []
+    tried: list[dict[str, Any]] = [checkpointing] if checkpointing else []
     for parts in (2, 4, 8):
         if train.batch_size % parts == 0:
             number = parts * train.gradient_accumulation_steps
@@ -167,7 +167,8 @@ def _way_out(found: Forecast) -> str | None:
             tried += [halved, halved | checkpointing] if checkpointing else [halved]
     if found.shadow.request.device.type != "cpu" and train.gradient_checkpointing != "offload":
         offload = {"gradient_checkpointing": "offload"}  # the last resort: every layer's input
-        tried += [offload, tried[-1] | offload]  # goes over the bus twice
+        smallest = tried[-1] if tried else {}
+        tried += [offload, smallest | offload]  # goes over the bus twice
     others = [need for phase, need in found.memory.phases.items() if phase != "training"]
     for changes in tried:
         try:

@@ -53,7 +53,7 @@ def _offload(model: nn.Module) -> None:
     pinned = device_of(model).type != "cpu"  # where nothing moves, and nothing can be pinned
     for module in model.modules():
         if (own := vars(module).get("_gradient_checkpointing_func")) is not None:
-            module._gradient_checkpointing_func = partial(_offloaded, own, pinned)
+            vars(module)["_gradient_checkpointing_func"] = partial(_offloaded, own, pinned)
 
 
 def _offloaded(checkpoint: Callable[..., Any], pinned: bool, *args: Any, **kwargs: Any) -> Any:

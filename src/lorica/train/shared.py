@@ -53,7 +53,7 @@ class SharedLayers:
         if middle is None:
             yield
             return
-        own = self.together.collate(*map(list, zip(*once.values(), strict=True)))
+        own = self.together.collate([a for a, _ in once.values()], [b for _, b in once.values()])
         with torch.no_grad(), activate(self.model, None), middle.below() as caught:
             body_output(self.model, own.inputs)
         rows = dict(zip(once, own.rows or (), strict=True))
