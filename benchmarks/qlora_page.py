@@ -24,8 +24,9 @@ lorica merge RUN --output-dir FOLDER --requantize --force   # stays quantized; t
 ```
 ```python
 from lorica.files.quantized import save_base
+
 model = lorica.load_model("PATH", quantize="nf4")
-save_base(model, "PATH-nf4")             # lorica.load_model("PATH-nf4") takes seconds
+save_base(model, "PATH-nf4")  # lorica.load_model("PATH-nf4") takes seconds
 ```
 
 ## How it is stored
