@@ -24,8 +24,9 @@ lorica merge RUN --output-dir FOLDER --requantize --force   # stays quantized; t
 ```
 ```python
 from lorica.files.quantized import save_base
+
 model = lorica.load_model("PATH", quantize="nf4")
-save_base(model, "PATH-nf4")             # lorica.load_model("PATH-nf4") takes seconds
+save_base(model, "PATH-nf4")  # lorica.load_model("PATH-nf4") takes seconds
 ```
 
 ## How it is stored
@@ -83,7 +84,8 @@ def main() -> None:
     lines += [
         "Measured on two CPU cores that others used at the same time, "
         f"{found['threads']} thread each: processor time, least of a few interleaved steps. Take "
-        "the ratios, not the seconds.",
+        "the ratios, not the seconds. The rows of 350M were measured while some twenty processes "
+        "fought over the two cores; 1B and SST-2 are not measured yet.",
         "",
         "| stored as | bits per number of a quantized layer |",
         "|---|---|",

@@ -165,7 +165,7 @@ def digest_of_packed(model: nn.Module) -> str:
         for name, tensor in sorted(layer.stored().items()):
             digest.update(f"{path}.{name}".encode())
             raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(raw.numpy())
+            digest.update(raw.numpy().data)
     for name, tensor in sorted(model.state_dict().items()):
         if not any(path in layers for path in _above(name)):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
