@@ -176,7 +176,8 @@ def _pipelines(found: dict[str, Any]) -> list[str]:
                 "",
                 "A tiny pipeline with random weights and so many LoRA adapters of rank 4 on the "
                 "attention of its denoiser, beside `load_lora_weights` and `set_adapters` of "
-                "diffusers; a forward pass is one of the denoiser. Times as above.",
+                "diffusers; a forward pass is one of the denoiser. Times as above; a side that "
+                "is not shown was not run to its end.",
                 "",
                 "| resident | side | load all | switch | change two weights | forward pass |",
                 "|---|---|---|---|---|---|",

@@ -92,7 +92,7 @@ def _mixture_lines(mixed: dict[str, Any]) -> list[str]:
 
     rows = table(mixed)
     answers = [
-        f"  {' and '.join(row[:2]):<11}{one_line(mixture['output'])}"
+        f"  {' and '.join(row[:2]):<13}{one_line(mixture['output'])}"
         for row, mixture in zip(rows[1:], mixed["mixtures"], strict=True)
     ]
     return [
@@ -100,7 +100,7 @@ def _mixture_lines(mixed: dict[str, Any]) -> list[str]:
         f"with a second adapter, for style, on {mixed['num_records']} records; weights and scores:",
         *aligned(rows, left=("none",)),
         "",
-        f"  {'input':<11}{one_line(mixed['input'])}",
+        f"  {'input':<13}{one_line(mixed['input'])}",
         *answers,
     ]
 
