@@ -169,6 +169,7 @@ def test_torchrun_starts_the_same_line_again(settings, tmp_path, alone):
     same_search(alone, tmp_path / "found")
 
 
+@pytest.mark.slow
 def test_when_all_are_killed_one_process_can_go_on(lorica, settings, tmp_path, alone):
     line = ["search", settings, "--output-dir", "found"]
     process = started(0, 2, *line, folder=tmp_path, dies_at=5)
