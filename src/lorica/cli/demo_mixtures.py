@@ -54,7 +54,7 @@ def add_mixtures(
         records = [{**row, "marks": MARKS} for row in facts("test", num_records=num_records)]
         mixtures = []
         for weights in WEIGHTS:
-            mixture = dict(zip(NAMES, weights, strict=True))
+            mixture: dict[str, Any] = dict(zip(NAMES, weights, strict=True))
             who = " and ".join(f"{name} {w:g}" for name, w in mixture.items())
             found = predictions(model, mixture, task, records, voice, generate=True, who=who)
             scores = {name: asdict(one) for name, one in score(found, METRICS).items()}

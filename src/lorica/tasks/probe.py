@@ -104,7 +104,7 @@ def beginnings_fault(model: Any) -> str | None:
             alone = [model(t[None].to(device), use_cache=False).logits[0] for t in whole]
             wanted = torch.cat([alone[0], alone[1], alone[2][lengths[0] :]])
             with attention(model, NAME):
-                inputs = {"position_ids": positions[None].to(device)}
+                inputs: dict[str, Any] = {"position_ids": positions[None].to(device)}
                 inputs["documents"] = documents.to(device)
                 made = model(flat[None].to(device), **inputs, use_cache=False).logits[0]
     except _FAULTS as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from lorica.attach.activate import Activation, activate
 from lorica.attach.attach import Adapter
-from lorica.attach.site import Route
+from lorica.attach.plates import Route
 from lorica.data.encode import Example
 from lorica.tasks.task import answering, by_length
 from lorica.train.course import Course
