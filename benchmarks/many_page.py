@@ -28,8 +28,12 @@ adapters:
 From Python, with settings for all or for each:
 
 ```python
-lorica.train(model, {sql: sql_records, chat: chat_records}, {sql: settings, chat: others},
-             output_dir="runs/both")
+lorica.train(
+    model,
+    {sql: sql_records, chat: chat_records},
+    {sql: settings, chat: others},
+    output_dir="runs/both",
+)
 ```
 
 Each has its own records, rank, targets, method, learning rate, schedule, batch size, accumulation,
