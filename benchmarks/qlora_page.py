@@ -34,7 +34,9 @@ save_base(model, "PATH-nf4")  # lorica.load_model("PATH-nf4") takes seconds
 - `nf4`, `fp4`: blocks of 64 numbers with a scale each, the scales in 8 bits (double quantization):
   bit for bit what bitsandbytes 0.50 makes on a CPU, packed bytes, scales and state dict. Folders
   are read by transformers with bitsandbytes, and those that it writes are read here without it.
-  Its CUDA kernel rounds a few in a thousand scales to the neighbouring place.
+  Its CUDA kernel rounds a few in a thousand scales to the neighbouring place. In layers of two
+  million numbers and more its mean of the scales depends on the number of threads; here it does
+  not, so the last bit of that one number may differ.
 - `int8`: a scale for each output, as bitsandbytes' `int8_vectorwise_quant` makes it.
 - Quantized are plain linear layers with a weight of their own. Embeddings, norms and the output
   head stay in the dtype of the run (`load_model(quantize_head=True)` takes the head too). Layers

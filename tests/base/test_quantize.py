@@ -429,3 +429,18 @@ def test_a_save_that_fails_leaves_nothing(nf4, plain, tmp_path):
     finally:
         lorica.detach(nf4, "x")
     assert not (tmp_path / "q").exists()
+
+
+def test_packed_bytes_do_not_depend_on_the_number_of_threads():
+    """Torch splits the sum of many scales among its threads."""
+    torch.manual_seed(0)
+    weight = torch.randn(2048, 2048)
+    before, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            found.append(NF4().pack(weight))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][key], other[key]) for key in found[0])

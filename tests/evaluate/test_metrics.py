@@ -168,9 +168,9 @@ def test_style_marks_counts_the_outputs_that_hold_one():
         text("Fish, NYA.", marks=["nya"]),
         text("no marks asked for"),
     ]
-    assert value("style_marks", predictions) == pytest.approx(2 / 4)
+    assert value("style_marks", predictions) == pytest.approx(2 / 3)
     with pytest.raises(DataError, match="no record has a list of values in its key 'marks'"):
-        check_inputs(find_metrics(["style_marks"]), [text("a")])
+        check_inputs(find_metrics(["style_marks"]), [text("a"), text("nya", marks="nya")])
 
 
 def test_unknown_names_are_refused_together_with_the_nearest():

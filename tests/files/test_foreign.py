@@ -148,12 +148,13 @@ def test_the_name_in_gguf_says_phi3_where_the_tokenizer_is_one():
     """llama.cpp takes the handling of special tokens from the name, and dies of lacking ones."""
     tokenizer = load_model("embedded").__dict__["_lorica_base"].tokenizer
     assert gguf_vocab.model_name("my-phi-3-mini", tokenizer) == "my-model-mini"
+    assert gguf_vocab.model_name("My-Phi3", tokenizer) == "My-model", "it reads small letters"
     tokenizer.add_special_tokens({"unk_token": "<unk>", "pad_token": "<|endoftext|>"})
     assert gguf_vocab.model_name("x", tokenizer) == "x"
     end = AddedToken("</s>", rstrip=True, special=True)
     tokenizer.add_special_tokens({"eos_token": end})
     assert gguf_vocab.model_name("x", tokenizer) == "phi3 x"
-    assert gguf_vocab.model_name("phi-3-mini", tokenizer) == "phi-3-mini"
+    assert gguf_vocab.model_name("Phi-3-mini", tokenizer) == "Phi-3-mini"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0"])

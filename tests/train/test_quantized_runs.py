@@ -256,3 +256,17 @@ def test_outputs_of_frozen_layers_have_a_file_for_each_storage(tmp_path):
         assert middle is not None, why
         files.add(states_file(tmp_path, model, middle))
     assert len(files) == 4
+
+
+def test_a_base_with_another_norm_or_bias_is_another_base(tmp_path):
+    """Their numbers are in no packed weight, and outputs of frozen layers depend on them."""
+    upper = LoRA(r=4, target_modules="all-linear", layers_to_transform=[1])
+    files = set()
+    for changed in (False, True):
+        model = lorica.load_model("embedded", dtype="float32", quantize="nf4")
+        if changed:
+            model.model.layers[0].input_layernorm.weight.data.mul_(2)
+        middle, why = frozen_layers(model, [lorica.attach(model, upper, name="a")])
+        assert middle is not None, why
+        files.add(states_file(tmp_path, model, middle))
+    assert len(files) == 2

@@ -107,16 +107,17 @@ class Schedule:
     tables: list[tuple[Any, list[list[Amount]]]]
     step: int = -1
     _handle: RemovableHandle | None = field(default=None, repr=False)
+    _time: float | None = field(default=None, repr=False)
 
     def start(self, model: nn.Module) -> None:
         """Count the forward passes of a model; of a text-to-image pipeline those of the denoiser,
         which the pipeline calls past the model.
         """
         if self._handle is None:
-            counted: nn.Module = getattr(model, "denoiser", model)
-            self._handle = counted.register_forward_pre_hook(
-                self._before, with_kwargs=True, prepend=True
-            )
+            denoiser: nn.Module | None = getattr(model, "denoiser", None)
+            before = self._before if denoiser is None else self._before_denoising
+            counted = model if denoiser is None else denoiser
+            self._handle = counted.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
 
     def stop(self) -> None:
         """Count no longer."""
@@ -136,6 +137,18 @@ class Schedule:
         cache = kwargs.get("past_key_values")
         begins = cache is not None and _length(cache) == 0
         self.go_to(0 if begins else self.step + 1)
+
+    def _before_denoising(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """All passes at one timestep are one step. Timesteps fall while a picture is drawn, so a
+        greater one than the last is that of the next picture, which begins at 0.
+        """
+        given = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        time = None if given is None else float(torch.as_tensor(given).max())
+        last, self._time = self._time, time
+        if time is None or last is None or self.step < 0:
+            self.go_to(self.step + 1)
+        elif time != last:
+            self.go_to(0 if time > last else self.step + 1)
 
 
 def _length(cache: Any) -> int:

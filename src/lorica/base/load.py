@@ -461,6 +461,16 @@ def _digest_of(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 that stands for the very numbers of a base: of its files where they hold them as they
+    are, else of its tensors. (That of a quantized base's packed weights is the same in every dtype,
+    and leaves out the numbers of what is not packed.)
+    """
+    base = base_of(model)
+    exact = base is not None and base.digest and base.quantize is None
+    return base.digest if exact and base else digest_of_tensors(model)
+
+
 def digest_of_tensors(model: nn.Module) -> str:
     """SHA-256 over names and bytes of all parameters and buffers that a model saves."""
     digest = hashlib.sha256()

@@ -116,6 +116,6 @@ def _lines(written: Any, folder: Path, requantize: bool) -> list[str]:
         *([f"verified: {written.verified}"] if written.verified is not None else []),
         "",
         f"model  {folder}",
-        f"load   transformers.{AUTO_CLASSES[written.kind]}.from_pretrained({str(folder)!r})"
-        + (", which needs bitsandbytes; lorica does not" if requantize else ""),
+        f"load   transformers.{AUTO_CLASSES[written.kind]}.from_pretrained({str(folder)!r})",
+        *(["       transformers needs bitsandbytes for it; lorica does not"] if requantize else []),
     ]

@@ -318,12 +318,18 @@ def _lines(found: Forecast, cheaper: list[Alternative], pace: Pace) -> list[str]
     return [*lines, "", *_setting_lines(found), *(f"note: {n}" for n in _notes(found))]
 
 
+def _wrapped(text: str) -> list[str]:
+    """In lines, but never within a word: a path can be copied."""
+    from textwrap import wrap
+
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    return wrap(text, VALUE_WIDTH, **whole) or [""]
+
+
 def _setting_lines(found: Forecast) -> list[str]:
     """What was set or decided with its origin, then the defaults with what they do. A long value
     goes over several lines.
     """
-    from textwrap import wrap
-
     from lorica.config.text import yaml_text
     from lorica.records.lines import aligned
 
@@ -332,6 +338,6 @@ def _setting_lines(found: Forecast) -> list[str]:
     for entry in sorted(entries, key=lambda e: e["origin"] == "default"):
         default = entry["origin"] == "default"
         why = f"default: {entry['help']}" if default else entry["origin"]
-        first, *more = wrap(yaml_text(entry["value"]), VALUE_WIDTH) or [""]
+        first, *more = _wrapped(yaml_text(entry["value"]))
         rows += [[entry["key"], first, why], *(["", part, ""] for part in more)]
     return aligned(rows, left=("setting", "value", "why"))

@@ -254,7 +254,8 @@ ASKED_IN_RECORDS = {"slot_accuracy": "slots", "style_marks": "marks"}
 
 
 def _values(prediction: Prediction, key: str) -> list[str]:
-    return [str(value) for value in prediction.record.get(key) or ()]
+    values = prediction.record.get(key) or ()
+    return [] if isinstance(values, str) else [str(value) for value in values]
 
 
 def _slot_hits(predictions: Sequence[Prediction]) -> Array:
@@ -268,12 +269,12 @@ def _slot_hits(predictions: Sequence[Prediction]) -> Array:
 
 
 def _marked(predictions: Sequence[Prediction]) -> Array:
-    """1 for an output that holds a mark of its record."""
+    """1 for an output that holds a mark of its record; records that list none do not count."""
     rows = []
     for one in predictions:
         output = _text(one.output).casefold()
-        marks = (_text(mark).casefold() for mark in _values(one, "marks"))
-        rows.append([any(_occurs(mark, output) for mark in marks), True])
+        marks = [_text(mark).casefold() for mark in _values(one, "marks")]
+        rows.append([any(_occurs(mark, output) for mark in marks), bool(marks)])
     return np.array(rows, dtype=np.float64)
 
 

@@ -52,10 +52,10 @@ def model_name(wanted: str, tokenizer: Any) -> str:
     known = tokenizer.get_vocab()
     strips = [t.rstrip for t in tokenizer.added_tokens_decoder.values() if t.content == "</s>"]
     like_phi3 = all(token in known for token in _PHI3) and any(strips)
-    says_so = re.search("phi-?3", wanted) is not None
+    says_so = re.search("phi-?3", wanted, re.IGNORECASE) is not None
     if like_phi3 and not says_so:
         return f"phi3 {wanted}"
-    return wanted if like_phi3 else re.sub("phi-?3", "model", wanted)
+    return wanted if like_phi3 else re.sub("phi-?3", "model", wanted, flags=re.IGNORECASE)
 
 
 def add_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:

@@ -141,12 +141,15 @@ def compress(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Semantics: places in the signed dynamic map of absmax - mean, in blocks of 256 by their largest
     magnitude, as the CPU kernel of bitsandbytes rounds them: x in [-1, 1] is first rounded to one
     of 65,536 equal steps, so that numbers within a step of a border may go to the farther side. Its
-    CUDA kernel does not, so in a few of a thousand scales it differs by one place.
+    CUDA kernel does not, so in a few of a thousand scales it differs by one place. The mean is
+    summed in parts that torch does not share among threads, or the bytes would depend on how many
+    there are, as those of bitsandbytes do in layers of two million numbers and more.
 
     Returns:
         places (n,) uint8, their magnitudes (ceil(n / 256),) float32, and the mean, float32.
     """
-    offset = absmax.mean()
+    parts = absmax.cpu().split(2**14)
+    offset = (torch.stack([part.sum() for part in parts]).sum() / absmax.numel()).to(absmax.device)
     blocks = F.pad(absmax - offset, (0, -absmax.numel() % NEST)).view(-1, NEST)
     scales = blocks.abs().amax(1)
     scaled = torch.where(scales[:, None] > 0, blocks * (1 / scales)[:, None], -1)

@@ -53,7 +53,9 @@ class Beginnings:
     def shares(self, adapter: Adapter, block: Sequence[Example]) -> bool:
         """Whether records of this block go on behind what they have in common."""
         may = self.off is None and isinstance(self.task, CausalLM)
-        return may and bool(beginnings(block)) and self.fault(adapter) is None
+        if not may or self._faults.get(adapter) is not None:
+            return False
+        return bool(beginnings(block)) and self.fault(adapter) is None
 
     def fault(self, adapter: Adapter) -> str | None:
         """Why no records of an adapter share; None where they may."""
@@ -74,8 +76,10 @@ class Beginnings:
 
     def notes(self, courses: Sequence[Course]) -> list[str]:
         """What a run is told: how many tokens it saves, or why none."""
+        if self.off is not None or not isinstance(self.task, CausalLM):
+            return []
         found = []
-        for course in courses if isinstance(self.task, CausalLM) else ():
+        for course in courses:
             share = _share(course)
             if share < WORTH_TELLING:
                 continue
@@ -86,7 +90,7 @@ class Beginnings:
                     f"{who}prompts that begin alike go through the base once per batch: "
                     f"{share:.0%} fewer tokens"
                 )
-            elif self.off is None:
+            else:
                 found.append(
                     f"{who}prompts that begin alike go through the base each time ({share:.0%} of "
                     f"the tokens): {fault}"

@@ -49,11 +49,21 @@ def turn_on(model: Any, how: Checkpointing = True) -> None:
 
 
 def _offload(model: nn.Module) -> None:
-    """Let what is kept wait in the host's memory: pinned, so that copies do not hold the GPU up."""
+    """Let what is kept wait in the host's memory: pinned, so that copies do not hold the GPU up.
+
+    Raises:
+        TrainingError: no layer says how it is checkpointed.
+    """
     pinned = device_of(model).type != "cpu"  # where nothing moves, and nothing can be pinned
-    for module in model.modules():
-        if (own := vars(module).get("_gradient_checkpointing_func")) is not None:
-            vars(module)["_gradient_checkpointing_func"] = partial(_offloaded, own, pinned)
+    name = "_gradient_checkpointing_func"
+    layers = [module for module in model.modules() if vars(module).get(name) is not None]
+    if not layers:
+        raise TrainingError(
+            f"{type(model).__name__} does not let what its layers keep be moved",
+            mend="set gradient_checkpointing: true",
+        )
+    for module in layers:
+        vars(module)[name] = partial(_offloaded, vars(module)[name], pinned)
 
 
 def _offloaded(checkpoint: Callable[..., Any], pinned: bool, *args: Any, **kwargs: Any) -> Any:

@@ -130,7 +130,13 @@ class Engine:
         self._checked: set[str] = set()
         with activate(model, None):
             self._shares = task.shares(model)
-        self._checkpoints = bool(gradient_checkpointing) and not checkpoints(model)
+        already = checkpoints(model)
+        if already and gradient_checkpointing == "offload":
+            raise TrainingError(
+                "the model checkpoints already, in a way that keeps activations where they are",
+                mend="call model.gradient_checkpointing_disable() before",
+            )
+        self._checkpoints = bool(gradient_checkpointing) and not already
         if self._checkpoints:
             turn_on(model, gradient_checkpointing)
         self.look_again()

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from lorica.attach.activate import activate
 from lorica.attach.handle import Adapter
 from lorica.attach.middle import Middle, body_output, middle_of
-from lorica.base.load import base_of, digest_of_tensors
+from lorica.base.load import digest_of
 from lorica.data.encode import Example
 from lorica.tasks.task import Batch, Task, answering, device_of, filler
 from lorica.train.engine import draws
@@ -134,9 +134,8 @@ def states_file(folder: Path, model: Any, middle: Middle) -> Path:
     """Where states of these layers lie: a name that differs with all that they depend on beside
     the record.
     """
-    base = base_of(model)
     parts = {
-        "base": base.digest if base and base.digest else digest_of_tensors(model),
+        "base": digest_of(model),
         "class": type(model).__name__,
         "config": model.config.to_json_string(use_diff=False),
         "layers": f"{middle.path}[:{middle.index}]",

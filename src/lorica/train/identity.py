@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorica.attach.handle import Adapter
-from lorica.base.load import base_of, digest_of_tensors
+from lorica.base.load import digest_of
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.tasks.task import Task, device_of
@@ -36,9 +36,8 @@ def identity(
     Args:
         settings: those of the run; what a course has otherwise is told beside them.
     """
-    base = base_of(model)
     found = {
-        "base": base.digest if base and base.digest else digest_of_tensors(model),
+        "base": digest_of(model),
         "dtype of the base": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
     found |= {f"task.{key}": _text(value) for key, value in task.facts().items()}

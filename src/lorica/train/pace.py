@@ -13,6 +13,7 @@ from lorica.attach.handle import Adapter
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.tasks.task import Task, device_of
+from lorica.train.beginnings import beginnings_of
 from lorica.train.engine import Engine, Trainee
 
 PROBED_STEPS, SIDE, PRODUCTS = 3, 1024, 5
@@ -39,7 +40,10 @@ def probed(
         blocks: batches of usual size.
     """
     trainee = Trainee(adapter, settings, total=1 + PROBED_STEPS)
-    engine = Engine(model, task, gradient_checkpointing=settings.gradient_checkpointing)
+    reuses = settings.reuse_frozen_layers is not None
+    together = beginnings_of(model, task, wanted=settings.share_prompts, reuses=reuses)
+    how = settings.gradient_checkpointing
+    engine = Engine(model, task, gradient_checkpointing=how, collating=together.collate)
     seconds = tokens = 0.0
     try:
         with torch.random.fork_rng([device_of(model)] if device_of(model).type == "cuda" else []):
