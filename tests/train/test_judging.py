@@ -18,6 +18,7 @@ from lorica.train.loop import train
 from lorica.train.measure import mean_loss
 from lorica.train.plan import courses_of
 from lorica.train.shared import SharedLayers
+from tasks.test_beginnings import block
 from train.words import WordTokenizer, examples
 
 engine_file, judging = (import_module(f"lorica.train.{name}") for name in ("engine", "judging"))
@@ -50,9 +51,10 @@ def test_the_losses_are_those_of_each_alone(monkeypatch, most, layers):
     ranks = {f"{'x' * r}": LoRA(r=r, lora_dropout=0.3, **how) for r in (1, 2, 5)}
     found = courses(model, task, ranks, held_out)
     shared = SharedLayers(model, task)
-    engine = Engine(model, task, sharing=shared.shared)
+    engine = Engine(model, task)
     (group,) = judged_together(engine, found)
-    each = losses_of(engine, [c.trainee.adapter for c in group], group[0].held_out, 4)
+    adapters = [course.trainee.adapter for course in group]
+    each = losses_of(engine, adapters, group[0].held_out, 4, sharing=shared.shared)
     assert bool(shared.passes) == (layers is not None and most > 1)
     for course, losses in zip(group, each, strict=True):
         alone = []
@@ -79,9 +81,9 @@ def test_only_those_with_the_same_records_and_stacking_methods_share():
 def test_a_run_judges_its_adapters_together(tmp_path, monkeypatch):
     sizes, original = [], judging._pass
 
-    def counted(engine, adapters, block):
+    def counted(engine, adapters, *how):
         sizes.append(len(adapters))
-        return original(engine, adapters, block)
+        return original(engine, adapters, *how)
 
     monkeypatch.setattr(judging, "_pass", counted)
     found = {}
@@ -96,3 +98,17 @@ def test_a_run_judges_its_adapters_together(tmp_path, monkeypatch):
         report = train(model, data, SETTINGS, output_dir=tmp_path / names, **how)
         found[names] = report.eval_loss["a"]
     assert sizes and set(sizes) == {2} and found["ab"] == found["a"]
+
+
+def test_records_that_begin_alike_are_judged_whole(tmp_path):
+    """In training their common beginning is in a batch once, in evaluations it is not."""
+    found, task = {}, CausalLM.of(WordTokenizer())
+    for names in ("ab", "a"):
+        model, data = ARCHITECTURES["llama"].build(), {}
+        for name in names:
+            upper = LoRA(r=2, target_modules="all-linear", layers_to_transform=[1])
+            data[attach(model, upper, name=name, seed=3)] = block()
+        how = {"task": task, "eval_data": block()}
+        report = train(model, data, SETTINGS, output_dir=tmp_path / names, **how)
+        found[names] = report.eval_loss["a"]
+    assert found["ab"] == found["a"]

@@ -206,7 +206,7 @@ def test_an_evaluator_adds_scores(tmp_path):
 
 def test_an_evaluation_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "mean_loss", lambda *a, **k: math.nan)
-    with pytest.raises(NonFiniteError, match="step 2: the evaluation loss is nan"):
+    with pytest.raises(NonFiniteError, match=r"step 2: the evaluation loss is not finite \(nan\)"):
         one(tmp_path / "r", eval_data=examples(2, 2), eval_steps=2)
 
 

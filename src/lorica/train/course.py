@@ -161,7 +161,8 @@ class Course:
         """
         if not math.isfinite(eval_loss):
             raise NonFiniteError(
-                f"adapter {self.name!r}, step {self.step}: the evaluation loss is {eval_loss}",
+                f"adapter {self.name!r}, step {self.step}: the evaluation loss is not finite "
+                f"({eval_loss})",
                 mend="lower learning_rate, or use dtype: float32",
             )
         self.eval_loss = eval_loss

@@ -187,6 +187,7 @@ class _Run:
         tokenizer: is written beside the adapters; None where the caller does, or there is none.
         seconds: spent in optimizer steps, over all tries.
         last_save: when the newest checkpoint was done, and how many seconds it took.
+        sharing: what must hold while several adapters are judged in one pass.
     """
 
     def __init__(
@@ -202,6 +203,8 @@ class _Run:
         self.folder, self.evaluator = folder, evaluator
         self.turn, self.unjudged, self.saved, self.seconds = 0, False, 0, 0.0
         self.last_save = -math.inf, 0.0
+        reuses = company.reuse.layers is not None  # evaluations are of whole records
+        self.sharing = nothing_shared if reuses else SharedLayers(self.model, self.task).shared
         self.identity = identity(self.model, self.task, company.courses, company.settings)
 
     def go(
@@ -358,7 +361,8 @@ class _Run:
             adapters, examples = [c.trainee.adapter for c in group], group[0].held_out
             size = eval_batch_size(group[0])
             with self._advised(group, "an evaluation"):
-                each = losses_of(self.engine, adapters, examples, size, between=stop.check)
+                how = {"sharing": self.sharing, "between": stop.check}
+                each = losses_of(self.engine, adapters, examples, size, **how)
             number = sum(e.num_trained for e in examples)
             for course, losses in zip(group, each, strict=True):
                 found[course.name] = {"eval_loss": math.fsum(losses) / number}, losses
