@@ -67,19 +67,23 @@ def test_stopped_in_every_other_step(whole, tmp_path, monkeypatch):
 @pytest.mark.parametrize("batch", range(1, 5))
 def test_stopped_in_the_middle_of_an_evaluation(whole, tmp_path, monkeypatch, batch):
     """A stop does not wait for the evaluation: it is made again on resumption, its row once."""
-    folder, original, calls = tmp_path / "run", loop.mean_loss, []
+    folder, calls = tmp_path / "run", []
 
-    def interrupted(*arguments, between, each):
-        def counted():
-            calls.append(None)
-            if len(calls) == batch:
-                signal.raise_signal(signal.SIGINT)
-            between()
+    def interrupting(original):
+        def interrupted(*arguments, between, **how):
+            def counted():
+                calls.append(None)
+                if len(calls) == batch:
+                    signal.raise_signal(signal.SIGINT)
+                between()
 
-        return original(*arguments, between=counted, each=each)
+            return original(*arguments, between=counted, **how)
+
+        return interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "mean_loss", interrupted)
+        for name in ("mean_loss", "losses_of"):  # of one adapter, of several
+            patch.setattr(loop, name, interrupting(getattr(loop, name)))
         with pytest.raises(Interrupted):
             run(folder)
     assert len(calls) == batch

@@ -365,7 +365,7 @@ METRICS: dict[str, Metric] = {
         Metric("perplexity", "nll", False, "from 1", _likelihood, _perplexity),
         Metric("exact_match", "text", True, "0 to 1", _exact, _mean, proportion=True),
         Metric("slot_accuracy", "text", True, "0 to 1", _slot_hits, _mean),
-        Metric("style_marks", "text", True, "0 to 1", _marked, _mean, proportion=True),
+        Metric("style_marks", "text", True, "0 to 1", _marked, _mean),
         Metric("bleu", "text", True, "0 to 100", _sacrebleu_counts(BLEU(force=True)), _bleu),
         Metric("chrf", "text", True, "0 to 100", _sacrebleu_counts(CHRF()), _chrf),
         Metric("rouge_l", "text", True, "0 to 100", _rouge_l_scores, _mean),
