@@ -18,8 +18,9 @@ LoricaError                  1   (the exit code)
 └── MissingPackage           2   an optional package is needed; the message is the install command
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import ClassVar
 
 
@@ -128,10 +129,13 @@ class NonFiniteError(TrainingError):
     Attributes:
         rows: records that may be the cause, as indices into those of the adapter.
         adapter: its name; where several failed, the first of them.
+        failed, steps: where all adapters of a run failed, what ended each, and at which step.
     """
 
     rows: Sequence[int] = ()
     adapter: str = ""
+    failed: Mapping[str, str] = MappingProxyType({})
+    steps: Mapping[str, int] = MappingProxyType({})
 
 
 class OutOfMemory(TrainingError):

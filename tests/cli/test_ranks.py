@@ -5,14 +5,20 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from lorica.cli import main
+from lorica.cli import main, ranks, search_crew
 from lorica.config import load_yaml
+from lorica.errors import LoricaError
+from lorica.files.adapter import save_adapter
+from lorica.records.folder import RunFolder
+from lorica.train import loop
 from lorica.train.engine import Engine
 
+PLACES = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 SECTION = {"r": [2, 4, 5], "learning_rate": [3e-3, 3e-2]}
 CODE = """
 import os, sys
@@ -44,32 +50,33 @@ def settings(stock, tmp_path_factory):
     return file
 
 
-@pytest.fixture
-def several(settings, tmp_path):
+@pytest.fixture(scope="module")
+def several(settings):
     """run.yaml of four adapters."""
     values = json.loads(settings.read_text())
     del values["search"]
-    own = {"eval_records": 6, "max_new_tokens": 6, "eval_steps": 4}
+    own = {"eval_records": 6, "max_new_tokens": 6, "eval_steps": 4, "save_steps": 4}
     adapters = [
-        {"name": "a", "r": 2},
+        {"name": "a", "r": 2, "max_steps": 7},
         {"name": "b", "r": 3, "lora_dropout": 0.1, "seed": 4, "max_steps": 9},
         {"name": "c", "method": "dora", "r": 2, "batch_size": 2},
-        {"name": "d", "r": 4, "target_modules": ["q_proj", "v_proj"], "max_steps": 5},
+        {"name": "d", "r": 4, "target_modules": ["q_proj", "v_proj"], "eval_records": 5},
     ]
-    file = tmp_path / "several.yaml"
+    file = settings.parent / "several.yaml"
     file.write_text(json.dumps({**values, **own, "adapters": adapters}))
     return file
 
 
 def torchrun(number, *line, folder):
-    words = ["--nproc-per-node", str(number), "-m", "lorica", *map(str, line)]
+    words = ["--standalone", "--nproc-per-node", str(number), "-m", "lorica", *map(str, line)]
     how = {"cwd": folder, "capture_output": True, "text": True}
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], **how)
 
 
 def started(rank, size, *line, folder, dies_at=0):
     """A process as torchrun starts it, without a torchrun that ends all when one dies."""
-    places = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    both = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    places = {"RANK": str(rank), "LOCAL_RANK": str(rank), **both}
     words = [sys.executable, "-c", CODE, str(dies_at), *map(str, line)]
     how = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(words, env={**os.environ, **places}, **how)
@@ -108,9 +115,19 @@ def rows(folder):
 @pytest.fixture(scope="module")
 def alone(settings):
     """The search by one process."""
-    folder = settings.parent / "alone"
+    return by_one("search", settings)
+
+
+@pytest.fixture(scope="module")
+def several_alone(several):
+    """The four adapters by one process."""
+    return by_one("train", several)
+
+
+def by_one(command, file):
+    folder = file.with_suffix("")
     with pytest.raises(SystemExit) as ended:
-        main(["search", str(settings), "--output-dir", str(folder), "--quiet"])
+        main([command, str(file), "--output-dir", str(folder), "--quiet"])
     assert ended.value.code == 0
     return folder
 
@@ -181,12 +198,10 @@ def test_when_all_are_killed_one_process_can_go_on(lorica, settings, tmp_path, a
 
 
 @pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_adapters_of_a_list_are_those_of_one_process(lorica, several, tmp_path, number):
-    told = lorica("train", several, "--output-dir", "alone", "--quiet")
-    assert told.code == 0, told.err
+def test_adapters_of_a_list_are_those_of_one_process(several, several_alone, tmp_path, number):
     done = torchrun(number, "train", several, "--output-dir", "found", folder=tmp_path)
     assert done.returncode == 0 and done.stdout.count("\nreport ") == 1, done.stderr
-    same_run(tmp_path / "alone", tmp_path / "found")
+    same_run(several_alone, tmp_path / "found")
 
 
 def same_run(first, second):
@@ -198,7 +213,9 @@ def same_run(first, second):
     for name, why in one["training"]["failed"].items():
         both = [[run["training"][key][name] for key in one["training"]] for run in (one, other)]
         assert why or both[0] == both[1]
-    assert one["training"]["failed"] == other["training"]["failed"]
+    for key in ("failed", "steps"):
+        assert one["training"][key] == other["training"][key]
+    assert one["plan"] == other["plan"] and one.get("data") == other.get("data")
     assert other["status"] == "finished"
     for name, own in one["adapters"].items():
         assert {**own, "path": 0} == {**other["adapters"][name], "path": 0}
@@ -208,7 +225,7 @@ def same_run(first, second):
 @pytest.fixture
 def one_of_two(monkeypatch):
     """This process is the first of two."""
-    for key, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+    for key, value in PLACES.items():
         monkeypatch.setenv(key, value)
 
 
@@ -223,15 +240,89 @@ def test_a_signal_leaves_a_run_that_goes_on(lorica, settings, tmp_path, alone, m
 
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", step)
-        patch.setenv("RANK", "0")
-        patch.setenv("WORLD_SIZE", "2")
+        for key, value in PLACES.items():
+            patch.setenv(key, value)
         told = lorica("search", settings, "--output-dir", "found", "--quiet")
     assert told.code == 128 + signal.SIGTERM, told.err
     assert "lorica search --resume found" in told.err and "workers" not in told.err
-    assert json.loads((tmp_path / "found/run.json").read_text())["status"] == "interrupted"
+    assert status(tmp_path) == "interrupted"
+    with RunFolder.open("found") as held, monkeypatch.context() as patch:  # another works there
+
+        def leaving(*words):
+            held.close()
+            return original(*words)
+
+        patch.setattr(Engine, "step", leaving)
+        patch.setattr(search_crew, "load_adapter", failing)
+        told = lorica("search", "--resume", "found")
+        assert told.code == 1 and "the disk is gone" in told.err
+        assert status(tmp_path) == "failed"  # whoever takes over the end says what became of it
+    with RunFolder.open("found"):
+        told = lorica("search", "--resume", "found")
+        assert told.code == 0 and "another process writes the result: found" in told.out
     told = lorica("search", "--resume", "found", "--quiet")
     assert told.code == 0, told.err
     same_search(alone, tmp_path / "found")
+
+
+def status(folder):
+    return json.loads((folder / "found/run.json").read_text())["status"]
+
+
+def failing(*words, **how):
+    raise LoricaError("the disk is gone")
+
+
+def test_only_what_is_whole_counts_as_written(
+    lorica, several, several_alone, tmp_path, monkeypatch
+):
+    calls = []
+
+    def save(*words, **how):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return save_adapter(*words, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_adapter", save)
+        for key, value in PLACES.items():
+            patch.setenv(key, value)
+        told = lorica("train", several, "--output-dir", "found")
+    assert told.code == 128 + signal.SIGTERM and "begin anew" in told.err, told.err
+    assert "saved" not in told.err and "save_steps has no effect" in told.out
+    first = tmp_path / "found/workers/1"
+    assert len([*first.glob("adapters/*")]) == 2 and not (first / "checkpoints").exists()
+    values = load_yaml(several).values | {"learning_rate": 0.05}
+    (tmp_path / "other.yaml").write_text(json.dumps(values))
+    told = lorica("train", "other.yaml", "--output-dir", "found", "--resume", "found")
+    assert told.code == 2 and "was begun with other settings or data" in told.err
+    assert "settings.learning_rate is 0.05, and was 0.0002" in told.err
+    told = lorica("train", several, "--output-dir", "found", "--resume", "found", "--quiet")
+    assert told.code == 0, told.err
+    same_run(several_alone, tmp_path / "found")
+
+
+def test_tensors_that_break_at_last_are_told(lorica, several, stock, monkeypatch, one_of_two):
+    original, calls = Engine.step, []
+
+    def step(self, trainees, work):
+        calls.append(1)
+        result = original(self, trainees, work)
+        if len(calls) == 2:
+            with torch.no_grad():
+                next(trainees[0].adapter.parameters()).fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(Engine, "step", step)
+    values = load_yaml(several).values
+    del values["eval_steps"], values["save_steps"]
+    adapters = [{"name": name} for name in "abcd"]
+    values |= {"data": str(stock / "pairs.jsonl"), "max_steps": 2, "adapters": adapters}
+    Path("broken.yaml").write_text(json.dumps(values))
+    told = lorica("train", "broken.yaml", "--output-dir", "found", "--eval-size", "0")
+    assert told.code == 1 and "adapter 'a', step 2: 1 tensors are not finite" in told.err
+    assert "training" not in json.loads(Path("found/workers/1/run.json").read_text())
 
 
 @pytest.mark.parametrize("broken", ["bd", "cd"])
@@ -248,11 +339,15 @@ def test_adapters_that_break_fail_alone(lorica, several, tmp_path, monkeypatch, 
     monkeypatch.setattr(Engine, "step", step)
     told = lorica("train", several, "--output-dir", "alone", "--quiet")
     assert told.code == 1 and "2 of 4 adapters failed" in told.err
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")  # the other one never comes
-    again = lorica("train", several, "--output-dir", "found", "--quiet")
-    assert again.code == 1 and again.err.replace("found", "alone") == told.err
+    for key, value in PLACES.items():  # the other one never comes
+        monkeypatch.setenv(key, value)
+    for line in ([several, "--output-dir", "found"], ["--resume", "found"]):
+        again = lorica("train", *line, "--quiet")
+        assert again.code == 1 and again.err.replace("found", "alone") == told.err
     same_run(tmp_path / "alone", tmp_path / "found")
+    monkeypatch.setenv("RANK", "1")
+    again = lorica("train", "--resume", "found")
+    assert (again.code, again.out, again.err) == (0, "", "")
 
 
 def test_nothing_is_trained_twice(lorica, stock, quick, one_of_two):
@@ -288,3 +383,37 @@ def test_what_several_processes_cannot_share_is_refused(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     told = lorica("search", settings, "--output-dir", "found")
     assert told.code == 2 and "processes of one machine" in told.err
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    told = lorica("search", settings, "--output-dir", "found")
+    assert told.code == 2 and "nothing says that they are on one machine" in told.err
+
+
+def test_memory_is_judged_for_each_process(lorica, settings, monkeypatch, one_of_two):
+    monkeypatch.setattr(search_crew, "beside", lambda found: 2**30)
+    told = lorica("search", settings, "--output-dir", "found")
+    assert told.code == 3 and "--ignore-memory" in told.err
+
+
+def test_nobody_waits_for_ever_for_the_first(lorica, several, monkeypatch, one_of_two):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(ranks, "TELL_AFTER", 0.1)
+    monkeypatch.setattr(ranks, "GIVE_UP_AFTER", 0.3)
+    told = lorica("train", several, "--output-dir", "found")
+    assert told.code == 1 and "waits for the first one" in told.out
+    assert "exec" in told.err
+
+
+def test_an_earlier_run_is_not_taken_for_this_one(tmp_path, monkeypatch, one_of_two):
+    before = ranks.ranks()
+    parent = tmp_path / str(os.getppid())
+    parent.mkdir()
+    monkeypatch.setattr(ranks, "_PROCESSES", tmp_path)
+    (parent / "stat").write_text("7 (a (b) c) S " + " ".join(map(str, range(4, 30))))
+    assert ranks.ranks().token == f"{os.getppid()}-22-0" != before.token
+    (parent / "stat").unlink()
+    found = ranks.ranks()
+    with RunFolder.create(tmp_path / "run") as folder:
+        assert ranks.token_of(folder.path) is None
+        folder.manifest.write_text(json.dumps({"processes": {"token": found.token}}))
+        assert ranks._has_begun(folder.path, found)
+    assert not ranks._has_begun(folder.path, found)

@@ -12,7 +12,9 @@ from lorica.config import TrainSettings
 from lorica.files.adapter import load_adapter, save_adapter
 from lorica.methods import WORDS
 from lorica.methods.lora import LoRA
+from lorica.records.atomic import write_file
 from lorica.records.crew import Crew
+from lorica.records.folder import json_text
 from lorica.search.field import Course, Field, number_of
 from lorica.search.member import Member, lost
 from lorica.search.schedule import Schedule, training
@@ -33,7 +35,7 @@ class Worker:
     their losses are made up.
     """
 
-    def __init__(self, folder, *, size, at_once):
+    def __init__(self, folder, *, size, at_once, room=None):
         space = read_space(WIDE, methods=WORDS, default_method="lora", given={})
         self.crew = Crew(folder, size)
         with self.crew.locked():
@@ -41,7 +43,7 @@ class Worker:
                 str(folder / "study.db"), space, seed=0, identity={}, run=str(folder)
             )
         self.schedule = Schedule(self.study, at_once, EVERY, TOTAL, RUNGS)
-        self.member = None
+        self.member, self.room = None, room
 
     def begin(self):
         """Look for work; whether there was some."""
@@ -63,7 +65,8 @@ class Worker:
             seed=0,
             task=CausalLM.of(WordTokenizer()),
         )
-        self.member = Member(field, self.schedule, self.crew, self.folder)
+        how = {"room": self.room}
+        self.member = Member(field, self.schedule, self.crew, self.folder, **how)
         self.steps, self.ended, self.waiting = {}, {}, {}
         if not self.member.begin():
             self.close()
@@ -75,12 +78,14 @@ class Worker:
             self.hear(name, evaluation)
         standing = {name: self.ended.get(name) for name in self.steps}
         self.member._looked = -math.inf
+        self.member._asked = dict.fromkeys(self.member._asked, -math.inf)
         self.steps |= dict.fromkeys((n.adapter.name for n in self.member.newcomers(standing)), 0)
         for name in [n for n in self.steps if n not in self.waiting and n not in self.ended]:
             self.steps[name] += 1
             if self.steps[name] % EVERY == 0:
                 self.hear(name, evaluation_of(name, self.steps[name]))
         if self.steps.keys() == self.ended.keys() and not self.waiting:
+            write_file(self.folder.manifest, json_text({"training": {"steps": self.steps}}))
             for name in self.steps:
                 adapter = self.member.field.handles[number_of(name)]
                 save_adapter(adapter, self.folder.adapter(name))
@@ -154,6 +159,25 @@ def test_everybody_at_once_is_split_evenly(tmp_path):
         ["c000", "c001", "c002"],
         ["c003", "c004", "c005"],
     ]
+
+
+def test_no_process_takes_more_than_fit(tmp_path):
+    (tmp_path / "run").mkdir()
+    worker = Worker(tmp_path / "run", size=1, at_once=6, room=2)
+    assert worker.begin() and len(worker.member.newcomers({})) == 2
+
+
+def test_who_rests_is_not_asked_about_all_the_time(tmp_path):
+    (tmp_path / "run").mkdir()
+    first, second = (Worker(tmp_path / "run", size=2, at_once=6) for _ in range(2))
+    assert first.begin() and second.begin()
+    for worker in (first, second):
+        worker.turn()
+        worker.turn()
+    name, evaluation = next(iter(first.waiting.items()))
+    assert first.member.judge(evaluation) is LATER
+    first.member._asked[name] = -math.inf
+    assert first.member.judge(evaluation) is not LATER
 
 
 @pytest.mark.parametrize("at_once", [2, 6])

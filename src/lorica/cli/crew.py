@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lorica.cli.ranks import Ranks, token_of, wait_for_first
+from lorica.cli.voice import Voice
+from lorica.config import Resolved
 from lorica.errors import ConfigError, Interrupted, LoricaError, RunLocked
 from lorica.records.atomic import write_file
 from lorica.records.crew import Crew, is_crewed
@@ -35,7 +37,13 @@ def output_of(settings: Any, resume: Path | None) -> Path:
 
 
 def enter(
-    path: Path, found: Ranks, start: Callable[[RunFolder], None], *, resume: bool, discard: bool
+    path: Path,
+    found: Ranks,
+    voice: Voice,
+    start: Callable[[RunFolder], None],
+    *,
+    resume: bool,
+    discard: bool,
 ) -> RunFolder | None:
     """The folder of the run where it is this process that holds it; None where another one does.
 
@@ -46,7 +54,7 @@ def enter(
         start: writes what makes the folder a run.
     """
     if not found.first:
-        wait_for_first(path, found)
+        wait_for_first(path, found, voice)
         return None
     if not resume:
         folder = RunFolder.create(path, replace=discard)
@@ -97,11 +105,20 @@ def told(path: Path, crew: Crew, folder: RunFolder | None, command: str) -> Iter
                 text = f"{type(error).__name__}: {error}"
                 outcome = {"status": status, "ended": now()}
                 mark(folder, outcome if status == "interrupted" else {**outcome, "error": text})
+        if isinstance(error, LoricaError):
+            error.what = _mended(error.what)
         if isinstance(error, LoricaError) and error.mend:
             parts = error.mend.split(str(crew.path / "workers"))
             text = str(path).join([parts[0], *(p.lstrip("/0123456789") for p in parts[1:])])
             error.mend = text.replace("lorica train --resume", f"lorica {command} --resume")
         raise
+
+
+def _mended(what: str) -> str:
+    """No checkpoint holds a state: see `keep_state` of `train`."""
+    for untrue in ("the state was saved", "at once; the last checkpoint stands"):
+        what = what.replace(untrue, "adapters that are not written yet begin anew")
+    return what
 
 
 def last_one(path: Path, folder: RunFolder | None) -> RunFolder | None:
@@ -118,6 +135,22 @@ def last_one(path: Path, folder: RunFolder | None) -> RunFolder | None:
     return None
 
 
+def tell_where(path: Path, found: Ranks, voice: Voice) -> None:
+    """Say where the result will lie, to whoever has joined others who write it."""
+    if found.size == 1:
+        voice.say(f"the work is done; another process writes the result: {path}")
+
+
+def tell_of_checkpoints(settings: Resolved, found: Ranks, voice: Voice) -> None:
+    """Say, once, that settings of checkpoints do nothing here."""
+    if found.first and settings.train.save_steps is not None:
+        voice.say(
+            "save_steps has no effect: several processes write no checkpoints; an adapter that is "
+            "not written when all are stopped begins anew",
+            "warning",
+        )
+
+
 def wait() -> None:
     """A moment, in which others may come further."""
     time.sleep(PAUSE)
@@ -127,8 +160,9 @@ def whole(crew: Crew, names: Sequence[str], size: int) -> tuple[dict[str, Any], 
     """(run.json, what training came to) of a run, from those of its stretches of work, which it
     gathers.
     """
-    manifests = crew.gather(names)
-    owners = crew.owners()
+    with crew.locked():
+        manifests = crew.gather(names)
+        owners = crew.owners()
     first = next(iter(manifests.values()), {})
     own = {name: manifests.get(owners[name].name, {}) for name in names if name in owners}
     adapters = {
@@ -151,8 +185,12 @@ def whole(crew: Crew, names: Sequence[str], size: int) -> tuple[dict[str, Any], 
         resources=resources,
         adapters=adapters,
     )
-    kept = ("versions", "base", "task", "seed", "plan", "data", "labels", "num_labels")
+    kept = ("versions", "base", "task", "seed", "plan", "labels", "num_labels")
     head = {key: first[key] for key in kept if key in first}
+    if "plan" in head:
+        plans = [found["plan"] for found in manifests.values() if "plan" in found]
+        most = {key: max(plan[key] for plan in plans) for key in ("max_steps", "epochs")}
+        head["plan"] = {**head["plan"], **most}
     return {**head, "adapters": adapters}, report
 
 

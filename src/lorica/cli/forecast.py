@@ -182,6 +182,11 @@ def _way_out(found: Forecast) -> str | None:
     return None
 
 
+def for_each(found: Forecast, number: int) -> Forecast:
+    """An estimate for one of so many processes that share the memory."""
+    return replace(found, free=found.free // number, machine=found.machine // number)
+
+
 def refuse_if_far_over(found: Forecast) -> None:
     """Raises CheckRefused where no paging could save the run."""
     if found.memory.total <= FAR_OVER * found.machine:

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lorica.cli.voice import Voice
 from lorica.errors import ConfigError, LoricaError
+from lorica.records.folder import lock_is_held
 from lorica.records.read import read_manifest
 
 _PAUSE = 0.1
+TELL_AFTER, GIVE_UP_AFTER = 20.0, 600.0
+"""Seconds of waiting for the first process."""
+_PROCESSES = Path("/proc")
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,19 @@ def ranks() -> Ranks:
     """This process among those of torchrun; `ALONE` outside of it.
 
     Raises:
-        ConfigError: they are on several machines.
+        ConfigError: they are on several machines, or may be.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if size == 1:
         return ALONE
-    if (local := int(os.environ.get("LOCAL_WORLD_SIZE", size))) != size:
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            f"RANK and WORLD_SIZE speak of {size} processes, and nothing says that they are on one "
+            "machine",
+            expected="LOCAL_WORLD_SIZE beside them, as torchrun sets it",
+            mend="start them with torchrun, or unset RANK and WORLD_SIZE for a process alone",
+        )
+    if (local := int(os.environ["LOCAL_WORLD_SIZE"])) != size:
         raise ConfigError(
             f"torchrun started {size} processes, {local} of them on this machine",
             expected="processes of one machine, which share a folder and its locks",
@@ -59,7 +73,18 @@ def ranks() -> Ranks:
             "(search: storage) and an output folder of its own",
         )
     started = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Ranks(int(os.environ["RANK"]), size, f"{os.getppid()}-{started}")
+    return Ranks(int(os.environ["RANK"]), size, f"{os.getppid()}-{_parent_began()}-{started}")
+
+
+def _parent_began() -> str:
+    """When the parent began, for its number is given to others later, and in a container it may be
+    the same every time; nothing where the system does not say.
+    """
+    try:
+        line = (_PROCESSES / str(os.getppid()) / "stat").read_text()
+    except OSError:
+        return ""
+    return line.rpartition(")")[2].split()[19]  # field 22: those before the name are cut off
 
 
 def refuse_ranks(what: str) -> None:
@@ -87,20 +112,45 @@ def beside(found: Ranks) -> int:
     return -(-found.size // max(1, devices))
 
 
-def wait_for_first(path: Path, found: Ranks) -> None:
+def wait_for_first(path: Path, found: Ranks, voice: Voice) -> None:
     """Wait until the first process has begun the run in `path`, or has gone on with it.
 
     Raises:
-        LoricaError: nobody does so any more.
+        LoricaError: nobody does so any more, or this one does not recognise it.
     """
-    parent = os.getppid()
-    while token_of(path) != found.token:
+    parent, began, told = os.getppid(), time.monotonic(), False
+    while not _has_begun(path, found):
+        waited = time.monotonic() - began
         if os.getppid() != parent:
             raise LoricaError("the process that started this one is gone")
+        if waited > GIVE_UP_AFTER:
+            raise LoricaError(
+                f"process {found.rank} has waited {waited:.0f} s for the first one to begin {path}",
+                expected="processes that torchrun starts itself: they know each other by it",
+                mend="start lorica without a script or program in between, or write exec before "
+                "lorica in that script",
+            )
+        if waited > TELL_AFTER and not told:
+            told = True
+            voice.say(f"process {found.rank} waits for the first one to begin {path}", "warning")
         time.sleep(_PAUSE)
+
+
+def _has_begun(path: Path, found: Ranks) -> bool:
+    """Where the system does not say when a process began, an earlier run may bear the token of this
+    one; then the first process must be there.
+    """
+    if token_of(path) != found.token:
+        return False
+    return bool(_parent_began()) or lock_is_held(path) or _known(path).get("status") == "finished"
 
 
 def token_of(path: Path) -> str | None:
     """By which processes of one start know each other's run folder."""
-    file = path / "run.json"
-    return read_manifest(file).get("processes", {}).get("token") if file.is_file() else None
+    return _known(path).get("processes", {}).get("token")
+
+
+def _known(path: Path) -> dict[str, Any]:
+    with suppress(FileNotFoundError):  # it may go in this moment: the first one begins anew
+        return read_manifest(path / "run.json")
+    return {}

@@ -20,7 +20,16 @@ import torch
 
 from lorica.attach.attach import detach
 from lorica.cli.candidates import Candidates
-from lorica.cli.crew import enter, last_one, output_of, told, wait, whole
+from lorica.cli.crew import (
+    enter,
+    last_one,
+    output_of,
+    tell_of_checkpoints,
+    tell_where,
+    told,
+    wait,
+    whole,
+)
 from lorica.cli.manifest import manifest
 from lorica.cli.ranks import Ranks, beside, choose_device
 from lorica.cli.search_prepare import Ground, prepare_search
@@ -72,17 +81,21 @@ def execute_search_together(
         torch.set_num_threads(settings.run.threads)
     how = {"processes": found.size, "beside": beside(found)}
     ground = prepare_search(candidates, voice, ignore_memory=ignore_memory, **how)
+    tell_of_checkpoints(settings, found, voice)
     entering: dict[str, Any] = {"resume": resume is not None, "discard": discard}
-    folder = enter(path, found, lambda folder: begin(folder, ground.settings), **entering)
+    folder = enter(path, found, voice, lambda folder: begin(folder, ground.settings), **entering)
     crew = Crew(path, found.size)
     try:
         with told(path, crew, folder, "search"):
             work = _Work(ground, crew, voice)
             work.go()
-            folder = last_one(path, folder)
-            if folder is not None:
-                answer = work.answer(folder, began)
-                _show(path, answer, json=json, quiet=quiet)
+        folder = last_one(path, folder)
+        if folder is None:
+            tell_where(path, found, voice)
+            return path
+        with told(path, crew, folder, "search"):
+            answer = work.answer(folder, began)
+            _show(path, answer, json=json, quiet=quiet)
     finally:
         if folder is not None:
             folder.close()
@@ -132,9 +145,11 @@ class _Work:
     def go(self) -> None:
         """Train what there is, until all candidates of the search have ended and are written."""
         self.ground.voice_plan(self.voice)
+        share = self.crew.share(self.schedule.at_once)
         if self.crew.size > 1:
-            share = self.crew.share(self.schedule.at_once)
             self.voice.say(f"{self.crew.size} processes, of which each trains {share} at once")
+        if self.ground.room is not None and self.ground.room < share:
+            self.voice.say(f"this process takes {self.ground.room} at once: so many fit")
         while True:
             with self.crew.locked():
                 entries = self.schedule.advance()
@@ -150,7 +165,7 @@ class _Work:
     def _is_over(self, entries: Sequence[Entry]) -> bool:
         owners = self.crew.owners()
         ended = [e.name for e in entries if e.outcome in ("finished", "cut")]
-        unwritten = [name for name in ended if self.crew.adapter(name, owners.get(name)) is None]
+        unwritten = [name for name in ended if not self.crew.is_written(name, owners.get(name))]
         return not training(entries) and not unwritten
 
     def _has_work(self, entries: Sequence[Entry]) -> bool:
@@ -161,7 +176,7 @@ class _Work:
     def _stretch(self, folder: RunFolder) -> None:
         """Train candidates until none of them trains any more and there are no others to take."""
         attaching = self._field()
-        member = Member(attaching, self.schedule, self.crew, folder)
+        member = Member(attaching, self.schedule, self.crew, folder, room=self.ground.room)
         try:
             if member.begin():
                 report = self._train(folder, member)
@@ -211,6 +226,7 @@ class _Work:
             recorder=recorder,
             manifest=_about(ground, self.crew.path),
             director=member,
+            keep_state=False,
         )
 
     def answer(self, folder: RunFolder, began: float) -> dict[str, Any]:
@@ -233,7 +249,8 @@ class _Work:
         with self.voice.work("choosing"):
             found = search.answer(self.study, handles, report)
         answer = search.write(self.study, report, found)
-        self.crew.disband()
+        with self.crew.locked():
+            self.crew.disband()
         self.study.close()
         return answer
 

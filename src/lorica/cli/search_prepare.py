@@ -12,6 +12,7 @@ from torch import nn
 from lorica.cli.candidates import Candidates, label_of
 from lorica.cli.forecast import (
     Forecast,
+    for_each,
     forecast,
     refuse_if_far_over,
     shadow_of,
@@ -66,6 +67,7 @@ class Ground:
         rungs: the steps at which candidates are compared.
         at_once: how many train together.
         why: the reason for that number.
+        room: how many fit at once into the memory of this process; None where nobody knows.
     """
 
     candidates: Candidates
@@ -80,6 +82,7 @@ class Ground:
     rungs: tuple[int, ...]
     at_once: int
     why: str
+    room: int | None = None
 
     @property
     def settings(self) -> Resolved:
@@ -147,9 +150,10 @@ def prepare_search(
     ahead = foresee_search(candidates, material, kind, voice)
     if ahead is not None:
         candidates = ahead.candidates
+        own = for_each(ahead.forecast, beside)
         if not ignore_memory:
-            refuse_if_far_over(ahead.forecast)
-        if warning := warning_of(ahead.forecast):
+            refuse_if_far_over(own)
+        if warning := warning_of(own):
             voice.say(warning, "warning")
     with voice.work(f"loading {settings.run.model}"):
         model, settings = load_base(candidates.settings, material, kind)
@@ -169,7 +173,9 @@ def prepare_search(
     total, rungs = course_of(settings, candidates.space, len(examples))
     parts = candidates, material, model, task, examples, held_out, memory
     every = eval_every(settings, len(examples))
-    return Ground(*parts, total=total, every=every, rungs=rungs, at_once=at_once, why=why)
+    room = room_for(candidates, found, processes, beside) if found else None
+    how: dict[str, Any] = {"at_once": at_once, "why": why, "room": room}
+    return Ground(*parts, total=total, every=every, rungs=rungs, **how)
 
 
 def read_material(settings: Resolved, voice: Voice) -> tuple[Material, str]:
@@ -279,13 +285,17 @@ def places_for(
         return min(most, candidates.space.how.at_once), "as set"
     if found is None:
         return min(most, processes), "the memory could not be estimated"
-    free = found.free // beside
-    of_each = -(-most // processes)
-    room = processes * fitting(found.memory, found.process, free, of_each)
+    room = processes * room_for(candidates, found, processes, beside)
     if room >= most:
         return most, "all of them fit"
-    each = " for each process" if processes > 1 else ""
+    free, each = found.free // beside, " for each process" if processes > 1 else ""
     return room, f"so many fit into {size(RESERVE * free)} of free memory{each}"
+
+
+def room_for(candidates: Candidates, found: Forecast, processes: int, beside: int) -> int:
+    """How many candidates fit at once into one process; arguments as of `places_for`."""
+    of_each = -(-number_of(candidates.space) // processes)
+    return fitting(found.memory, found.process, found.free // beside, of_each)
 
 
 def fitting(memory: Memory, process: int, free: int, most: int) -> int:

@@ -94,6 +94,7 @@ def execute_several(
     began = time.monotonic()
     voice = Voice(json=json, quiet=quiet)
     if resume is not None and (outcome := finished(resume, settings, voice)):
+        refuse_failed(resume)
         return outcome
     path = resume or Path(settings.run.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     try:
@@ -342,7 +343,8 @@ class SeveralRun:
             for name in report.folders:
                 complete(self.several.parts[name], self.folder.adapter(name))
         self._finish(scores, report)
-        return self._outcome(report)
+        refuse_failed(self.folder.path)
+        return Outcome(self.folder.path, {}, self.shown)
 
     def _train(self, resume: bool) -> TrainReport:
         first = self.several.first
@@ -413,16 +415,16 @@ class SeveralRun:
         dress(self.folder.path)
         self.voice.display.finish(summary)
 
-    def _outcome(self, report: TrainReport) -> Outcome:
-        failed = {name: why for name, why in report.failed.items() if why}
-        if failed:
-            raise NonFiniteError(
-                f"{len(failed)} of {len(report.failed)} adapters failed; the others are in "
-                f"{self.folder.path}",
-                problems=[*failed.values()],
-                mend="lower their learning_rate, or set max_grad_norm, in a run of their own",
-            )
-        return Outcome(self.folder.path, {}, self.shown)
+
+def refuse_failed(path: Path) -> None:
+    """Raises NonFiniteError for a finished run of which adapters failed, whenever that was."""
+    ended = read_manifest(path / "run.json").get("training", {}).get("failed", {})
+    if failed := [why for why in ended.values() if why]:
+        raise NonFiniteError(
+            f"{len(failed)} of {len(ended)} adapters failed; the others are in {path}",
+            problems=failed,
+            mend="lower their learning_rate, or set max_grad_norm, in a run of their own",
+        )
 
 
 def closing_lines_of_several(folder: Path) -> list[str]:

@@ -16,7 +16,17 @@ from typing import Any
 import torch
 
 from lorica.attach.attach import detach
-from lorica.cli.crew import enter, last_one, mark, output_of, told, wait, whole
+from lorica.cli.crew import (
+    enter,
+    last_one,
+    mark,
+    output_of,
+    tell_of_checkpoints,
+    tell_where,
+    told,
+    wait,
+    whole,
+)
 from lorica.cli.prepare import Prepared
 from lorica.cli.ranks import Ranks, choose_device
 from lorica.cli.run import Outcome, finished
@@ -28,6 +38,7 @@ from lorica.cli.several import (
     begin,
     data_of,
     prepare_several,
+    refuse_failed,
 )
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
@@ -37,8 +48,11 @@ from lorica.records.crew import Crew
 from lorica.records.folder import RunFolder
 from lorica.records.read import read_manifest
 from lorica.records.write import Recorder, merged
+from lorica.train.agreement import of_the_run
 from lorica.train.director import Evaluation, Newcomer
+from lorica.train.identity import identity
 from lorica.train.loop import train
+from lorica.train.plan import courses_of
 
 
 def execute_several_together(
@@ -61,26 +75,44 @@ def execute_several_together(
     voice = Voice(json=json and found.first, quiet=quiet or not found.first)
     path = output_of(settings, resume)
     if resume is not None and (outcome := finished(resume, settings, voice)):
+        if not found.first:
+            return None
+        refuse_failed(resume)
         return outcome
     if found.first and resume is None:
         RunFolder.check(path, replace=discard)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     several = prepare_several(settings, voice)
+    tell_of_checkpoints(settings, found, voice)
+    what = _identity(several)
     for part in several.parts.values():
         detach(part.model, part.adapter)
     entering: dict[str, Any] = {"resume": resume is not None, "discard": discard}
-    folder = enter(path, found, lambda folder: begin(folder, several.settings), **entering)
+    folder = enter(path, found, voice, lambda folder: begin(folder, several.settings), **entering)
     crew = Crew(path, found.size)
     try:
         with told(path, crew, folder, "train"):
+            with crew.locked():
+                crew.agree(what)
             work = _Work(several, crew, voice)
             work.go()
-            folder = last_one(path, folder)
-            return work.end(folder, began) if folder is not None else None
+        folder = last_one(path, folder)
+        if folder is None:
+            tell_where(path, found, voice)
+            return None
+        with told(path, crew, folder, "train"):
+            return work.end(folder, began)
     finally:
         if folder is not None:
             folder.close()
+
+
+def _identity(several: Several) -> dict[str, str]:
+    """What a checkpoint of the run by one process would be known by."""
+    first, (data, eval_data, settings) = several.first, data_of(several.parts)
+    courses, _ = courses_of(first.model, first.task, data, eval_data, settings)
+    return identity(first.model, first.task, courses, of_the_run(settings))
 
 
 class Bystander:
@@ -125,6 +157,8 @@ class _Work:
             self.voice.say(f"{self.crew.size} processes, of which each trains {share} adapters")
         while True:
             with self.crew.locked():
+                if self.crew.is_over:
+                    return
                 owners = self.crew.owners()
                 left = [name for name in self.names if not self._is_done(name, owners)]
                 if not left:
@@ -141,11 +175,8 @@ class _Work:
 
     def _is_done(self, name: str, owners: Mapping[str, Path]) -> bool:
         owner = owners.get(name)
-        if self.crew.adapter(name, owner) is not None:
-            return True
-        file = owner / "run.json" if owner is not None else None
-        known = read_manifest(file) if file is not None and file.is_file() else {}
-        return bool(known.get("training", {}).get("failed", {}).get(name))
+        failed = self.crew.training(owner).get("failed", {})
+        return bool(failed.get(name)) or self.crew.is_written(name, owner)
 
     def _stretch(self, folder: RunFolder, names: Sequence[str]) -> None:
         """Train some of the adapters to their end."""
@@ -155,10 +186,11 @@ class _Work:
             parts[name] = replace(own, adapter=attached(name, own.settings, model)[0])
         try:
             self._train(folder, parts)
-        except NonFiniteError as error:  # all of them; the others know nothing of it
-            reasons = (problem.partition(";")[0] for problem in error.problems)
-            failed = dict(zip(names, reasons, strict=True))
-            mark(folder, {"training": {"failed": failed}})
+        except NonFiniteError as error:
+            if not error.failed:
+                raise
+            # all of them; the others know nothing of it
+            mark(folder, {"training": {"failed": error.failed, "steps": error.steps}})
         finally:
             for part in parts.values():
                 detach(model, part.adapter)
@@ -179,6 +211,7 @@ class _Work:
             recorder=recorder,
             manifest=about(parts, self.crew.path),
             director=Bystander(),
+            keep_state=False,
         )
         assert self.voice.writer is not None
         self.voice.writer.finish({"status": "finished", **report.outcome()})
@@ -204,4 +237,5 @@ class _Work:
             return run.end(report)
         finally:
             if read_manifest(folder.manifest).get("status") == "finished":
-                self.crew.disband()
+                with self.crew.locked():
+                    self.crew.disband()

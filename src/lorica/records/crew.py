@@ -1,6 +1,7 @@
 """Several processes that train adapters of one run: who has which, and whose work is free again.
 
 output_dir/workers/1/ ...     a run folder for every stretch of work of one process, with its lock
+output_dir/workers/identity.json   what the run was begun with, where no study says it
 output_dir/workers.json       adapter -> the folder of the process that trains it
 output_dir/workers.lock       held while somebody reads or changes what all share
 
@@ -18,11 +19,14 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from lorica.errors import ConfigError
 from lorica.records.atomic import write_file
 from lorica.records.folder import (
     ADAPTERS,
     EVENTS,
+    MANIFEST,
     METRICS,
     WORKERS,
     WORKERS_LOCK,
@@ -35,6 +39,7 @@ from lorica.records.folder import (
 from lorica.records.read import read_lines, read_manifest
 
 _MARK = "adapter_config.json"
+_IDENTITY = "identity.json"
 
 
 class Crew:
@@ -83,19 +88,61 @@ class Crew:
         found = (place / ADAPTERS / name for place in places)
         return next((folder for folder in found if (folder / _MARK).is_file()), None)
 
+    def is_written(self, name: str, owner: Path | None) -> bool:
+        """Whether an adapter lies there, and with it, in run.json of its owner, what its training
+        came to: that is written last.
+        """
+        if owner is None or (self.path / ADAPTERS / name / _MARK).is_file():
+            return self.adapter(name, None) is not None
+        done = self.training(owner).get("steps", {})
+        return name in done and self.adapter(name, owner) is not None
+
+    def training(self, owner: Path | None) -> dict[str, Any]:
+        """What the training in a folder came to; nothing where that is not known yet."""
+        file = owner / MANIFEST if owner is not None else None
+        return read_manifest(file).get("training", {}) if file and file.is_file() else {}
+
     def is_lost(self, name: str, owner: Path | None) -> bool:
         """Whether somebody had taken an adapter, and is gone without having written it."""
-        return owner is not None and not lock_is_held(owner) and self.adapter(name, owner) is None
+        return owner is not None and not lock_is_held(owner) and not self.is_written(name, owner)
 
     def share(self, number: int) -> int:
         """How many of so many adapters a process takes, where all processes live."""
         return -(-number // self.size)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is finished, and there is nothing to share any more."""
+        file = self.path / MANIFEST
+        return file.is_file() and read_manifest(file).get("status") == "finished"
+
+    def agree(self, identity: Mapping[str, str]) -> None:
+        """Write down what the run is, or compare it with what is written. Call it with the lock.
+
+        Raises:
+            ConfigError: the run was begun with something else.
+        """
+        file = self.path / WORKERS / _IDENTITY
+        if self.is_over:
+            return
+        if not file.is_file():
+            file.parent.mkdir(exist_ok=True)
+            write_file(file, json_text(dict(identity)))
+            return
+        had = read_manifest(file)
+        differing = sorted(k for k in {*had, *identity} if had.get(k) != identity.get(k))
+        if differing:
+            raise ConfigError(
+                f"the run in {self.path} was begun with other settings or data",
+                problems=[f"{k} is {identity.get(k)}, and was {had.get(k)}" for k in differing],
+                mend="go on with those that it had, or choose another output_dir",
+            )
+
     # the end
 
     def gather(self, names: Iterable[str]) -> dict[str, dict]:
         """Bring adapters, rows and events of all into the folder of the run. The same again
-        changes nothing.
+        changes nothing. Call it with the lock.
 
         Returns:
             number of the folder -> run.json of each that was the last to have one of the adapters.
@@ -104,8 +151,8 @@ class Crew:
         found: dict[str, dict] = {}
         for name in names:
             owner = owners.get(name)
-            if owner is not None and (owner / "run.json").is_file():
-                found[owner.name] = read_manifest(owner / "run.json")
+            if owner is not None and (owner / MANIFEST).is_file():
+                found[owner.name] = read_manifest(owner / MANIFEST)
             lies = self.adapter(name, owner)
             target = self.path / ADAPTERS / name
             if lies is not None and lies != target:
@@ -138,7 +185,7 @@ class Crew:
         write_file(self.path / EVENTS, b"".join(map(json_line, told.values())))
 
     def disband(self) -> None:
-        """Remove what only the work needed."""
+        """Remove what only the work needed. Call it with the lock."""
         shutil.rmtree(self.path / WORKERS, ignore_errors=True)
         (self.path / WORKERS_OWNERS).unlink(missing_ok=True)
 

@@ -22,7 +22,7 @@ from lorica.search.schedule import Schedule, training
 from lorica.train.director import LATER, Evaluation, Later, Newcomer
 
 LOOK_EVERY = 1.0
-"""Seconds between two looks for work beside the own."""
+"""Seconds between two looks for work beside the own, and two questions about who rests."""
 
 
 class Member:
@@ -33,10 +33,22 @@ class Member:
         schedule: of all processes.
         crew: who has which candidate.
         folder: of this stretch of work.
+        room: candidates that fit at once into the memory of this process; None where nobody knows.
     """
 
-    def __init__(self, field: Field, schedule: Schedule, crew: Crew, folder: RunFolder) -> None:
+    def __init__(
+        self,
+        field: Field,
+        schedule: Schedule,
+        crew: Crew,
+        folder: RunFolder,
+        *,
+        room: int | None = None,
+    ) -> None:
         self.field, self.schedule, self.crew, self.folder = field, schedule, crew, folder
+        share = crew.share(schedule.at_once)
+        self._share = share if room is None else min(share, room)
+        self._asked: dict[str, float] = {}
         self.study = schedule.study
         self._first: list[Newcomer] | None = None
         self._resting: set[str] = set()
@@ -99,8 +111,7 @@ class Member:
     def _taken(self, entries: Sequence[Entry], number: int, *, idle: bool) -> list[Entry]:
         owners = self.crew.owners()
         free = [entry for entry in training(entries) if entry.name not in owners]
-        share = self.crew.share(self.schedule.at_once)
-        if chosen := free[: max(0, share - number)]:
+        if chosen := free[: max(0, self._share - number)]:
             return chosen
         return (free + lost(self.crew, entries))[:1] if idle else []
 
@@ -126,8 +137,13 @@ class Member:
     # who goes on
 
     def judge(self, evaluation: Evaluation) -> str | Later | None:
-        """Whether a candidate goes on after an evaluation, as soon as that can be known."""
-        number = number_of(evaluation.name)
+        """Whether a candidate goes on after an evaluation, soon after that can be known: of one
+        that rests the study is asked now and then, for it keeps the others out.
+        """
+        number, now = number_of(evaluation.name), time.monotonic()
+        if evaluation.name in self._resting and now - self._asked[evaluation.name] < LOOK_EVERY:
+            return LATER
+        self._asked[evaluation.name] = now
         with self.crew.locked():
             self.study.look_again()
             known = by_number(self.study.entries())

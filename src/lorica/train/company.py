@@ -86,6 +86,8 @@ class Company:
                 problems=[self._told(course) for course in failed],
                 mend="lower learning_rate, set max_grad_norm, or use dtype: float32",
             )
+            all_of_them.failed = {course.name: course.failed or "" for course in failed}
+            all_of_them.steps = {course.name: course.step for course in failed}
             if self.errors:
                 first = next(iter(self.errors.values()))
                 all_of_them.rows, all_of_them.adapter = first.rows, first.adapter

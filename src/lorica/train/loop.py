@@ -111,6 +111,7 @@ def train(
     manifest: Mapping[str, Any] | None = None,
     resume: bool = False,
     director: Director | None = None,
+    keep_state: bool = True,
 ) -> TrainReport:
     """Train the adapters on their records, all on one base, and write them into a run folder.
 
@@ -133,6 +134,7 @@ def train(
             stop.
         director: ends adapters before their last step, and sends in new ones; see `Director`.
             `data` may be empty then, and `settings` say what belongs to the run.
+        keep_state: write checkpoints; without them a run that is stopped begins anew.
 
     Raises:
         ConfigError, DataError: settings or records that cannot work; nothing was trained.
@@ -166,7 +168,7 @@ def train(
     try:
         with torch.random.fork_rng(devices):  # every step seeds torch; the caller's state stays
             company = Company(model, task, courses, run, director, reuse)
-            one = _Run(engine, company, folder, evaluator)
+            one = _Run(engine, company, folder, evaluator, keep_state=keep_state)
             return one.go(recorder, dict(manifest or {}), notes, resume=resume)
     finally:
         engine.close()
@@ -196,11 +198,13 @@ class _Run:
         company: Company,
         folder: RunFolder,
         evaluator: Evaluator | None,
+        *,
+        keep_state: bool,
     ) -> None:
         self.engine, self.company = engine, company
         self.courses, self.settings = company.courses, company.settings
         self.model, self.task = engine.model, engine.task
-        self.folder, self.evaluator = folder, evaluator
+        self.folder, self.evaluator, self.keep_state = folder, evaluator, keep_state
         self.turn, self.unjudged, self.saved, self.seconds = 0, False, 0, 0.0
         self.last_save = -math.inf, 0.0
         reuses = company.reuse.layers is not None  # evaluations are of whole records
@@ -432,7 +436,9 @@ class _Run:
             unjudged=self.unjudged,
             seconds=self.seconds,
         )
-        self.company.save_into(state)
+        self.company.save_into(state)  # refuses tensors that are not finite
+        if not self.keep_state:
+            return
         checkpoint.save(self.folder.checkpoints, state, keep=self.settings.save_total_limit)
         ended = time.monotonic()
         self.saved, self.last_save = self.turn, (ended, ended - began)
@@ -500,7 +506,7 @@ class _Run:
             raise TrainingError(
                 f"the adapter could not be written in {target}: "
                 f"{getattr(error, 'strerror', None) or error}",
-                expected="the checkpoint of the last step holds it",
+                expected="the checkpoint of the last step holds it" if self.keep_state else None,
                 mend=f"free space, then: {how_to_resume(self.folder.path)}",
             ) from error
 
