@@ -55,8 +55,10 @@ def test_many_scales_are_rounded_as_bitsandbytes_rounds_them():
     functional = pytest.importorskip("bitsandbytes.functional")
     torch.manual_seed(0)
     absmax = torch.rand(300_000) + 1
-    theirs, _ = functional.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
-    assert torch.equal(four_bit.compress(absmax)[0], theirs)
+    places, _, mean = four_bit.compress(absmax)  # theirs depends on the number of threads
+    assert abs(mean - absmax.double().mean()) < 1e-6
+    theirs, _ = functional.quantize_blockwise(absmax - mean, blocksize=256)
+    assert torch.equal(places, theirs)
 
 
 @BOOKS

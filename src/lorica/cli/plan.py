@@ -322,8 +322,7 @@ def _wrapped(text: str) -> list[str]:
     """In lines, but never within a word: a path can be copied."""
     from textwrap import wrap
 
-    whole = {"break_long_words": False, "break_on_hyphens": False}
-    return wrap(text, VALUE_WIDTH, **whole) or [""]
+    return wrap(text, VALUE_WIDTH, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _setting_lines(found: Forecast) -> list[str]:
