@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import lorica
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, inputs_of, said
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach, detach
 from lorica.errors import ActivationError, ConfigError, LoricaError, MergeError, TargetError
@@ -36,17 +36,6 @@ def cases(decoders: tuple[str, ...] = DECODERS, others: tuple[str, ...] = READER
     found = [("prompt", name) for name in (*decoders, *others)]
     found += [("prefix", n) for n in (*decoders, *others) if n in WITH_PREFIX]
     return pytest.mark.parametrize(("kind", "name"), found)
-
-
-def said(name: str, model: nn.Module, **inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        return ARCHITECTURES[name].logits(model(**inputs))
-
-
-def inputs_of(name: str, model: nn.Module, batch: int = 3, length: int = 7) -> dict[str, Tensor]:
-    inputs = ARCHITECTURES[name].sample(model, batch, length)
-    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-    return inputs
 
 
 def row(inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
