@@ -102,6 +102,31 @@ def workload(found: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def profile(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Where a step's time goes",
+        "",
+        "`benchmarks/step_profile.py`: torch's profiler, one thread; milliseconds per thousand real "
+        "tokens, so padding counts against the side that pads. *Python*: what no operation accounts "
+        "for, the profiler's own work among it.",
+        "",
+        f"{described(found)}.",
+        "",
+    ]
+    for name, sides in found["workloads"].items():
+        kinds = dict.fromkeys(kind for one in sides.values() for kind in one)
+        lines += [
+            f"| {TITLES.get(name, name)} | {' | '.join(SIDES[side] for side in sides)} |",
+            "|---|" + "---|" * len(sides),
+        ]
+        for kind in kinds:
+            cells = (f"{one.get(kind, 0.0):,.0f}" for one in sides.values())
+            lines.append(f"| {kind} | {' | '.join(cells)} |")
+        total = (f"{sum(one.values()):,.0f}" for one in sides.values())
+        lines += [f"| together | {' | '.join(total)} |", ""]
+    return lines
+
+
 def growth(found: dict[str, Any]) -> list[str]:
     usual = ", ".join(f"{k} {v:,}" for k, v in found["usual"].items())
     lines = [
@@ -134,6 +159,8 @@ def main() -> None:
             f"## Training\n\n{described(found)}; {found['dtype']}. Not measured on a GPU.\n"
         )
         parts += ["\n".join(workload(one)) for one in found["workloads"]]
+    if found := read("step_profile"):
+        parts.append("\n".join(profile(found)))
     if found := read("growth"):
         parts.append("\n".join(growth(found)))
     parts.append(WHERE)

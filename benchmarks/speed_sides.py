@@ -3,7 +3,7 @@
     python benchmarks/speed_sides.py SIDE workload.json
 
 A side loads the model, then waits on its standard input. Every line there is a number of optimizer
-steps to do; the answer is one JSON line. So the sides can be measured in turn, round by round, and
+steps to do, and `profile` behind it where they are to be profiled; the answer is one JSON line. So the sides can be measured in turn, round by round, and
 whatever else the machine does falls on all of them alike. Data, model and settings come from the
 workload file, which `train_speed.py` writes.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from jobs import memory_bytes
+from kinds import seconds_by_kind
 
 IGNORED = -100
 SEED = 0
@@ -62,16 +63,17 @@ class Meter:
         self.losses += [] if loss is None else [loss]
         self.left -= 1
         if not self.left:
-            seconds = time.perf_counter() - self.start
-            self._wait(
-                {
-                    "seconds": seconds,
-                    "tokens": self.tokens,
-                    "losses": self.losses,
-                    "memory_before": self.before,
-                    "memory_peak": memory_bytes(),
-                }
-            )
+            answer: dict[str, Any] = {
+                "seconds": time.perf_counter() - self.start,
+                "tokens": self.tokens,
+                "losses": self.losses,
+                "memory_before": self.before,
+                "memory_peak": memory_bytes(),
+            }
+            if self.profile:
+                self.profile.stop()
+                answer["kinds"] = seconds_by_kind(self.profile)
+            self._wait(answer)
 
     def _wait(self, answer: dict) -> None:
         sys.__stdout__.write(json.dumps(answer) + "\n")  # type: ignore[union-attr]
@@ -79,7 +81,11 @@ class Meter:
         line = sys.stdin.readline().strip()
         if not line:
             os._exit(0)  # in the midst of somebody else's training loop
-        self.left, self.tokens, self.losses = int(line), 0, []
+        number, _, profiled = line.partition(" ")
+        self.left, self.tokens, self.losses = int(number), 0, []
+        self.profile = torch.profiler.profile(record_shapes=True) if profiled else None
+        if self.profile:
+            self.profile.start()
         self.start = time.perf_counter()
 
 

@@ -197,9 +197,9 @@ class Side:
             raise SystemExit(f"{self.name} failed:\n{self.log.read_text()[-3000:]}")
         return json.loads(line)
 
-    def steps(self, number: int) -> dict:
+    def steps(self, number: int, *, profiled: bool = False) -> dict:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{number}\n")
+        self.process.stdin.write(f"{number}{' profile' if profiled else ''}\n")
         self.process.stdin.flush()
         return self.hear()
 
