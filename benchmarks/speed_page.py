@@ -106,9 +106,9 @@ def profile(found: dict[str, Any]) -> list[str]:
     lines = [
         "## Where a step's time goes",
         "",
-        "`benchmarks/step_profile.py`: torch's profiler, one thread; milliseconds per thousand real "
-        "tokens, so padding counts against the side that pads. *Python*: what no operation accounts "
-        "for, the profiler's own work among it.",
+        "`benchmarks/step_profile.py`: torch's profiler, one thread; milliseconds per thousand "
+        "real tokens, so padding counts against the side that pads. *Python*: what no operation "
+        "accounts for, the profiler's own work among it.",
         "",
         f"{described(found)}.",
         "",

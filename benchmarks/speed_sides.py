@@ -3,9 +3,9 @@
     python benchmarks/speed_sides.py SIDE workload.json
 
 A side loads the model, then waits on its standard input. Every line there is a number of optimizer
-steps to do, and `profile` behind it where they are to be profiled; the answer is one JSON line. So the sides can be measured in turn, round by round, and
-whatever else the machine does falls on all of them alike. Data, model and settings come from the
-workload file, which `train_speed.py` writes.
+steps to do, with `profile` behind it where they are to be profiled; the answer is one JSON line. So
+the sides can be measured in turn, round by round, and whatever else the machine does falls on all
+of them alike. Data, model and settings come from the workload file, which `train_speed.py` writes.
 """
 
 import json

@@ -3,10 +3,10 @@
     python benchmarks/step_profile.py                   # the 30 M shape on records of E2E
     python benchmarks/step_profile.py minilm-sst2
 
-The sides are those of train_speed.py, each in a process of its own with one thread, in turn. torch's
-profiler counts the time that an operation spends itself; operations are summed by kind, and what is
-left of the wall time is Python, autograd's own work and the gaps between operations. Shown are
-milliseconds per thousand real tokens, so that padding counts against the side that pads.
+The sides are those of train_speed.py, each in a process of its own with one thread, in turn. The
+profiler of torch counts the time that an operation spends itself; operations are summed by kind,
+and what is left of the wall time is Python, autograd's own work and the gaps between operations.
+Shown are milliseconds per thousand real tokens, so padding counts against the side that pads.
 """
 
 from __future__ import annotations
