@@ -78,7 +78,7 @@ def _name_points(axes: Axes, shown: Sequence[Found]) -> None:
         axes.annotate(
             f"r {c['rank']}",
             (c["parameters"], c["loss"]),
-            xytext=(7, -3),
+            xytext=(6, 5),  # above the frontier, which leaves a point to the right
             textcoords="offset points",
             fontsize=8,
             color=MUTED,
@@ -115,7 +115,7 @@ def curves_figure(found: Found) -> str | None:
         axes.set_xlabel("step; a cross: ended early")
         axes.set_ylabel("evaluation loss (nats per token)")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.legend(loc="best", fontsize=8)
+        figure.legend(loc="outside right upper", fontsize=8)
         return svg(figure, "curves", "Evaluation loss of all candidates over the steps")
 
 
