@@ -28,6 +28,7 @@ from lorica.base.image_pipeline import (
     read_pipeline,
 )
 from lorica.base.labels import Classes, output_tensors, restart, set_labels
+from lorica.base.processes import Processes
 from lorica.base.quantize import (
     digest_of_packed,
     quantization_of,
@@ -73,6 +74,7 @@ class Base:
             be trained.
         quantize: the word of the quantizer that its layers went through on the way in; None where
             they lie as the files have them.
+        processes: those that hold it together; None where this one has all of it.
         notes: what the user should be told.
     """
 
@@ -83,6 +85,7 @@ class Base:
     labels: tuple[str, ...] = ()
     new_modules: tuple[str, ...] = ()
     quantize: str | None = None
+    processes: Processes | None = None
     notes: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, str]:

@@ -23,11 +23,73 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lorica.base.ending import end_token_note, set_end_token
+from lorica.base.load import (
+    Base,
+    base_of,
+    choose_dtype,
+    digest_of_files,
+    empty_model,
+    load_tokenizer,
+    weight_files,
+)
 from lorica.base.processes import Processes
 from lorica.errors import BaseModelError
 
 Where = Mapping[str, tuple[Path, str]]
 """Tensor of the model -> its file, and its name there."""
+
+
+def load_sharded(
+    name: str | Path,
+    processes: Processes,
+    *,
+    dtype: str = "auto",
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    eos_token: str | None = None,
+) -> nn.Module:
+    """A causal language model that processes hold together; arguments as of `load_model`.
+
+    Raises:
+        BaseModelError: as `load_model`; or its weight files are not on this machine, are quantized,
+            or it cannot be spread.
+    """
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    chosen = choose_dtype(dtype, processes.device)
+    assert isinstance(chosen, torch.dtype)
+    files = weight_files(name, revision=revision)
+    if not files:
+        raise BaseModelError(
+            f"the weights of {name} are not on this machine as safetensors",
+            expected="a folder, or a hub id that was fetched before: processes read it by rows",
+            mend=f"fetch it once: hf download {name}",
+        )
+    model: Any = empty_model(name, dtype=chosen, **options)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise BaseModelError(
+            f"{name} is quantized, and packed weights are not spread over processes",
+            mend="name the base that it was made from, or train it in one process",
+        )
+    unused = shard(model, files, processes)
+    lasting = str(Path(name).absolute()) if Path(name).is_dir() else str(name)
+    digest = digest_of_files(files[0].parent) if processes.first else ""
+    base = Base(lasting, "causal-lm", processes.text_of_first(digest), processes=processes)
+    base.tokenizer = load_tokenizer(name, eos_token=eos_token, **options)
+    if eos_token is not None:
+        set_end_token(model, base.tokenizer, eos_token)
+    if note := end_token_note(model, base.tokenizer):
+        base.notes.append(note)
+    if unused:
+        shown = ", ".join(unused[:3]) + (" ..." if unused[3:] else "")
+        base.notes.append(f"{len(unused)} tensors of the files are not used: {shown}")
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    base.notes.append(
+        f"{processes.size} processes hold it together, each {own_bytes(model):,} of "
+        f"{total:,} bytes between the passes"
+    )
+    model.__dict__["_lorica_base"] = base
+    return model.eval()
 
 
 def shard(model: Any, files: Sequence[Path], processes: Processes) -> list[str]:
@@ -62,6 +124,12 @@ def shard(model: Any, files: Sequence[Path], processes: Processes) -> list[str]:
     _start_buffers(model, processes.device)
     _try(model, processes.device)
     return unused
+
+
+def processes_of(model: nn.Module) -> Processes | None:
+    """The processes that hold the model together; None where this one has all of it."""
+    base = base_of(model)
+    return base.processes if base is not None else None
 
 
 def is_sharded(model: nn.Module) -> bool:
