@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
@@ -28,7 +28,6 @@ from lorica.base.image_pipeline import (
     read_pipeline,
 )
 from lorica.base.labels import Classes, output_tensors, restart, set_labels
-from lorica.base.processes import Processes
 from lorica.base.quantize import (
     digest_of_packed,
     quantization_of,
@@ -38,6 +37,9 @@ from lorica.base.quantize import (
 from lorica.base.quantizer import Quantizer
 from lorica.base.stored import OWN, fill, method_of, quantizers_of, read_stored
 from lorica.errors import BaseModelError, LoricaError, nearest
+
+if TYPE_CHECKING:
+    from lorica.base.processes import Processes
 
 EMBEDDED = Path(__file__).parent / "embedded"
 """The small language model that travels with the package; `load_model("embedded")`."""
@@ -92,6 +94,12 @@ class Base:
         """What an adapter's files say of their base."""
         found = {"name": self.name, "task": self.task, "digest": self.digest}
         return {**found, "quantize": self.quantize} if self.quantize else found
+
+
+def processes_of(model: nn.Module) -> Processes | None:
+    """The processes that hold the model together; None where this one has all of it."""
+    base = base_of(model)
+    return base.processes if base is not None else None
 
 
 def base_of(model: nn.Module) -> Base | None:

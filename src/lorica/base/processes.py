@@ -24,6 +24,10 @@ a checkpoint.
 """
 
 
+_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
+"""What torch says where another process is gone."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """Those that were started together, as one of them sees them.
@@ -71,6 +75,22 @@ class Processes:
         self.highest(0)
 
 
+def is_gone(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone."""
+    known = isinstance(error, dist.DistError) or any(word in str(error) for word in _GONE)
+    return isinstance(error, RuntimeError) and known
+
+
+def here() -> Processes | None:
+    """The processes that this one has joined; None where it has not."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    device = torch.device("cpu")
+    if dist.get_backend() == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
 @contextmanager
 def joined(rank: int, size: int) -> Iterator[Processes]:
     """Meet the processes that torchrun started with this one, each with a device of its own.
@@ -85,7 +105,5 @@ def joined(rank: int, size: int) -> Iterator[Processes]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     how = {"device_id": device} if device.type == "cuda" else {}
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=PATIENCE, **how)
-    try:
-        yield Processes(rank, size, device)
-    finally:
-        dist.destroy_process_group()
+    yield Processes(rank, size, device)
+    dist.destroy_process_group()  # not after an error: it would wait for the others

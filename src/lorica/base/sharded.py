@@ -11,8 +11,7 @@ Every process reads its own rows of the weight files, so none ever has the whole
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from lorica.base.ending import end_token_note, set_end_token
 from lorica.base.load import (
     Base,
-    base_of,
     choose_dtype,
     digest_of_files,
     empty_model,
     load_tokenizer,
     weight_files,
 )
-from lorica.base.processes import Processes
+from lorica.base.processes import Processes, is_gone
 from lorica.errors import BaseModelError
 
 Where = Mapping[str, tuple[Path, str]]
@@ -126,12 +124,6 @@ def shard(model: Any, files: Sequence[Path], processes: Processes) -> list[str]:
     return unused
 
 
-def processes_of(model: nn.Module) -> Processes | None:
-    """The processes that hold the model together; None where this one has all of it."""
-    base = base_of(model)
-    return base.processes if base is not None else None
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether weights of the model are spread over processes."""
     return any(isinstance(p, DTensor) for p in model.parameters())
@@ -141,11 +133,6 @@ def own_bytes(model: nn.Module) -> int:
     """Bytes of the weights that lie in this process between two passes."""
     local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
     return sum(p.numel() * p.element_size() for p in local)
-
-
-def gathered(weight: Tensor) -> Tensor:
-    """The whole of a weight. Where it is spread, all processes must ask for it together."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _units(model: Any, backbone: nn.Module) -> list[nn.Module]:
@@ -272,25 +259,10 @@ def _try(model: Any, device: torch.device) -> None:
         with torch.no_grad():
             model.eval()(torch.ones(1, 2, dtype=torch.long, device=device), use_cache=False)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if is_gone(error):
+            raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BaseModelError(
             f"a {type(model).__name__} cannot be spread over processes: {reason}",
             mend="train it in one process, with quantize where memory is short",
         ) from error
-
-
-@contextmanager
-def differentiated(model: Any) -> Iterator[None]:
-    """Let gradients go down to the embeddings, whatever trains: then the backward passes of all
-    processes gather the same layers in the same order.
-    """
-
-    def ask(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_()
-
-    handle = model.get_input_embeddings().register_forward_hook(ask)
-    try:
-        yield
-    finally:
-        handle.remove()

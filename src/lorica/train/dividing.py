@@ -13,6 +13,7 @@ that has run out of work makes a pass that is thrown away.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -159,3 +160,20 @@ def idle_pass(model: Any, task: Task, example: Example) -> None:
     batch = task.collate([[example]], model)
     with task.running(model), activate(model, None):
         sum(task.losses(model, batch)).backward()  # type: ignore[union-attr]
+
+
+@contextmanager
+def differentiated(model: Any) -> Iterator[None]:
+    """Let gradients go down to the embeddings, whatever trains: then the backward passes of all
+    processes gather the same layers in the same order.
+    """
+
+    def ask(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_()
+
+    handle = model.get_input_embeddings().register_forward_hook(ask)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -179,9 +179,7 @@ class Engine:
             turn_off(self.model)
             self._checkpoints = False
 
-    def step(
-        self, trainees: Sequence[Trainee], work: Work
-    ) -> list[StepResult]:
+    def step(self, trainees: Sequence[Trainee], work: Work) -> list[StepResult]:
         """One optimizer step of each trainee.
 
         Args:
@@ -338,9 +336,7 @@ class _Totals:
     rows: list[int] = field(default_factory=list)
 
 
-def _totals(
-    batches: Sequence[Sequence[Example]], losses: Sequence[float], labels: int
-) -> _Totals:
+def _totals(batches: Sequence[Sequence[Example]], losses: Sequence[float], labels: int) -> _Totals:
     total = _Totals(labels)
     for block, loss in zip(batches, losses, strict=True):
         rows = [e.row for e in block]

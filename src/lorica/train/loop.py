@@ -15,8 +15,7 @@ from torch import nn
 
 from lorica.attach.activate import activate
 from lorica.attach.handle import Adapter
-from lorica.base.load import base_of
-from lorica.base.sharded import differentiated, processes_of
+from lorica.base.load import base_of, processes_of
 from lorica.base.storage import num_parameters
 from lorica.config.settings import method_values
 from lorica.errors import ConfigError, Interrupted, LoricaError, NonFiniteError, TrainingError
@@ -31,7 +30,7 @@ from lorica.train.beginnings import Beginnings, beginnings_of
 from lorica.train.company import Company, Tell
 from lorica.train.course import Course, Window
 from lorica.train.director import Director
-from lorica.train.dividing import Divided
+from lorica.train.dividing import Divided, differentiated
 from lorica.train.engine import Engine, Sharing, StepResult, nothing_shared
 from lorica.train.identity import circumstances, identity, identity_of
 from lorica.train.judging import eval_batch_size, judged_together, losses_of
@@ -170,7 +169,9 @@ def train(
     )
     notes += [*reuse.notes, *together.notes(courses)]
     try:
-        with torch.random.fork_rng(devices), differentiated(model) if processes else nullcontext():  # every step seeds torch; the caller's state stays
+        downward = differentiated(model) if processes else nullcontext()
+        # every step seeds torch; the caller's state stays
+        with torch.random.fork_rng(devices), downward:
             company = Company(model, task, courses, run, director, reuse)
             one = _Run(engine, company, folder, evaluator, keep_state=keep_state)
             return one.go(recorder, dict(manifest or {}), notes, resume=resume)
