@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lorica.errors import ConfigError
+
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others in a collective: as long as one of them may take to write
 a checkpoint.
@@ -97,9 +99,19 @@ def joined(rank: int, size: int) -> Iterator[Processes]:
 
     Args:
         rank, size: as torchrun says.
+
+    Raises:
+        ConfigError: there are GPUs, but not one for each.
     """
     device = torch.device("cpu")
-    if torch.cuda.is_available() and torch.cuda.device_count() >= size:
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < devices < size:
+        raise ConfigError(
+            f"{size} processes hold the base together, and the machine has {devices} GPU",
+            expected="a GPU for each of them, or none",
+            mend=f"--nproc-per-node {devices}; or on the processor: CUDA_VISIBLE_DEVICES= torchrun",
+        )
+    if devices:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"

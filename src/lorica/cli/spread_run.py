@@ -47,7 +47,7 @@ def execute_spread(
         LoricaError: as of a run by one process; or another process is gone.
     """
     check_spread(settings, found.size)
-    how: dict[str, Any] = {"ignore_memory": ignore_memory}
+    how: dict[str, Any] = {"ignore_memory": ignore_memory, "json": False, "quiet": True}
     with joined(found.rank, found.size) as processes:
         if not processes.first:
             _silently(settings, processes, resume, how)
@@ -89,7 +89,7 @@ def _silently(
                 if not _is_finished(path):
                     _execute(
                         own,
-                        {**how, "resume": begun, "discard": False, "quiet": True, "json": False},
+                        {**how, "resume": begun, "discard": False},
                     )
                 processes.wait()
         except Interrupted as asked:
