@@ -8,7 +8,7 @@ many there are must be the same in every process, or be agreed on here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -63,6 +63,12 @@ class Processes:
         found = torch.tensor(number, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
+
+    def sums(self, numbers: Sequence[float]) -> list[float]:
+        """The sum of what they have, number by number; exact where one alone has another than 0."""
+        found = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(found)
+        return found.tolist()
 
     def text_of_first(self, text: str) -> str:
         """The text of the first process."""

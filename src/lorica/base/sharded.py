@@ -1,9 +1,9 @@
 """A base that is spread over several processes: each holds a share of the rows of every weight.
 
 The layers are units of FSDP2 (`torch.distributed.fsdp.fully_shard`): in front of a layer its
-weights are gathered, behind it they are let go, and again in the backward pass. What other code
-reads without calling the module that owns it lies whole in every process: the output head (with
-the embeddings where both are one) and the norm behind the last layer.
+weights are gathered, behind it they are let go, and again in the backward pass. Embeddings
+and output head are units too, where each has a weight of its own; where they share one, it lies
+whole in every process, as does the norm behind the last layer.
 
 Every process reads its own rows of the weight files, so none ever has the whole base.
 """
@@ -116,6 +116,9 @@ def shard(model: Any, files: Sequence[Path], processes: Processes) -> list[str]:
         )
     for unit in units:
         fully_shard(unit, mesh=mesh)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        fully_shard(head, mesh=mesh)
     whole = {p for p in backbone.parameters() if not isinstance(p, DTensor)}
     fully_shard(backbone, mesh=mesh, ignored_params=whole)
     _fill(model, where, processes.device)

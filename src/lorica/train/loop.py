@@ -363,7 +363,7 @@ class _Run:
     ) -> dict[str, tuple[dict[str, float], list[float]]]:
         """Name -> scores of an adapter, and the loss of every evaluation example."""
         found = {}
-        together = self.evaluator is None and len(due) > 1
+        together = self.evaluator is None and len(due) > 1 and self.processes is None
         for group in judged_together(self.engine, due) if together else [[c] for c in due]:
             if len(group) == 1:
                 found[group[0].name] = self._evaluate(group[0], stop)
