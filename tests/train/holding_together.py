@@ -1,4 +1,4 @@
-"""What each process of `test_dividing.py` does: torchrun ... holding_together.py OUTPUT BASE ...."""
+"""What a process of `test_dividing.py` does: torchrun ... holding_together.py OUTPUT BASE ..."""
 
 import json
 import os

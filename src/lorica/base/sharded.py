@@ -118,7 +118,7 @@ def shard(model: Any, files: Sequence[Path], processes: Processes) -> list[str]:
         fully_shard(unit, mesh=mesh)
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
-        fully_shard(head, mesh=mesh)
+        fully_shard(head, mesh=mesh, reshard_after_forward=True)
     whole = {p for p in backbone.parameters() if not isinstance(p, DTensor)}
     fully_shard(backbone, mesh=mesh, ignored_params=whole)
     _fill(model, where, processes.device)

@@ -34,6 +34,16 @@ def check_spread(settings: Resolved, size: int) -> None:
         )
 
 
+def refuse_spread(settings: Resolved, why: str) -> None:
+    """Raises ConfigError for a command that does not spread a base."""
+    if settings.run.shard_base:
+        raise ConfigError(
+            f"{settings.origins['shard_base']}: shard_base is for lorica train",
+            expected=why,
+            mend="take it out",
+        )
+
+
 def _problems(settings: Resolved) -> Iterator[str]:
     run, origins = settings.run, settings.origins
     if run.quantize:
