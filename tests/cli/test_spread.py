@@ -20,7 +20,8 @@ from lorica.train.engine import Engine
 step, calls = Engine.step, []
 def dying(self, *words):
     calls.append(1)
-    if len(calls) == 5 and os.environ["RANK"] == "1": os.kill(os.getpid(), NUMBER)
+    here = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if len(calls) == 5 and here == ("1", "0"): os.kill(os.getpid(), NUMBER)
     return step(self, *words)
 Engine.step = dying
 from lorica.cli import main; main(sys.argv[1:])
@@ -72,14 +73,15 @@ def rows(folder):
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
-def dies(number, several, folder):
+def dies(number, several, folder, *, restarts=0):
     (folder / "dying.py").write_text(DYING.replace("NUMBER", str(number)))
-    return torchrun("dying.py", "train", several, "--output-dir", "found", folder=folder)
+    both = ["--output-dir", "found", "--resume", "found"]
+    words = ["--max-restarts", restarts, "dying.py", "train", several, *both]
+    return torchrun(*words, folder=folder)
 
 
-def goes_on_as_one(lorica, several, folder):
-    done = torchrun("-m", "lorica", "train", "--resume", "found", folder=folder)
-    assert done.returncode == 0 and done.stdout.count("\nreport ") == 1, done.stderr
+def same_as_one(lorica, several, folder):
+    """What processes made together is what one makes, to the last bit."""
     assert lorica("train", several, "--no-shard-base", "--output-dir", "alone").code == 0
     assert rows(folder / "alone") == rows(folder / "found")
     for name in ("a", "b"):
@@ -92,12 +94,12 @@ def goes_on_as_one(lorica, several, folder):
 
 
 def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(lorica, several, tmp_path):
-    done = dies(int(signal.SIGKILL), several, tmp_path)
-    assert done.returncode != 0
+    done = dies(int(signal.SIGKILL), several, tmp_path, restarts=1)
+    assert done.returncode == 0 and done.stdout.count("\nreport ") == 1, done.stderr
     assert done.stderr.count("is gone, so the others end too") == 1, done.stderr
     assert "lorica train --resume found" in done.stderr
-    assert status(tmp_path / "found") == "failed"
-    goes_on_as_one(lorica, several, tmp_path)
+    assert "going on from step 4" in done.stdout
+    same_as_one(lorica, several, tmp_path)
 
 
 @pytest.mark.slow
@@ -107,7 +109,19 @@ def test_a_signal_to_one_stops_all_with_the_state_saved(lorica, several, tmp_pat
     assert done.stderr.count("stopped by SIGTERM: the state was saved") == 1, done.stderr
     assert status(tmp_path / "found") == "interrupted"
     assert (tmp_path / "found/checkpoints/step-00000005").is_dir()
-    goes_on_as_one(lorica, several, tmp_path)
+    told = lorica("train", "--resume", "found")  # by itself it has no processes to spread it over
+    assert told.code == 2 and "torchrun" in told.err
+    done = torchrun("-m", "lorica", "train", "--resume", "found", folder=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("\nreport ") == 1, done.stderr
+    same_as_one(lorica, several, tmp_path)
+
+
+@pytest.mark.slow
+def test_one_process_that_has_room_goes_on_with_it(lorica, several, tmp_path):
+    assert dies(int(signal.SIGKILL), several, tmp_path).returncode != 0
+    assert status(tmp_path / "found") == "failed"
+    assert lorica("train", "--resume", "found", "--no-shard-base").code == 0
+    same_as_one(lorica, several, tmp_path)
 
 
 @pytest.mark.slow
