@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.attach.activate import activate
+from lorica.attach.site import is_site
 from lorica.base.processes import Processes
 from lorica.data.encode import Example
 from lorica.tasks.task import Task
@@ -172,7 +173,10 @@ def differentiated(model: Any) -> Iterator[None]:
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
 
-    handle = model.get_input_embeddings().register_forward_hook(ask)
+    table = model.get_input_embeddings()
+    # Before FSDP looks at what the embeddings say, where some adapter lies there: its process would
+    # gather them in the backward pass, and the others would not.
+    handle = table.register_forward_hook(ask, prepend=is_site(table))
     try:
         yield
     finally:
