@@ -96,7 +96,8 @@ def same_as_one(lorica, several, folder):
 def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(lorica, several, tmp_path):
     done = dies(int(signal.SIGKILL), several, tmp_path, restarts=1)
     assert done.returncode == 0 and done.stdout.count("\nreport ") == 1, done.stderr
-    assert done.stderr.count("is gone, so the others end too") == 1, done.stderr
+    # the other process finds it gone, or is ended by torchrun before
+    assert done.stderr.count("mend: go on with: ") == 1, done.stderr
     assert "lorica train --resume found" in done.stderr
     assert "going on from step 4" in done.stdout
     same_as_one(lorica, several, tmp_path)
