@@ -1,7 +1,7 @@
 """The work of a step, divided among processes that hold the base together (`base.sharded`).
 
-Every process knows all the work and all adapters, and makes the same plan. With as many adapters as
-processes, or more, an adapter is one process's: what it comes to does not depend on its company, so
+Every process knows all the work and all adapters, and makes the same plan. In a run of as many
+adapters as processes, or more, an adapter is one process's: what it comes to does not depend on its company, so
 its gradients are those of one process, to the last bit. With fewer, the records of each micro-batch
 are dealt out, and the gradients of the parts are added in the order of the processes: the same in
 every run, but not the bits of one process.
@@ -34,20 +34,21 @@ class Divided:
 
     Args:
         processes: those that hold the base.
+        whole: whether each adapter is one process's, also when fewer are left than processes: what
+            an adapter comes to must not depend on when those beside it end.
     """
 
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
+    def __init__(self, processes: Processes, *, whole: bool) -> None:
+        self.processes, self.whole = processes, whole
 
     def differentiate(
         self, engine: Engine, trainees: Sequence[Trainee], work: Work, labels: Sequence[int]
     ) -> Losses:
         """Forward and backward of this process's share, and then what all have found."""
         rank, size = self.processes.rank, self.processes.size
-        whole = len(trainees) >= size
-        shares = whole_adapters(work, size) if whole else dealt_records(work, size)
+        shares = (whole_adapters if self.whole else dealt_records)(work, size)
         number = [len(engine.passes(trainees, share)) for share in shares]
-        part = 0 if whole else rank
+        part = 0 if self.whole else rank
         losses = engine.differentiate(trainees, shares[rank], labels, part=part)
         shortest = min((e for b in work for block in b for e in block if e.num_trained), key=len)
         for _ in range(max(number) - number[rank]):

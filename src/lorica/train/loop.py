@@ -165,7 +165,7 @@ def train(
         skipping=reuse.skipped,
         sharing=_sharing(model, task, reuses, together),
         collating=together.collate,
-        dividing=Divided(processes) if processes else None,
+        dividing=processes and Divided(processes, whole=len(courses) >= processes.size),
     )
     notes += [*reuse.notes, *together.notes(courses)]
     try:
