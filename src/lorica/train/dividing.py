@@ -1,10 +1,10 @@
 """The work of a step, divided among processes that hold the base together (`base.sharded`).
 
 Every process knows all the work and all adapters, and makes the same plan. In a run of as many
-adapters as processes, or more, an adapter is one process's: what it comes to does not depend on its company, so
-its gradients are those of one process, to the last bit. With fewer, the records of each micro-batch
-are dealt out, and the gradients of the parts are added in the order of the processes: the same in
-every run, but not the bits of one process.
+adapters as processes, or more, an adapter is one process's: what it comes to does not depend on its
+company, so its gradients are those of one process, to the last bit. With fewer, the records of each
+micro-batch are dealt out, and the gradients of the parts are added in the order of the processes:
+the same in every run, but not the bits of one process.
 
 A pass gathers the layers of the base, in which all take part; so all make as many passes, and one
 that has run out of work makes a pass that is thrown away.
