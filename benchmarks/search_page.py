@@ -90,8 +90,9 @@ runs/found` goes on with such a search as one process; while others work on it, 
 
 All of this is for one machine. On several, start a search on each with a `storage` that all reach
 and a folder of its own: they share the candidates, and compare each with what is known by then.
-A base that does not fit into the memory of one process is not spread over several (no FSDP):
-`quantize` makes it smaller.
+A base that does not fit into the memory of one process is not spread over several in a search:
+`quantize` makes it smaller. `lorica train` can spread it
+([many](many.md#a-base-that-does-not-fit)).
 
 ## The answer
 

@@ -25,7 +25,7 @@ def fresh_parameters(
         TargetError: neither knows how some of the parameters begin.
     """
     base: Any = getattr(type(module), "_lorica_base", type(module))
-    stand_in = base.__new__(base)
+    stand_in = object.__new__(base)  # a class of FSDP would run its __init__
     own = [name for name, parameter in module._parameters.items() if parameter is not None]
     blank = {name: nn.Parameter(torch.full(weight_shape(module, name), math.nan)) for name in own}
     parameters = {name: blank.get(name) for name in module._parameters}

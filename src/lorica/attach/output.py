@@ -210,7 +210,7 @@ def run_copy(module: Any, slot: Slot, *args: Any, **kwargs: Any) -> Any:
     parameters.
     """
     base = type(module)._lorica_base
-    stand_in = base.__new__(base)
+    stand_in = object.__new__(base)  # a class of FSDP would run its __init__
     parameters = {
         name: slot.tensors[name].to(weight_dtype(module, name)) if name in slot.tensors else p
         for name, p in module._parameters.items()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
@@ -37,6 +37,9 @@ from lorica.base.quantize import (
 from lorica.base.quantizer import Quantizer
 from lorica.base.stored import OWN, fill, method_of, quantizers_of, read_stored
 from lorica.errors import BaseModelError, LoricaError, nearest
+
+if TYPE_CHECKING:
+    from lorica.base.processes import Processes
 
 EMBEDDED = Path(__file__).parent / "embedded"
 """The small language model that travels with the package; `load_model("embedded")`."""
@@ -73,6 +76,7 @@ class Base:
             be trained.
         quantize: the word of the quantizer that its layers went through on the way in; None where
             they lie as the files have them.
+        processes: those that hold it together; None where this one has all of it.
         notes: what the user should be told.
     """
 
@@ -83,12 +87,19 @@ class Base:
     labels: tuple[str, ...] = ()
     new_modules: tuple[str, ...] = ()
     quantize: str | None = None
+    processes: Processes | None = None
     notes: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, str]:
         """What an adapter's files say of their base."""
         found = {"name": self.name, "task": self.task, "digest": self.digest}
         return {**found, "quantize": self.quantize} if self.quantize else found
+
+
+def processes_of(model: nn.Module) -> Processes | None:
+    """The processes that hold the model together; None where this one has all of it."""
+    base = base_of(model)
+    return base.processes if base is not None else None
 
 
 def base_of(model: nn.Module) -> Base | None:

@@ -30,12 +30,15 @@ def packed_weight(module: nn.Module) -> Packed | None:
 
 def read_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
     """The numbers of a parameter in the shape in which the layer computes: the parameter itself,
-    not to be written, where it is plain; else a tensor of its own.
+    not to be written, where it is plain; else a tensor of its own. Where processes hold the base
+    together (`base.sharded`), all of them must ask between the passes, or none.
 
     Raises:
         BaseModelError: it lies in a storage that is not known.
     """
     stored = _stored(module, parameter)
+    if is_spread(stored):
+        return stored.full_tensor()
     if parameter == "weight" and isinstance(module, QuantizedLinear):
         return module.packed().numbers()
     if parameter == "weight" and (foreign := _bitsandbytes(module, stored)) is not None:
@@ -131,6 +134,8 @@ def storage_of(module: nn.Module, parameter: str = "weight") -> str:
 def weight_state(module: nn.Module, parameter: str = "weight") -> tuple[int, ...]:
     """Numbers that change when the weight may have: where it lies, and how often it was written."""
     stored = _stored(module, parameter)
+    if is_spread(stored):
+        stored = stored.to_local()
     return stored.untyped_storage()._cdata if not stored.is_meta else 0, stored._version
 
 
@@ -142,6 +147,11 @@ def num_parameters(model: nn.Module) -> int:
             if parameter is not None:
                 sizes[id(parameter)] = torch.Size(weight_shape(module, name)).numel()
     return sum(sizes.values())
+
+
+def is_spread(stored: Any) -> bool:
+    """Whether a tensor lies in several processes, each of which has a share."""
+    return hasattr(stored, "full_tensor")
 
 
 def _owner(stored: Tensor) -> str:

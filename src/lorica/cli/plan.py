@@ -47,6 +47,7 @@ def command(
     from lorica.cli.forecast import alternatives, warning_of
     from lorica.cli.options import read_flags
     from lorica.cli.source import shaped_by_source
+    from lorica.cli.spread import refuse_spread
     from lorica.cli.voice import Voice
     from lorica.config import known_settings, load_yaml, resolve
     from lorica.config.text import flag_layer
@@ -58,6 +59,7 @@ def command(
     layers = [load_yaml(file) for file in line.files]
     layers = shaped_by_source([*layers, flag_layer(line.flags, known)])
     settings = resolve(*layers, methods=WORDS)
+    refuse_spread(settings, "lorica plan estimates a process that has all of the base")
     voice = Voice(quiet=json, stream=sys.stderr)
     if settings.run.search is not None:
         from lorica.cli.search_plan import lines_of, plan_search

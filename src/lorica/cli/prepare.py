@@ -22,6 +22,7 @@ from lorica.cli.forecast import (
 )
 from lorica.cli.images import OF_IMAGES, is_for_images, prepare_images
 from lorica.cli.material import Material, gather
+from lorica.cli.spread import load_spread
 from lorica.cli.start import (
     Begun,
     begin,
@@ -225,6 +226,9 @@ def foresee(
         CheckRefused: far more memory than the machine has.
         LoricaError: records or settings with which no run can begin.
     """
+    if settings.run.shard_base:
+        voice.say("the memory of a base that processes hold together is not estimated")
+        return None
     lower = lower_of(settings)
     try:
         shadow = shadow_of(settings, material, kind)
@@ -291,6 +295,8 @@ def known(model: nn.Module) -> Base:
 def load_base(settings: Resolved, material: Material, kind: str) -> tuple[nn.Module, Resolved]:
     """The base of a run, and the settings with the modules that it has no weights for."""
     run = settings.run
+    if run.shard_base:
+        return load_spread(settings, kind), settings
     model = load_model(
         run.model,
         task=kind,

@@ -94,8 +94,8 @@ def refuse_ranks(what: str) -> None:
             f"torchrun started {found.size} processes, and {what} is work for one: each would do "
             "the same",
             expected="adapters to share out: lorica search, or lorica train with a list adapters",
-            mend="start it without torchrun; one adapter is not trained by several processes, and "
-            "a base that does not fit into one is not spread over them (quantize makes it smaller)",
+            mend="start it without torchrun; or let lorica train spread the base over them: "
+            "--shard-base",
         )
 
 

@@ -53,12 +53,14 @@ def command(
         from lorica.cli.layers import layers_of
         from lorica.cli.ranks import ranks
         from lorica.cli.source import shaped_by_source
+        from lorica.cli.spread import refuse_spread
         from lorica.config import resolve
         from lorica.methods import WORDS
         from lorica.records.crew import is_crewed
 
     layers, resume = layers_of(context, resume, replace=replace)
     settings = resolve(*shaped_by_source(layers), methods=WORDS)
+    refuse_spread(settings, "lorica search shares the candidates out instead")
     how = {"json": json, "quiet": quiet, "ignore_memory": ignore_memory}
     found = ranks()
     if found.size > 1 or (resume is not None and is_crewed(resume)):

@@ -80,6 +80,11 @@ def command(
 
     how = {"json": json, "quiet": quiet, "ignore_memory": ignore_memory}
     found = ranks()
+    if settings.run.shard_base:
+        from lorica.cli.spread_run import execute_spread
+
+        execute_spread(settings, found, resume=resume, discard=replace, **how)
+        return
     if settings.adapters and (found.size > 1 or (resume is not None and is_crewed(resume))):
         from lorica.cli.several import closing_lines_of_several
         from lorica.cli.several_crew import execute_several_together

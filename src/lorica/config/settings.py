@@ -438,6 +438,11 @@ class RunConfig(Settings):
         description="store the base's linear layers in 4 bits (nf4, fp4) or 8 (int8): a quarter "
         "or half of the memory of bfloat16, some accuracy and some time; true: nf4",
     )
+    shard_base: bool = Field(
+        default=False,
+        description="under torchrun: spread the base over the processes, which train on it "
+        "together; each holds a share of every weight and gathers a layer at a time",
+    )
     resolution: int | None = Field(
         default=None,
         ge=8,

@@ -24,7 +24,7 @@ from lorica.data.template import ChatTemplate
 from lorica.errors import ConfigError
 from lorica.tasks.documents import NAME
 from lorica.tasks.flat import flat_batch, shifted
-from lorica.tasks.head import head_losses
+from lorica.tasks.head import gathered, head_losses
 from lorica.tasks.last_layer import LastLayer, Place
 from lorica.tasks.probe import (
     attention,
@@ -176,9 +176,11 @@ class CausalLM:
                 ]
             hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
             flat = hidden.flatten(0, 1)
-            return [
-                head_losses(head, flat.index_select(0, rows), targets) for rows, targets in labelled
-            ]
+            with gathered(head):
+                return [
+                    head_losses(head, flat.index_select(0, rows), targets)
+                    for rows, targets in labelled
+                ]
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:

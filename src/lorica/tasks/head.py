@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,11 +17,32 @@ from lorica.tasks.task import wide
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+@contextmanager
+def gathered(head: nn.Module | None) -> Iterator[None]:
+    """A head that processes hold together (`base.sharded`), whole inside the block. They gather it
+    once for a pass, however many adapters one of them has in it.
+    """
+    if head is None or not is_unit(head):
+        yield
+        return
+    unit: Any = head
+    unit.unshard()
+    try:
+        yield
+    finally:
+        unit.reshard()
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP gathers the weights of this module by itself."""
+    return hasattr(module, "unshard")
+
+
 def head_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood (nats) of one label per row.
 
     Args:
-        head: its logits are those of the model.
+        head: its logits are those of the model; `gathered`.
         hidden: (rows, features).
         targets: (rows,), each of them a word.
 
@@ -37,9 +60,13 @@ def is_plain(head: Any) -> bool:
     """Whether a head is a frozen linear layer of which nobody has changed or watches anything: no
     adapter, no hook, no forward of its own, no quantized or distributed weight.
     """
-    if type(head) is not nn.Linear or "forward" in vars(head):
+    own, hooks = type(head), 0
+    if is_unit(head):  # a class of FSDP's around that of the head, and a hook on either side
+        own, hooks = own.__mro__[2], 1
+    if own is not nn.Linear or "forward" in vars(head):
         return False
     tensors = [t for t in (head.weight, head.bias) if t is not None]
     frozen = not any(t.requires_grad for t in tensors)
     ordinary = not any(is_traceable_wrapper_subclass(t) for t in tensors)
-    return frozen and ordinary and not any(getattr(head, name) for name in _HOOKS)
+    watched = any(len(getattr(head, name)) > hooks for name in _HOOKS)
+    return frozen and ordinary and not watched

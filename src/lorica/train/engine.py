@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -55,6 +55,25 @@ def nothing_shared(
 ) -> AbstractContextManager:
     """Every block of a pass goes through all layers."""
     return nullcontext()
+
+
+Work = Sequence[Sequence[Sequence[Example]]]
+"""For each trainee its micro-batches; a block without examples takes part in no pass."""
+
+Losses = list[list[float]]
+"""For each trainee the summed loss (nats) of each of its micro-batches."""
+
+
+class Dividing(Protocol):
+    """How the work of a step is divided among processes that hold the base together."""
+
+    def differentiate(
+        self, engine: Engine, trainees: Sequence[Trainee], work: Work, labels: Sequence[int]
+    ) -> Losses:
+        """What `Engine.differentiate` does, by all processes: every one of them ends with the
+        gradients and losses of the whole work.
+        """
+        ...
 
 
 class Trainee:
@@ -110,6 +129,7 @@ class Engine:
             `FrozenLayers.skipped`.
         sharing: what must hold during a pass of several adapters; see `SharedLayers.shared`.
         collating: makes the batch of a pass; None: the task, from the blocks alone.
+        dividing: for a base that several processes hold together; None: this one has all of it.
 
     Raises:
         TrainingError: checkpointing was asked of a model that has none.
@@ -124,7 +144,9 @@ class Engine:
         skipping: Skipping = lambda blocks, batch: nullcontext(),
         sharing: Sharing = nothing_shared,
         collating: Collating | None = None,
+        dividing: Dividing | None = None,
     ) -> None:
+        self.dividing = dividing
         self.model, self.task, self.skipping, self.sharing = model, task, skipping, sharing
         self.collating = collating or (lambda adapters, blocks: task.collate(blocks, model))
         self._checked: set[str] = set()
@@ -157,9 +179,7 @@ class Engine:
             turn_off(self.model)
             self._checkpoints = False
 
-    def step(
-        self, trainees: Sequence[Trainee], work: Sequence[Sequence[Sequence[Example]]]
-    ) -> list[StepResult]:
+    def step(self, trainees: Sequence[Trainee], work: Work) -> list[StepResult]:
         """One optimizer step of each trainee.
 
         Args:
@@ -173,41 +193,63 @@ class Engine:
         self.model.train()
         for trainee in trainees:  # a step that failed may have left some
             trainee.optimizer.zero_grad(set_to_none=True)
-        totals = [_Totals(sum(_num_labels(b) for b in batches)) for batches in work]
-        for trainee, total in zip(trainees, totals, strict=True):
-            if not total.labels:
+        labels = [sum(_num_labels(b) for b in batches) for batches in work]
+        for trainee, number in zip(trainees, labels, strict=True):
+            if not number:
                 raise TrainingError(
                     f"adapter {trainee.adapter.name!r}, step {trainee.step + 1}: no token to learn",
                     expected="at least one label that is not -100",
                 )
         with resting(_idle(trainees)):
-            for group in self.groups(trainees):
-                self._differentiate(trainees, work, totals, group)
+            if self.dividing is None:
+                losses = self.differentiate(trainees, work, labels)
+            else:
+                losses = self.dividing.differentiate(self, trainees, work, labels)
             for trainee in trainees:
                 if (penalty := trainee.between.penalty()) is not None:
                     penalty.backward()
+        totals = [_totals(*one) for one in zip(work, losses, labels, strict=True)]
         norms = [_clip(t, total) for t, total in zip(trainees, totals, strict=True)]
         return [
             _update(t, total, norm) for t, total, norm in zip(trainees, totals, norms, strict=True)
         ]
 
-    def _differentiate(
+    def differentiate(
         self,
         trainees: Sequence[Trainee],
-        work: Sequence[Sequence[Sequence[Example]]],
-        totals: Sequence[_Totals],
-        group: Sequence[int],
-    ) -> None:
-        """The micro-batches of those trainees that may share a pass."""
-        for micro in range(max(len(work[i]) for i in group)):
-            present = [i for i in group if micro < len(work[i])]
-            for chosen in passes_of(present, [_num_tokens(work[i][micro]) for i in present]):
-                self._micro_step(
-                    [trainees[i] for i in chosen],
-                    [work[i][micro] for i in chosen],
-                    [totals[i] for i in chosen],
-                    micro,
-                )
+        work: Work,
+        labels: Sequence[int],
+        *,
+        part: int = 0,
+    ) -> Losses:
+        """Forward and backward of all micro-batches, in this process alone.
+
+        Args:
+            labels: trained tokens of each trainee in the whole step, of which this work may be a
+                part.
+            part: number of that part: each draws its dropout for itself.
+        """
+        losses = [[0.0] * len(batches) for batches in work]
+        for micro, chosen in self.passes(trainees, work):
+            found = self._micro_step(
+                [trainees[i] for i in chosen],
+                [work[i][micro] for i in chosen],
+                [labels[i] for i in chosen],
+                (micro, part) if part else (micro,),
+            )
+            for i, loss in zip(chosen, found, strict=True):
+                losses[i][micro] = loss
+        return losses
+
+    def passes(self, trainees: Sequence[Trainee], work: Work) -> list[tuple[int, list[int]]]:
+        """The passes of a step, each as the number of the micro-batches and of the trainees."""
+        found = []
+        for group in self.groups(trainees):
+            for micro in range(max(len(work[i]) for i in group)):
+                present = [i for i in group if micro < len(work[i]) and work[i][micro]]
+                tokens = [_num_tokens(work[i][micro]) for i in present]
+                found += [(micro, chosen) for chosen in passes_of(present, tokens)]
+        return found
 
     def groups(self, trainees: Sequence[Trainee]) -> list[list[int]]:
         """Who may go through one pass with whom and still train to the same bits as alone.
@@ -231,12 +273,13 @@ class Engine:
         self,
         trainees: list[Trainee],
         blocks: list[Sequence[Example]],
-        totals: list[_Totals],
-        micro: int,
-    ) -> None:
+        labels: list[int],
+        micro: tuple[int, ...],
+    ) -> list[float]:
+        """The summed loss of each block. `micro`: what tells the pass from others of the step."""
         adapters = [t.adapter for t in trainees]
         batch = self.collating(adapters, blocks)
-        seeds = tuple(derive_seed(t.settings.seed, t.step, micro) for t in trainees)
+        seeds = tuple(derive_seed(t.settings.seed, t.step, *micro) for t in trainees)
         torch.manual_seed(seeds[0])  # dropout of the base; where there is any, no pass is shared
         # with stages it has the pass for itself
         route = route_of(adapters[0], dropout_seed=seeds[0])
@@ -253,15 +296,9 @@ class Engine:
             losses = self.task.losses(self.model, batch)
             if new := set(route.names) - self._checked:
                 self._refuse_unvisited(new, batch)
-            shares = [loss / t.labels for loss, t in zip(losses, totals, strict=True)]
+            shares = [loss / number for loss, number in zip(losses, labels, strict=True)]
             torch.stack(shares).sum().backward()
-        for loss, t, block in zip(losses, totals, blocks, strict=True):
-            value = loss.item()
-            t.rows += [e.row for e in block]
-            t.loss += value / t.labels
-            t.tokens += sum(e.num_tokens for e in block)
-            if not math.isfinite(value):
-                t.suspects += [e.row for e in block]
+        return [loss.item() for loss in losses]
 
     def _refuse_unvisited(self, names: set[str], batch: Batch) -> None:
         """Judge the layers that this pass went by once more as they run in use: training may drop
@@ -270,15 +307,20 @@ class Engine:
         self._checked |= names
         if not unvisited(self.model):
             return
+        if self.dividing is not None:  # a pass that the other processes do not make
+            _refuse_passed(unvisited(self.model))
         with answering(self.model):
             self.task.losses(self.model, batch)
         if passed := unvisited(self.model):
-            raise TrainingError(
-                f"{len(passed)} adapted layers were never called: the adapter would have no effect "
-                "there",
-                problems=passed[:10],
-                mend="leave them out with exclude_modules",
-            )
+            _refuse_passed(passed)
+
+
+def _refuse_passed(passed: Sequence[str]) -> NoReturn:
+    raise TrainingError(
+        f"{len(passed)} adapted layers were never called: the adapter would have no effect there",
+        problems=passed[:10],
+        mend="leave them out with exclude_modules",
+    )
 
 
 @dataclass
@@ -292,6 +334,18 @@ class _Totals:
     tokens: int = 0
     suspects: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+
+
+def _totals(batches: Sequence[Sequence[Example]], losses: Sequence[float], labels: int) -> _Totals:
+    total = _Totals(labels)
+    for block, loss in zip(batches, losses, strict=True):
+        rows = [e.row for e in block]
+        total.rows += rows
+        total.loss += loss / labels
+        total.tokens += sum(e.num_tokens for e in block)
+        if not math.isfinite(loss):
+            total.suspects += rows
+    return total
 
 
 def named_ranges(

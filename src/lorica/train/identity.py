@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorica.attach.handle import Adapter
-from lorica.base.load import digest_of
+from lorica.base.load import digest_of, processes_of
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.tasks.task import Task, device_of
@@ -104,7 +104,10 @@ def circumstances(
         for key in MEMORY
         if (value := getattr(course.settings, key)) != getattr(settings, key)
     }
+    processes = processes_of(model)
+    together = {"processes that hold the base": str(processes.size)} if processes else {}
     return {
+        **together,
         **{name: _text(getattr(settings, name)) for name in MEMORY},
         **own,
         "number of threads": str(torch.get_num_threads()),

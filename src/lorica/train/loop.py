@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from lorica.attach.activate import activate
 from lorica.attach.handle import Adapter
-from lorica.base.load import base_of
+from lorica.base.load import base_of, processes_of
 from lorica.base.storage import num_parameters
 from lorica.config.settings import method_values
 from lorica.errors import ConfigError, Interrupted, LoricaError, NonFiniteError, TrainingError
@@ -26,11 +26,12 @@ from lorica.records.write import Recorder, RunRecorder
 from lorica.tasks.task import Task, answering, device_of
 from lorica.train import checkpoint
 from lorica.train.agreement import Given, of_the_run
-from lorica.train.beginnings import beginnings_of
+from lorica.train.beginnings import Beginnings, beginnings_of
 from lorica.train.company import Company, Tell
 from lorica.train.course import Course, Window
 from lorica.train.director import Director
-from lorica.train.engine import Engine, StepResult, nothing_shared
+from lorica.train.dividing import Divided, differentiated
+from lorica.train.engine import Engine, Sharing, StepResult, nothing_shared
 from lorica.train.identity import circumstances, identity, identity_of
 from lorica.train.judging import eval_batch_size, judged_together, losses_of
 from lorica.train.measure import mean_loss, memory_bytes, versions
@@ -155,18 +156,22 @@ def train(
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
     reuse = reuse_of(model, task, courses, run)
     reuses = reuse.layers is not None
+    processes = processes_of(model)
     together = beginnings_of(model, task, wanted=run.share_prompts, reuses=reuses)
     engine = Engine(
         model,
         task,
         gradient_checkpointing=run.gradient_checkpointing,
         skipping=reuse.skipped,
-        sharing=nothing_shared if reuses else SharedLayers(model, task, together).shared,
+        sharing=_sharing(model, task, reuses, together),
         collating=together.collate,
+        dividing=processes and Divided(processes, whole=len(courses) >= processes.size),
     )
     notes += [*reuse.notes, *together.notes(courses)]
     try:
-        with torch.random.fork_rng(devices):  # every step seeds torch; the caller's state stays
+        downward = differentiated(model) if processes else nullcontext()
+        # every step seeds torch; the caller's state stays
+        with torch.random.fork_rng(devices), downward:
             company = Company(model, task, courses, run, director, reuse)
             one = _Run(engine, company, folder, evaluator, keep_state=keep_state)
             return one.go(recorder, dict(manifest or {}), notes, resume=resume)
@@ -208,7 +213,8 @@ class _Run:
         self.turn, self.unjudged, self.saved, self.seconds = 0, False, 0, 0.0
         self.last_save = -math.inf, 0.0
         reuses = company.reuse.layers is not None  # evaluations are of whole records
-        self.sharing = nothing_shared if reuses else SharedLayers(self.model, self.task).shared
+        self.sharing = _sharing(self.model, self.task, reuses)
+        self.processes = processes_of(self.model)
         self.identity = identity(self.model, self.task, company.courses, company.settings)
 
     def go(
@@ -235,7 +241,7 @@ class _Run:
         if note := checkpoint.space_warning(self.folder.path, tensors, self.settings):
             self.recorder.event("warning", note)
         try:
-            with stopping() as stop:
+            with stopping(self.processes.highest if self.processes else None) as stop:
                 report = self._train(stop)
         except (Interrupted, KeyboardInterrupt):
             self.recorder.finish({"status": "interrupted"})
@@ -357,7 +363,7 @@ class _Run:
     ) -> dict[str, tuple[dict[str, float], list[float]]]:
         """Name -> scores of an adapter, and the loss of every evaluation example."""
         found = {}
-        together = self.evaluator is None and len(due) > 1
+        together = self.evaluator is None and len(due) > 1 and self.processes is None
         for group in judged_together(self.engine, due) if together else [[c] for c in due]:
             if len(group) == 1:
                 found[group[0].name] = self._evaluate(group[0], stop)
@@ -560,6 +566,17 @@ class _Run:
                 for slot in stage.slots.values()
             ),
         }
+
+
+def _sharing(
+    model: nn.Module, task: Task, reuses: bool, together: Beginnings | None = None
+) -> Sharing:
+    """What holds during a pass of several adapters. Where processes hold the base together, each
+    has other adapters in its pass, and all must run the same layers.
+    """
+    if reuses or processes_of(model) is not None:
+        return nothing_shared
+    return SharedLayers(model, task, together).shared
 
 
 def _shape(course: Course) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from lorica.base.load import processes_of
 from lorica.data.encode import Example
 from lorica.tasks.task import Task, answering, by_length
 
@@ -31,20 +32,38 @@ def mean_loss(
     """Mean negative log-likelihood (nats) per trained token of the model as it is activated.
 
     Args:
-        between: called before every batch; may raise to leave.
+        between: called before every batch of this process; may raise to leave.
         each: is filled with the summed loss of every example, in their order.
+
+    Where processes hold the model together, the batches are dealt out among them.
     """
-    losses = [0.0] * len(examples)
+    losses, processes = [0.0] * len(examples), processes_of(model)
+    batches = by_length([len(e) for e in examples], batch_size)
+    own = dealt(batches, processes.rank, processes.size) if processes else batches
     with answering(model), task.running(model):
-        for chosen in by_length([len(e) for e in examples], batch_size):
+        for chosen in own:
             between()
             block = [examples[i] for i in chosen]
             (found,) = task.each_loss(model, task.collate([block], model), [block])
             for i, loss in zip(chosen, found, strict=True):
                 losses[i] = loss
+    if processes:
+        owner = {i: n % processes.size for n, batch in enumerate(batches) for i in batch}
+        here = processes.rank
+        held = [loss if owner[i] == here else 0.0 for i, loss in enumerate(losses)]
+        losses = processes.sums(held)
     if each is not None:
         each[:] = losses
     return math.fsum(losses) / sum(e.num_trained for e in examples)
+
+
+def dealt(batches: Sequence[list[int]], rank: int, size: int) -> list[list[int]]:
+    """The batches of one of several processes, in turn. All have as many, for all take part in a
+    pass: whoever lacks one takes the shortest again, for nothing.
+    """
+    rounds = -(-len(batches) // size)
+    places = range(rank, rounds * size, size)
+    return [batches[min(place, len(batches) - 1)] for place in places]
 
 
 def memory_bytes() -> int:

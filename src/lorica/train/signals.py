@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,13 +20,21 @@ class StopAsked(Exception):
 
 
 class Stop:
-    """Whether somebody asked the run to stop, and by which signal."""
+    """Whether somebody asked the run to stop, and by which signal.
 
-    def __init__(self) -> None:
+    Args:
+        agree: of several processes that go on in step, one of which was asked: makes one number of
+            the signal of each, 0 where none came.
+    """
+
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.asked: int | None = None
+        self.agree = agree
 
     def check(self) -> None:
         """Raises StopAsked where somebody asked."""
+        if self.agree is not None:
+            self.asked = self.agree(self.asked or 0) or None
         if self.asked is not None:
             raise StopAsked
 
@@ -48,12 +56,12 @@ class Stop:
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
-    """Listen for signals, where this is the main thread.
+def stopping(agree: Callable[[int], int] | None = None) -> Iterator[Stop]:
+    """Listen for signals, where this is the main thread. `agree` as of `Stop`.
 
     Those that the process was told to ignore (nohup, a shell's background jobs) stay ignored.
     """
-    stop = Stop()
+    stop = Stop(agree)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
