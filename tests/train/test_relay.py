@@ -1,4 +1,4 @@
-"""Adapters that go from one run to another: the bits of a run alone, wherever they are handed on."""
+"""Adapters that go from one run to another: the bits of a run alone, wherever they go on."""
 
 import json
 import signal
@@ -143,8 +143,8 @@ def test_an_evaluation_that_waits_for_its_judge_goes_along(tmp_path, alone, monk
     check(alone, tmp_path / "1", tmp_path / "2", tmp_path / "3")
 
 
-def test_a_state_that_is_of_no_use_is_told_of(tmp_path, alone, monkeypatch):
-    hand, _ = part(tmp_path / "1", "ab", leave={"b": 4})
+def test_a_state_that_is_of_no_use_is_told_of(tmp_path, alone):
+    part(tmp_path / "1", "ab", leave={"b": 4})
     newest = tmp_path / "states/b/step-00000004"
     (newest / "optimizers/b.safetensors").write_bytes(b"torn")
     part(tmp_path / "2", "b")
@@ -154,7 +154,7 @@ def test_a_state_that_is_of_no_use_is_told_of(tmp_path, alone, monkeypatch):
     assert "belongs to another run; settings.learning_rate" in events(tmp_path / "3")
 
 
-def test_a_state_that_cannot_be_read_now_stays(tmp_path, monkeypatch):
+def test_a_state_that_cannot_be_read_now_stays(tmp_path):
     part(tmp_path / "1", "ab", leave={"b": 4})
     newest = tmp_path / "states/b/step-00000004/MANIFEST.json"
     newest.unlink()
