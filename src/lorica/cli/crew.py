@@ -117,7 +117,7 @@ class Together:
             with _told(self.path, crew, folder, self.command):
                 return end(done, folder)
         except LoricaError as error:
-            error.shared = False
+            error.shared = isinstance(error, ConfigError)  # other settings than at the beginning
             raise
         finally:
             if folder is not None:

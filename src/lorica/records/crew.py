@@ -21,7 +21,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,16 @@ class Crew:
     @contextmanager
     def present(self) -> Iterator[None]:
         """Be counted, while in here, among the processes that train."""
-        with self.locked():
-            (self.path / WORKERS).mkdir(exist_ok=True)
-            file = self.path / WORKERS / f"{_PRESENT}{os.getpid()}-{secrets.token_hex(4)}"
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        try:
+        file = self.path / WORKERS / f"{_PRESENT}{os.getpid()}-{secrets.token_hex(4)}"
+        with ExitStack() as held:
+            with self.locked():
+                if not self.is_over:  # else the folder is gone, and nobody counts
+                    file.parent.mkdir(exist_ok=True)
+                    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+                    held.callback(os.close, descriptor)
+                    held.callback(file.unlink, missing_ok=True)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
-        finally:
-            file.unlink(missing_ok=True)
-            os.close(descriptor)
 
     @property
     def states(self) -> Path:
