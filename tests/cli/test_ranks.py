@@ -158,7 +158,7 @@ def test_a_search_by_four_processes_is_that_of_one(settings, tmp_path, alone):
 def killed(settings, tmp_path, who, **other):
     line = ["search", settings, "--output-dir", "found"]
     both = [
-        started(rank, 2, *line, folder=tmp_path, **({"dies_at": 4} if rank == who else other))
+        started(rank, 2, *line, folder=tmp_path, **({"dies_at": 5} if rank == who else other))
         for rank in (0, 1)
     ]
     ended = [process.communicate(timeout=300) for process in both]
