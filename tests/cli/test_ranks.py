@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
-from lorica.cli import main, one_voice, ranks, search_crew
+from lorica.cli import main, one_voice, ranks, search_crew, several_crew
 from lorica.config import load_yaml
 from lorica.errors import LoricaError
 from lorica.files.adapter import save_adapter
+from lorica.records.crew import Crew
 from lorica.records.folder import RunFolder
 from lorica.train import loop
 from lorica.train.engine import Engine
@@ -314,16 +316,22 @@ def test_only_what_is_whole_counts_as_written(
     told = lorica("train", "other.yaml", "--output-dir", "found", "--resume", "found")
     assert told.code == 2 and "was begun with other settings or data" in told.err
     assert "settings.learning_rate is 0.05, and was 0.0002" in told.err
-    original, trained = Engine.step, set()
+    original, trained, other = Engine.step, set(), ExitStack()
 
     def step(self, trainees, work):
+        if not trained:  # another process comes, which has nothing to do
+            other.enter_context(Crew(tmp_path / "found", 1).present())
         trained.update(trainee.adapter.name for trainee in trainees)
         return original(self, trainees, work)
 
     monkeypatch.setattr(Engine, "step", step)
-    told = lorica("train", several, "--output-dir", "found", "--resume", "found", "--quiet")
+    monkeypatch.setattr(several_crew, "LOOK_EVERY", 0)
+    with other:
+        told = lorica("train", several, "--output-dir", "found", "--resume", "found", "--quiet")
     assert told.code == 0, told.err
     assert trained == {"c", "d"}  # the others were done, and had only to be written
+    step = re.search(r"d is handed on after step (\d+)", told_in(tmp_path / "found"))
+    assert step and f"d: going on from step {step[1]}" in told_in(tmp_path / "found")
     same_run(several_alone, tmp_path / "found")
 
 
