@@ -50,13 +50,14 @@ done. A *director* (`lorica.train.director`) ends adapters after an evaluation a
         --output-dir runs/both --resume runs/both
 
 Adapters know nothing of each other, so they are shared out whole: each process has the base in its
-own memory, trains its share of the list, and takes up the adapters of a process that is gone, from
-their first step. No checkpoints are written (`save_steps` has no effect), so an adapter that is not
-written when all are stopped begins anew; other settings or data than those of the beginning are
-refused. Each adapter has the bits that it has in one process (CPU). When all are written
-the first process scores them and writes the run. How the processes know of each other, and what
-the two options are for, is told in [search](search.md#several-processes). A run of one adapter is
-refused under torchrun without `shard_base`: each process would train the same.
+own memory, trains its share of the list, and takes up the adapters of a process that is gone. Each
+writes the states of its adapters (`save_steps`), from which any process goes on; one that has
+nothing left to do is handed one of those of a process that trains several. Other settings or data
+than those of the beginning are refused. Each adapter has the bits that it has in one process (CPU).
+When all are written the first process scores them and writes the run. How the processes know of
+each other, and what the two options are for, is told in [search](search.md#several-processes). A
+run of one adapter is refused under torchrun without `shard_base`: each process would train the
+same.
 
 ## A base that does not fit
 

@@ -74,19 +74,28 @@ of its own unless `OMP_NUM_THREADS` or `threads` says otherwise. The answer is t
 which trains as many at once: the same adapters to the last bit (CPU), decisions, rows of
 metrics.jsonl and table. A candidate that joined at turn j makes its step s at turn j + s; a turn
 with evaluations is judged when all that belong to it are in the study, by whichever process brings
-the last, and those that came early rest until then. Three things may differ: samplers that learn
-(`tpe`, `gp`, `qmc`) are asked in another process and so draw other points; after a candidate whose
-numbers were not finite the next one joins with the following evaluation; and after a rung one
-process may be left with most of those that go on, while another has nothing to do.
+the last, and those that came early rest until then. Two things may differ: samplers that learn
+(`tpe`, `gp`, `qmc`) are asked in another process and so draw other points; and after a candidate
+whose numbers were not finite the next one joins with the following evaluation.
 
 The processes send each other nothing, so that none hangs when another dies. Who trains what is
 written in the run folder, and each holds a lock there that the system frees when it is gone,
-however that came. Whoever would only wait then takes its candidates and trains them again from
-their first step, and what had been decided about them stays. The answer is written by the first
-process, or where that is gone by another one. torchrun itself ends all processes when one fails:
-`--max-restarts` has it start them again, and `--resume` beside `--output-dir` has the same line
-begin the search the first time and go on with it later. Without torchrun `lorica search --resume
-runs/found` goes on with such a search as one process; while others work on it, it joins them.
+however that came. Each writes the states of its candidates there one by one (tensors, moments,
+counters, the best so far, an evaluation that waits to be judged): every `save_steps` of their
+steps, or with the evaluations as long as that takes at most a twentieth of the time, and when they
+end or are stopped. Since no candidate's bits depend on its company, any process can go on from a
+state. The candidates of a lost process are taken up by others so; a process that has two more to
+train than another (after a rung, say) hands one on; and when all were stopped, each candidate goes
+on from its newest state. What had been decided about them stays. A damaged state, or one of another
+search, is told of, and its candidate begins anew. States are removed when the adapter is written.
+The answer is written by the first process, or where that is gone by another one. torchrun itself
+ends all processes when one fails: `--max-restarts` has it start them again, and `--resume` beside
+`--output-dir` has the same line begin the search the first time and go on with it later. Without
+torchrun `lorica search --resume runs/found` goes on with such a search as one process; while others
+work on it, it joins them. torchrun may start a script that starts lorica: the processes know each
+other by the launcher, which is found above the script (on Linux; elsewhere write `exec` before
+lorica). What is wrong with settings or data is told by the first process alone. Another one keeps
+such an error back until torchrun ends it, and tells it after half a minute in which nobody did.
 
 All of this is for one machine. On several, start a search on each with a `storage` that all reach
 and a folder of its own: they share the candidates, and compare each with what is known by then.

@@ -32,9 +32,13 @@ class LoricaError(Exception):
         expected: what was expected instead.
         mend: what to do now.
         problems: the single problems where one input has several; all of them are shown.
+
+    Attributes:
+        shared: whether processes that were started together all have it, as far as is known.
     """
 
     exit_code: ClassVar[int] = 1
+    shared: bool = True
 
     def __init__(
         self,

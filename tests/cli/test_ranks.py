@@ -2,18 +2,22 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
-from lorica.cli import main, ranks, search_crew
+from lorica.cli import main, one_voice, ranks, search_crew, several_crew
 from lorica.config import load_yaml
 from lorica.errors import LoricaError
 from lorica.files.adapter import save_adapter
+from lorica.records.crew import Crew
 from lorica.records.folder import RunFolder
 from lorica.train import loop
 from lorica.train.engine import Engine
@@ -73,11 +77,14 @@ def torchrun(number, *line, folder):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], **how)
 
 
-def started(rank, size, *line, folder, dies_at=0):
-    """A process as torchrun starts it, without a torchrun that ends all when one dies."""
+def started(rank, size, *line, folder, dies_at=0, script=False):
+    """A process as torchrun starts it, without a torchrun that ends all when one dies; or a script
+    that starts it.
+    """
     both = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     places = {"RANK": str(rank), "LOCAL_RANK": str(rank), **both}
     words = [sys.executable, "-c", CODE, str(dies_at), *map(str, line)]
+    words = [*(("sh", "-c", '"$@"; exit $?', "sh") if script else ()), *words]
     how = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(words, env={**os.environ, **places}, **how)
 
@@ -150,10 +157,11 @@ def test_a_search_by_four_processes_is_that_of_one(settings, tmp_path, alone):
     searched_by(4, settings, tmp_path, alone)
 
 
-def killed(settings, tmp_path, who):
+def killed(settings, tmp_path, who, **other):
     line = ["search", settings, "--output-dir", "found"]
     both = [
-        started(rank, 2, *line, folder=tmp_path, dies_at=3 if rank == who else 0) for rank in (0, 1)
+        started(rank, 2, *line, folder=tmp_path, **({"dies_at": 5} if rank == who else other))
+        for rank in (0, 1)
     ]
     ended = [process.communicate(timeout=300) for process in both]
     assert both[who].returncode == -signal.SIGKILL, ended[who][1]
@@ -162,9 +170,18 @@ def killed(settings, tmp_path, who):
 
 
 def test_another_process_takes_up_what_a_killed_one_had(settings, tmp_path, alone):
-    said = killed(settings, tmp_path, 0)  # the first, so that the other one writes the answer too
+    # the first one, so that the other one writes the answer too; a script may start a process
+    said = killed(settings, tmp_path, 0, script=True)
     assert "chosen   " in said
     same_search(alone, tmp_path / "found")
+    steps = re.findall(r"c00\d: going on from step (\d+)", told_in(tmp_path / "found"))
+    assert steps and all(int(step) >= 2 for step in steps)
+
+
+def told_in(folder):
+    """What events.jsonl says."""
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return "\n".join(json.loads(line)["text"] for line in lines)
 
 
 @pytest.mark.slow
@@ -289,17 +306,32 @@ def test_only_what_is_whole_counts_as_written(
         for key, value in PLACES.items():
             patch.setenv(key, value)
         told = lorica("train", several, "--output-dir", "found")
-    assert told.code == 128 + signal.SIGTERM and "begin anew" in told.err, told.err
-    assert "saved" not in told.err and "save_steps has no effect" in told.out
+    assert told.code == 128 + signal.SIGTERM and "the state was saved" in told.err, told.err
     first = tmp_path / "found/workers/1"
     assert len([*first.glob("adapters/*")]) == 2 and not (first / "checkpoints").exists()
+    states = [*(tmp_path / "found/workers/states").glob("*/step-*")]
+    assert {state.parent.name for state in states} == {"a", "b"}
     values = load_yaml(several).values | {"learning_rate": 0.05}
     (tmp_path / "other.yaml").write_text(json.dumps(values))
     told = lorica("train", "other.yaml", "--output-dir", "found", "--resume", "found")
     assert told.code == 2 and "was begun with other settings or data" in told.err
     assert "settings.learning_rate is 0.05, and was 0.0002" in told.err
-    told = lorica("train", several, "--output-dir", "found", "--resume", "found", "--quiet")
+    original, trained, other = Engine.step, set(), ExitStack()
+
+    def step(self, trainees, work):
+        if not trained:  # another process comes, which has nothing to do
+            other.enter_context(Crew(tmp_path / "found", 1).present())
+        trained.update(trainee.adapter.name for trainee in trainees)
+        return original(self, trainees, work)
+
+    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr(several_crew, "LOOK_EVERY", 0)
+    with other:
+        told = lorica("train", several, "--output-dir", "found", "--resume", "found", "--quiet")
     assert told.code == 0, told.err
+    assert trained == {"c", "d"}  # the others were done, and had only to be written
+    step = re.search(r"d is handed on after step (\d+)", told_in(tmp_path / "found"))
+    assert step and f"d: going on from step {step[1]}" in told_in(tmp_path / "found")
     same_run(several_alone, tmp_path / "found")
 
 
@@ -386,6 +418,28 @@ def test_what_several_processes_cannot_share_is_refused(
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     told = lorica("search", settings, "--output-dir", "found")
     assert told.code == 2 and "nothing says that they are on one machine" in told.err
+
+
+def test_an_error_of_all_is_told_once(lorica, settings, monkeypatch, one_of_two):
+    line = ["search", settings, "--r", "no number", "--output-dir", "found"]
+    first = lorica(*line)
+    assert first.code == 2 and "no number" in first.err
+    monkeypatch.setenv("RANK", "1")
+    ended = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    ended.start()  # as torchrun does when the first one has failed
+    told = lorica(*line)
+    assert (told.code, told.out, told.err) == (2, "", "")
+    ended.join()
+    monkeypatch.setattr(one_voice, "HOLD_BACK", 0.2)
+    again = lorica(*line)  # nobody else had it
+    assert (again.code, again.err) == (2, first.err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [["--r", "no number"], ["--data", "nowhere.jsonl"]])
+def test_torchrun_tells_an_error_once(settings, tmp_path, wrong):
+    done = torchrun(2, "search", settings, "--output-dir", "found", *wrong, folder=tmp_path)
+    assert done.returncode and done.stderr.count("lorica: ") == 1, done.stderr
 
 
 def test_memory_is_judged_for_each_process(lorica, settings, monkeypatch, one_of_two):

@@ -2,6 +2,7 @@
 
 import math
 import random
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ class Worker:
                 str(folder / "study.db"), space, seed=0, identity={}, run=str(folder)
             )
         self.schedule = Schedule(self.study, at_once, EVERY, TOTAL, RUNGS)
-        self.member, self.room = None, room
+        self.member, self.room, self.handed, self.here = None, room, {}, ExitStack()
 
     def begin(self):
         """Look for work; whether there was some."""
@@ -79,7 +80,9 @@ class Worker:
         standing = {name: self.ended.get(name) for name in self.steps}
         self.member._looked = -math.inf
         self.member._asked = dict.fromkeys(self.member._asked, -math.inf)
-        self.steps |= dict.fromkeys((n.adapter.name for n in self.member.newcomers(standing)), 0)
+        self.hand_on()
+        names = [newcomer.adapter.name for newcomer in self.member.newcomers(standing)]
+        self.steps |= {name: self.handed.get(name, 0) for name in names}
         for name in [n for n in self.steps if n not in self.waiting and n not in self.ended]:
             self.steps[name] += 1
             if self.steps[name] % EVERY == 0:
@@ -90,6 +93,14 @@ class Worker:
                 adapter = self.member.field.handles[number_of(name)]
                 save_adapter(adapter, self.folder.adapter(name))
             self.close()
+
+    def hand_on(self):
+        """Let those go whom others are to have; their steps are known to all."""
+        self.member._counted = -math.inf
+        working = [n for n in self.steps if n not in self.waiting and n not in self.ended]
+        for name in self.member.leaving(working):
+            self.handed[name] = self.steps.pop(name)
+            self.member.left(name)
 
     def hear(self, name, evaluation):
         reason = self.member.judge(evaluation)
@@ -112,11 +123,18 @@ def evaluation_of(name, step):
     return Evaluation(name, step, TOTAL, scores, True, losses, (5, 5, 5), (0, 1, 2))
 
 
-def simulated(folder, *, size, at_once=3, seed=0, deaths=()):
-    """A search by `size` processes whose turns come in any order; some die at some of them."""
+def simulated(folder, *, size, at_once=3, seed=0, deaths=(), handed=None):
+    """A search by `size` processes whose turns come in any order; some die at some of them.
+
+    Args:
+        handed: gets the steps of those who went from one process to another.
+    """
     folder.mkdir()
     workers = [Worker(folder, size=size, at_once=at_once) for _ in range(size)]
-    rng, number = random.Random(seed), 0
+    rng, number, handed = random.Random(seed), 0, {} if handed is None else handed
+    for worker in workers:
+        worker.handed = handed
+        worker.here.enter_context(worker.crew.present())
     while True:
         number += 1
         assert number < 3000, "nobody comes any further"
@@ -124,11 +142,14 @@ def simulated(folder, *, size, at_once=3, seed=0, deaths=()):
         if number in deaths and len(workers) > 1:
             if worker.member:
                 worker.close()
+            worker.here.close()
             workers.remove(worker)
         elif worker.member:
             worker.turn()
         elif not worker.begin() and not any(one.member for one in workers):
             break
+    for one in workers:
+        one.here.close()
     entries = worker.study.entries()
     assert all(worker.crew.adapter(e.name, worker.crew.owners().get(e.name)) for e in entries[:6])
     return told(worker.study), [entry.joined for entry in entries]
@@ -141,6 +162,24 @@ def test_who_trains_what_in_which_order_changes_nothing(tmp_path):
     assert len({*alone[1]}) > 2  # some had to wait for room
     for size, seed in ((2, 1), (5, 4)):
         assert simulated(tmp_path / f"{size}-{seed}", size=size, seed=seed) == alone
+
+
+def test_who_has_much_to_do_hands_candidates_on(tmp_path):
+    alone, handed = simulated(tmp_path / "alone", size=1, at_once=6), {}
+    assert simulated(tmp_path / "3", size=3, at_once=6, seed=2, handed=handed) == alone
+    assert handed and all(handed.values())  # after some steps
+    (tmp_path / "run").mkdir()
+    first, second = (Worker(tmp_path / "run", size=1, at_once=6) for _ in range(2))
+    with first.crew.present(), ExitStack() as later:
+        assert first.begin()
+        first.turn()
+        assert len(first.steps) == 6  # nobody else is there
+        later.enter_context(second.crew.present())
+        first.turn()
+        assert len(first.steps) == 3 and len(first.handed) == 3
+        assert second.begin()
+        second.turn()
+        assert second.steps.keys() == first.handed.keys()
 
 
 def test_the_candidates_of_the_dead_are_taken_up(tmp_path):

@@ -142,12 +142,14 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
     except LoricaError as error:
         if debug:
             raise
-        _complain(f"lorica: {error}")
+        if _speaks(error):
+            _complain(f"lorica: {error}")
         return error.exit_code
     except typer.Exit as error:
         return error.exit_code
     except UsageError as error:
-        _print_usage(error)
+        if _speaks(error):
+            _print_usage(error)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         if debug:
@@ -162,6 +164,13 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
             raise
         _complain(f"lorica: {_of_the_machine(error)}")
         return 1
+
+
+def _speaks(error: Exception) -> bool:
+    """Whether it is for this process to say it, of several that were started together."""
+    from lorica.cli.one_voice import speaks
+
+    return speaks(error)
 
 
 def _complain(text: str) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lorica.cli.ranks import Ranks, token_of, wait_for_first
+import torch
+
+from lorica.cli.ranks import Ranks, choose_device, token_of, wait_for_first
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.errors import ConfigError, Interrupted, LoricaError, RunLocked
@@ -26,54 +30,133 @@ _SUMMARY = dict.fromkeys(("loss", "eval_loss", "stopped", "failed")) | {"steps":
 """What training comes to, and what that is where a whole stretch came to nothing."""
 
 
-def output_of(settings: Any, resume: Path | None) -> Path:
-    """The folder of the run. Raises ConfigError where each process would make one of its own."""
-    path = resume or settings.run.output_dir
-    if path is None:
-        raise ConfigError(
-            "several processes need one output_dir", mend="name it: --output-dir runs/NAME"
-        )
-    return Path(path)
+Work = TypeVar("Work")
+Result = TypeVar("Result")
 
 
-def enter(
-    path: Path,
-    found: Ranks,
-    voice: Voice,
-    start: Callable[[RunFolder], None],
-    *,
-    resume: bool,
-    discard: bool,
-) -> RunFolder | None:
-    """The folder of the run where it is this process that holds it; None where another one does.
+@dataclass(frozen=True)
+class Together:
+    """A run of several processes, as one of them sees it.
 
-    The first process makes it, or goes on with it, and says so in run.json; the others wait for
-    that. Whoever goes on with it while it is held joins those who work there.
-
-    Args:
-        start: writes what makes the folder a run.
+    Attributes:
+        path: the folder of the run, as the user wrote it.
+        command: of lorica, which began it and goes on with it.
+        found: which process this is.
+        voice: what this process says.
+        resume: go on with what is there, and do not begin.
+        discard: throw away an earlier run in the folder.
     """
-    if not found.first:
-        wait_for_first(path, found, voice)
-        return None
-    if not resume:
-        folder = RunFolder.create(path, replace=discard)
-        start(folder)
-    else:
-        _refuse_alone(path)
+
+    path: Path
+    command: str
+    found: Ranks
+    voice: Voice
+    resume: bool
+    discard: bool
+
+    @classmethod
+    def of(
+        cls,
+        settings: Resolved,
+        found: Ranks,
+        command: str,
+        *,
+        resume: Path | None,
+        discard: bool,
+        json: bool,
+        quiet: bool,
+    ) -> Together:
+        """Raises ConfigError where each process would make a folder of its own."""
+        choose_device()
+        voice = Voice(json=json and found.first, quiet=quiet or not found.first)
+        path = resume or settings.run.output_dir
+        if path is None:
+            raise ConfigError(
+                "several processes need one output_dir", mend="name it: --output-dir runs/NAME"
+            )
+        return cls(Path(path), command, found, voice, resume is not None, discard)
+
+    def prepare(self, settings: Resolved, how: Callable[[Voice], Work]) -> Work:
+        """What all processes do before the run begins, of which only the first one tells.
+
+        Raises:
+            ConfigError: there is a run in the folder already, or something else.
+        """
+        if self.found.first and not self.resume:
+            RunFolder.check(self.path, replace=self.discard)
+        if settings.run.threads:
+            torch.set_num_threads(settings.run.threads)
+        return how(self.voice if self.found.first else Voice(quiet=True, stream=io.StringIO()))
+
+    def see_through(
+        self,
+        start: Callable[[RunFolder], None],
+        work: Callable[[Crew], Work],
+        end: Callable[[Work, RunFolder], Result],
+    ) -> Result | None:
+        """Do this process's part of a run.
+
+        Args:
+            start: writes what makes the folder a run.
+            work: trains with the others until there is nothing left to train.
+            end: writes the end of the run.
+
+        Returns:
+            of `end`; None where another process writes the end.
+        """
+        folder = None
         try:
-            folder = RunFolder.open(path)
-        except RunLocked:
-            if found.size > 1:
-                raise
+            folder = self._enter(start)
+            crew = Crew(self.path, self.found.size)
+            with _told(self.path, crew, folder, self.command), crew.present():
+                done = work(crew)
+            folder = _last_one(self.path, folder)
+            if folder is None:
+                self._tell_where()
+                return None
+            with _told(self.path, crew, folder, self.command):
+                return end(done, folder)
+        except LoricaError as error:
+            error.shared = isinstance(error, ConfigError)  # other settings than at the beginning
+            raise
+        finally:
+            if folder is not None:
+                folder.close()
+
+    def _enter(self, start: Callable[[RunFolder], None]) -> RunFolder | None:
+        """The folder of the run where it is this process that holds it; None where another does.
+
+        The first process makes it, or goes on with it, and says so in run.json; the others wait for
+        that. Whoever goes on with it while it is held joins those who work there.
+        """
+        path, found = self.path, self.found
+        if not found.first:
+            wait_for_first(path, found, self.voice)
             return None
-    sizes = {"token": found.token, "size": found.size}
-    mark(folder, {"status": "running", "processes": sizes})
-    return folder
+        if not self.resume:
+            folder = RunFolder.create(path, replace=self.discard)
+            start(folder)
+        else:
+            _refuse_alone(path)
+            try:
+                folder = RunFolder.open(path)
+            except RunLocked:
+                if found.size > 1:
+                    raise
+                return None
+        sizes = {"token": found.token, "size": found.size}
+        mark(folder, {"status": "running", "processes": sizes})
+        return folder
+
+    def _tell_where(self) -> None:
+        """Say where the result will lie, to whoever has joined others who write it."""
+        if self.found.size == 1:
+            told = f"the work is done; another process writes the result: {self.path}"
+            self.voice.say(told)
 
 
 def _refuse_alone(path: Path) -> None:
-    """Raises ConfigError for a run that one process began: its checkpoints are not shared out."""
+    """Raises ConfigError for a run that one process began: it has checkpoints of all adapters."""
     if token_of(path) is None and not is_crewed(path):
         raise ConfigError(
             f"one process began the run in {path}, and several cannot go on with it",
@@ -88,11 +171,12 @@ def mark(folder: RunFolder, values: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def told(path: Path, crew: Crew, folder: RunFolder | None, command: str) -> Iterator[None]:
+def _told(path: Path, crew: Crew, folder: RunFolder | None, command: str) -> Iterator[None]:
     """What is stopped or fails in here leaves a run that can be gone on with, and says so of the
     run and not of one of its stretches.
 
     Args:
+        path: of the run, as the user wrote it.
         command: of lorica, which goes on with the run.
     """
     try:
@@ -105,8 +189,6 @@ def told(path: Path, crew: Crew, folder: RunFolder | None, command: str) -> Iter
                 text = f"{type(error).__name__}: {error}"
                 outcome = {"status": status, "ended": now()}
                 mark(folder, outcome if status == "interrupted" else {**outcome, "error": text})
-        if isinstance(error, LoricaError):
-            error.what = _mended(error.what)
         if isinstance(error, LoricaError) and error.mend:
             parts = error.mend.split(str(crew.path / "workers"))
             text = str(path).join([parts[0], *(p.lstrip("/0123456789") for p in parts[1:])])
@@ -114,14 +196,7 @@ def told(path: Path, crew: Crew, folder: RunFolder | None, command: str) -> Iter
         raise
 
 
-def _mended(what: str) -> str:
-    """No checkpoint holds a state: see `keep_state` of `train`."""
-    for untrue in ("the state was saved", "at once; the last checkpoint stands"):
-        what = what.replace(untrue, "adapters that are not written yet begin anew")
-    return what
-
-
-def last_one(path: Path, folder: RunFolder | None) -> RunFolder | None:
+def _last_one(path: Path, folder: RunFolder | None) -> RunFolder | None:
     """Who writes the end: the process that holds the folder; where that is gone, the first to take
     its lock. None where another one does.
     """
@@ -133,22 +208,6 @@ def last_one(path: Path, folder: RunFolder | None) -> RunFolder | None:
             return folder
         folder.close()
     return None
-
-
-def tell_where(path: Path, found: Ranks, voice: Voice) -> None:
-    """Say where the result will lie, to whoever has joined others who write it."""
-    if found.size == 1:
-        voice.say(f"the work is done; another process writes the result: {path}")
-
-
-def tell_of_checkpoints(settings: Resolved, found: Ranks, voice: Voice) -> None:
-    """Say, once, that settings of checkpoints do nothing here."""
-    if found.first and settings.train.save_steps is not None:
-        voice.say(
-            "save_steps has no effect: several processes write no checkpoints; an adapter that is "
-            "not written when all are stopped begins anew",
-            "warning",
-        )
 
 
 def wait() -> None:
@@ -163,8 +222,8 @@ def whole(crew: Crew, names: Sequence[str], size: int) -> tuple[dict[str, Any], 
     with crew.locked():
         manifests = crew.gather(names)
         owners = crew.owners()
-    first = next(iter(manifests.values()), {})
     own = {name: manifests.get(owners[name].name, {}) for name in names if name in owners}
+    first = next(iter(own.values()), {})
     adapters = {
         name: {**entry, "path": str(crew.adapter(name, None) or crew.path / "adapters" / name)}
         for name, found in own.items()

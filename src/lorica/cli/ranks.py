@@ -24,6 +24,8 @@ _PAUSE = 0.1
 TELL_AFTER, GIVE_UP_AFTER = 20.0, 600.0
 """Seconds of waiting for the first process."""
 _PROCESSES = Path("/proc")
+_GIVEN = ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+"""What a launcher gives each of its processes, and does not have itself."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,44 @@ def ranks() -> Ranks:
             mend="for a search on several machines start it on each, with a study that all reach "
             "(search: storage) and an output folder of its own",
         )
-    started = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Ranks(int(os.environ["RANK"]), size, f"{os.getppid()}-{_parent_began()}-{started}")
+    started, launcher = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _launcher()
+    return Ranks(int(os.environ["RANK"]), size, f"{launcher}-{_began(launcher)}-{started}")
 
 
-def _parent_began() -> str:
-    """When the parent began, for its number is given to others later, and in a container it may be
+def _launcher() -> int:
+    """The process that started all of them: the nearest one above that was not started as this one
+    was. A script in between was.
+    """
+    given = {f"{key}={os.environ[key]}".encode() for key in _GIVEN if key in os.environ}
+    process = os.getppid()
+    with suppress(OSError):  # one that ends in this moment
+        while given <= _surroundings(process):
+            process = int(_facts_of(process)[1])
+    return process
+
+
+def _surroundings(process: int) -> set[bytes]:
+    """Environment of a process as it began; nothing where the system does not say."""
+    try:
+        return {*(_PROCESSES / str(process) / "environ").read_bytes().split(b"\0")}
+    except OSError:
+        return set()
+
+
+def _began(process: int) -> str:
+    """When a process began, for its number is given to others later, and in a container it may be
     the same every time; nothing where the system does not say.
     """
     try:
-        line = (_PROCESSES / str(os.getppid()) / "stat").read_text()
+        return _facts_of(process)[19]
     except OSError:
         return ""
-    return line.rpartition(")")[2].split()[19]  # field 22: those before the name are cut off
+
+
+def _facts_of(process: int) -> list[str]:
+    """What the system says of a process, from the third field on: those before hold its name."""
+    line = (_PROCESSES / str(process) / "stat").read_text()
+    return line.rpartition(")")[2].split()
 
 
 def refuse_ranks(what: str) -> None:
@@ -118,15 +145,15 @@ def wait_for_first(path: Path, found: Ranks, voice: Voice) -> None:
     Raises:
         LoricaError: nobody does so any more, or this one does not recognise it.
     """
-    parent, began, told = os.getppid(), time.monotonic(), False
+    launcher, began, told = _launcher(), time.monotonic(), False
     while not _has_begun(path, found):
         waited = time.monotonic() - began
-        if os.getppid() != parent:
+        if _launcher() != launcher:
             raise LoricaError("the process that started this one is gone")
         if waited > GIVE_UP_AFTER:
             raise LoricaError(
                 f"process {found.rank} has waited {waited:.0f} s for the first one to begin {path}",
-                expected="processes that torchrun starts itself: they know each other by it",
+                expected="processes of one torchrun, by which they know each other",
                 mend="start lorica without a script or program in between, or write exec before "
                 "lorica in that script",
             )
@@ -142,7 +169,9 @@ def _has_begun(path: Path, found: Ranks) -> bool:
     """
     if token_of(path) != found.token:
         return False
-    return bool(_parent_began()) or lock_is_held(path) or _known(path).get("status") == "finished"
+    if _began(_launcher()) or lock_is_held(path):
+        return True
+    return _known(path).get("status") == "finished"
 
 
 def token_of(path: Path) -> str | None:

@@ -16,22 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorica.attach.attach import detach
 from lorica.cli.candidates import Candidates
-from lorica.cli.crew import (
-    enter,
-    last_one,
-    output_of,
-    tell_of_checkpoints,
-    tell_where,
-    told,
-    wait,
-    whole,
-)
+from lorica.cli.crew import Together, wait, whole
 from lorica.cli.manifest import manifest
-from lorica.cli.ranks import Ranks, beside, choose_device
+from lorica.cli.ranks import Ranks, beside
 from lorica.cli.search_prepare import Ground, prepare_search
 from lorica.cli.search_run import Search, begin, closing_lines, finished, prepared_of
 from lorica.cli.voice import Voice
@@ -67,38 +56,29 @@ def execute_search_together(
     """
     began = time.monotonic()
     gc.freeze()
-    choose_device()
-    voice = Voice(json=json and found.first, quiet=quiet or not found.first)
+    how: dict[str, Any] = {"resume": resume, "discard": discard, "json": json, "quiet": quiet}
+    together = Together.of(settings, found, "search", **how)
     candidates = Candidates(settings)
     _refuse_storage(candidates)
     import_optuna()
-    path = output_of(settings, resume)
-    if resume is not None and finished(path, voice):
+    path = together.path
+    if resume is not None and finished(path, together.voice):
         return path
-    if found.first and resume is None:
-        RunFolder.check(path, replace=discard)
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
-    how = {"processes": found.size, "beside": beside(found)}
-    ground = prepare_search(candidates, voice, ignore_memory=ignore_memory, **how)
-    tell_of_checkpoints(settings, found, voice)
-    entering: dict[str, Any] = {"resume": resume is not None, "discard": discard}
-    folder = enter(path, found, voice, lambda folder: begin(folder, ground.settings), **entering)
-    crew = Crew(path, found.size)
-    try:
-        with told(path, crew, folder, "search"):
-            work = _Work(ground, crew, voice)
-            work.go()
-        folder = last_one(path, folder)
-        if folder is None:
-            tell_where(path, found, voice)
-            return path
-        with told(path, crew, folder, "search"):
-            answer = work.answer(folder, began)
-            _show(path, answer, json=json, quiet=quiet)
-    finally:
-        if folder is not None:
-            folder.close()
+    sizes = {"processes": found.size, "beside": beside(found)}
+    ground = together.prepare(
+        settings,
+        lambda voice: prepare_search(candidates, voice, ignore_memory=ignore_memory, **sizes),
+    )
+
+    def work(crew: Crew) -> _Work:
+        own = _Work(ground, crew, together.voice)
+        own.go()
+        return own
+
+    def end(work: _Work, folder: RunFolder) -> None:
+        _show(path, work.answer(folder, began), json=json, quiet=quiet)
+
+    together.see_through(lambda folder: begin(folder, ground.settings), work, end)
     return path
 
 
@@ -182,7 +162,9 @@ class _Work:
                 report = self._train(folder, member)
                 assert self.voice.writer is not None
                 self.voice.writer.finish({"status": "finished", **report.outcome()})
-        except NonFiniteError:
+                self.crew.forget(report.steps)
+        except NonFiniteError as error:
+            self.crew.forget(error.failed)
             if not self._all_failed(folder):
                 raise
         finally:
@@ -226,7 +208,7 @@ class _Work:
             recorder=recorder,
             manifest=_about(ground, self.crew.path),
             director=member,
-            keep_state=False,
+            relay=member,
         )
 
     def answer(self, folder: RunFolder, began: float) -> dict[str, Any]:

@@ -8,27 +8,15 @@ another one where that is gone) scores them and writes the run.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorica.attach.attach import detach
-from lorica.cli.crew import (
-    enter,
-    last_one,
-    mark,
-    output_of,
-    tell_of_checkpoints,
-    tell_where,
-    told,
-    wait,
-    whole,
-)
+from lorica.cli.crew import Together, mark, wait, whole
 from lorica.cli.prepare import Prepared
-from lorica.cli.ranks import Ranks, choose_device
+from lorica.cli.ranks import Ranks
 from lorica.cli.run import Outcome, finished
 from lorica.cli.several import (
     Several,
@@ -44,7 +32,7 @@ from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.errors import NonFiniteError
 from lorica.files.adapter import load_adapter
-from lorica.records.crew import Crew
+from lorica.records.crew import LOOK_EVERY, Crew
 from lorica.records.folder import RunFolder
 from lorica.records.read import read_manifest
 from lorica.records.write import Recorder, merged
@@ -71,41 +59,29 @@ def execute_several_together(
         of the process that wrote the end of the run; None of the others.
     """
     began = time.monotonic()
-    choose_device()
-    voice = Voice(json=json and found.first, quiet=quiet or not found.first)
-    path = output_of(settings, resume)
-    if resume is not None and (outcome := finished(resume, settings, voice)):
+    how: dict[str, Any] = {"resume": resume, "discard": discard, "json": json, "quiet": quiet}
+    together = Together.of(settings, found, "train", **how)
+    if resume is not None and (outcome := finished(resume, settings, together.voice)):
         if not found.first:
             return None
         refuse_failed(resume)
         return outcome
-    if found.first and resume is None:
-        RunFolder.check(path, replace=discard)
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
-    several = prepare_several(settings, voice)
-    tell_of_checkpoints(settings, found, voice)
+    several = together.prepare(settings, lambda voice: prepare_several(settings, voice))
     what = _identity(several)
     for part in several.parts.values():
         detach(part.model, part.adapter)
-    entering: dict[str, Any] = {"resume": resume is not None, "discard": discard}
-    folder = enter(path, found, voice, lambda folder: begin(folder, several.settings), **entering)
-    crew = Crew(path, found.size)
-    try:
-        with told(path, crew, folder, "train"):
-            with crew.locked():
-                crew.agree(what)
-            work = _Work(several, crew, voice)
-            work.go()
-        folder = last_one(path, folder)
-        if folder is None:
-            tell_where(path, found, voice)
-            return None
-        with told(path, crew, folder, "train"):
-            return work.end(folder, began)
-    finally:
-        if folder is not None:
-            folder.close()
+
+    def work(crew: Crew) -> _Work:
+        with crew.locked():
+            crew.agree(what)
+        own = _Work(several, crew, together.voice)
+        own.go()
+        return own
+
+    def end(work: _Work, folder: RunFolder) -> Outcome:
+        return work.end(folder, began)
+
+    return together.see_through(lambda folder: begin(folder, several.settings), work, end)
 
 
 def _identity(several: Several) -> dict[str, str]:
@@ -115,8 +91,21 @@ def _identity(several: Several) -> dict[str, str]:
     return identity(first.model, first.task, courses, of_the_run(settings))
 
 
-class Bystander:
-    """A director who lets everybody train to the end."""
+@dataclass
+class Share:
+    """The adapters that a process trains in a stretch of work: a director who lets everybody train
+    to the end, and hands adapters on to processes that have fewer.
+
+    Attributes:
+        parts: the adapters, as they are attached.
+        left_over: names the adapters of the run that are not written yet and have not failed.
+    """
+
+    parts: dict[str, Prepared]
+    crew: Crew
+    folder: RunFolder
+    left_over: Callable[[], Sequence[str]]
+    looked: float = field(default_factory=time.monotonic)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -136,6 +125,31 @@ class Bystander:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing is to be done."""
+
+    @property
+    def states(self) -> Path:
+        """Where the states of adapters lie, for whoever goes on with them."""
+        return self.crew.states
+
+    def leaving(self, working: Sequence[str]) -> Sequence[str]:
+        """The last adapters of the list, where another process has less to do: looked at now and
+        then.
+        """
+        if len(working) < 2 or time.monotonic() - self.looked < LOOK_EVERY:
+            return []
+        self.looked = time.monotonic()
+        ended = self.parts.keys() - {*working}
+        with self.crew.locked():
+            active = [name for name in self.left_over() if name not in ended]
+            surplus = -self.crew.balance(self.folder, active)
+        return working[-surplus:] if surplus > 0 else []
+
+    def left(self, name: str) -> None:
+        """An adapter whose state is written belongs to nobody."""
+        part = self.parts.pop(name)
+        detach(part.model, part.adapter)
+        with self.crew.locked():
+            self.crew.release(name)
 
 
 @dataclass
@@ -159,19 +173,23 @@ class _Work:
             with self.crew.locked():
                 if self.crew.is_over:
                     return
-                owners = self.crew.owners()
-                left = [name for name in self.names if not self._is_done(name, owners)]
+                left, owners = self._left_over(), self.crew.owners()
                 if not left:
                     return
                 free = [n for n in left if n not in owners or self.crew.is_lost(n, owners[n])]
                 folder = self.crew.begin() if free else None
                 if folder is not None:
-                    self.crew.take(free[:share], folder)
+                    free = free[: max(1, min(share, self.crew.balance(folder, left)))]
+                    self.crew.take(free, folder)
             if folder is None:
                 wait()
                 continue
             with folder:
-                self._stretch(folder, free[:share])
+                self._stretch(folder, free)
+
+    def _left_over(self) -> list[str]:
+        owners = self.crew.owners()
+        return [name for name in self.names if not self._is_done(name, owners)]
 
     def _is_done(self, name: str, owners: Mapping[str, Path]) -> bool:
         owner = owners.get(name)
@@ -180,7 +198,8 @@ class _Work:
 
     def _stretch(self, folder: RunFolder, names: Sequence[str]) -> None:
         """Train some of the adapters to their end."""
-        model, parts = self.several.first.model, {}
+        model = self.several.first.model
+        parts: dict[str, Prepared] = {}
         for name in names:
             own = self.several.parts[name]
             parts[name] = replace(own, adapter=attached(name, own.settings, model)[0])
@@ -191,11 +210,12 @@ class _Work:
                 raise
             # all of them; the others know nothing of it
             mark(folder, {"training": {"failed": error.failed, "steps": error.steps}})
+            self.crew.forget(error.failed)
         finally:
             for part in parts.values():
                 detach(model, part.adapter)
 
-    def _train(self, folder: RunFolder, parts: Mapping[str, Prepared]) -> None:
+    def _train(self, folder: RunFolder, parts: dict[str, Prepared]) -> None:
         def recorder(step: int | None) -> Recorder:
             return self.voice.recorder(folder, self.several.settings.to_yaml(), step)
 
@@ -210,11 +230,12 @@ class _Work:
             task=first.task,
             recorder=recorder,
             manifest=about(parts, self.crew.path),
-            director=Bystander(),
-            keep_state=False,
+            director=(own := Share(parts, self.crew, folder, self._left_over)),
+            relay=own,
         )
         assert self.voice.writer is not None
         self.voice.writer.finish({"status": "finished", **report.outcome()})
+        self.crew.forget(report.steps)
 
     def end(self, folder: RunFolder, began: float) -> Outcome:
         """Score the adapters of all, and write the run.

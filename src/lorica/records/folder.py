@@ -228,8 +228,13 @@ def refuse_held(path: str | Path) -> None:
 
 def lock_is_held(path: str | Path) -> bool:
     """Whether a living process works in the run folder `path`."""
+    return is_held(Path(path) / LOCK)
+
+
+def is_held(file: Path) -> bool:
+    """Whether a living process holds the lock of a file."""
     try:
-        descriptor = os.open(Path(path) / LOCK, os.O_RDONLY)
+        descriptor = os.open(file, os.O_RDONLY)
     except OSError:
         return False
     try:

@@ -2,8 +2,9 @@
 
 A director of `train` around a `Field`, which attaches and reports. Who goes on is decided by the
 `Schedule`, by whichever process has made it possible to. A process takes its share of those who
-train; where it would only wait, it takes whatever nobody works on: candidates that nobody took, and
-those of processes that are gone, from their first step. What was decided about these stays decided.
+train and have nobody, be it that they are new, were handed on, or that their process is gone; where
+it would only wait, it takes another one. With two more than another process it hands one on. What
+was decided about a candidate stays decided, whoever goes on with it from its newest state.
 """
 
 from __future__ import annotations
@@ -11,18 +12,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from lorica.attach.attach import detach
 from lorica.errors import ConfigError, TargetError
-from lorica.records.crew import Crew
+from lorica.records.crew import LOOK_EVERY, Crew
 from lorica.records.folder import RunFolder
 from lorica.search.entry import Entry
 from lorica.search.field import Field, number_of
 from lorica.search.schedule import Schedule, training
 from lorica.train.director import LATER, Evaluation, Later, Newcomer
-
-LOOK_EVERY = 1.0
-"""Seconds between two looks for work beside the own, and two questions about who rests."""
 
 
 class Member:
@@ -54,6 +54,7 @@ class Member:
         self._resting: set[str] = set()
         self._settled: set[str] = set()
         self._looked = 0.0
+        self._judged, self._counted = False, 0.0
 
     @contextmanager
     def _alone(self) -> Iterator[list[Entry]]:
@@ -87,7 +88,7 @@ class Member:
         return self._join(len(own), idle=idle)
 
     def again(self, name: str) -> Newcomer:
-        """Never asked: what is not written when a process ends begins anew."""
+        """Never asked: a stretch of work has no checkpoints, only states of its candidates."""
         raise AssertionError(name)
 
     @property
@@ -109,11 +110,15 @@ class Member:
                 return joined
 
     def _taken(self, entries: Sequence[Entry], number: int, *, idle: bool) -> list[Entry]:
-        owners = self.crew.owners()
-        free = [entry for entry in training(entries) if entry.name not in owners]
-        if chosen := free[: max(0, self._share - number)]:
-            return chosen
-        return (free + lost(self.crew, entries))[:1] if idle else []
+        owners, gone = self.crew.owners(), lost(self.crew, entries)
+        free = [entry for entry in training(entries) if entry.name not in owners] + gone
+        more = min(self._missing(entries, gone), self._share - number)
+        return free[: max(more, int(idle))]
+
+    def _missing(self, entries: Sequence[Entry], gone: Sequence[Entry]) -> int:
+        """How many candidates more this process should have; below 0, how many fewer."""
+        active = {entry.name for entry in (*training(entries), *gone)}
+        return self.crew.balance(self.folder, active)
 
     def _attached(self, entry: Entry) -> Newcomer | None:
         try:
@@ -133,6 +138,31 @@ class Member:
         if "not finite" not in reason:  # it has ended with the evaluation that was judged last
             turn = (entry.joined or 0) + max(entry.decided, default=0)
         self.study.stop(entry.number, turn, reason)
+
+    # who goes elsewhere
+
+    @property
+    def states(self) -> Path:
+        """Where the states of candidates lie, for whoever goes on with them."""
+        return self.crew.states
+
+    def leaving(self, working: Sequence[str]) -> Sequence[str]:
+        """Candidates that another process is to have, which has less to do: the newest ones. This
+        is looked at when one was judged, and now and then.
+        """
+        now = time.monotonic()
+        if not working or not (self._judged or now - self._counted >= LOOK_EVERY):
+            return []
+        self._judged, self._counted = False, now
+        with self._alone() as entries:
+            surplus = -self._missing(entries, lost(self.crew, entries))
+        return working[-surplus:] if surplus > 0 else []
+
+    def left(self, name: str) -> None:
+        """A candidate whose state is written belongs to nobody."""
+        detach(self.field.model, self.field.handles.pop(number_of(name)))
+        with self.crew.locked():
+            self.crew.release(name)
 
     # who goes on
 
@@ -157,6 +187,7 @@ class Member:
             self._resting.add(evaluation.name)
             return LATER
         self._resting.discard(evaluation.name)
+        self._judged = True
         return reason or None
 
 

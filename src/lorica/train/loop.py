@@ -37,6 +37,7 @@ from lorica.train.judging import eval_batch_size, judged_together, losses_of
 from lorica.train.measure import mean_loss, memory_bytes, versions
 from lorica.train.memory import memory_advised
 from lorica.train.plan import Records, courses_of, default_task, total_steps
+from lorica.train.relay import Passing, Relay
 from lorica.train.reuse import reuse_of
 from lorica.train.shared import SharedLayers
 from lorica.train.signals import Stop, StopAsked, stopping
@@ -112,7 +113,7 @@ def train(
     manifest: Mapping[str, Any] | None = None,
     resume: bool = False,
     director: Director | None = None,
-    keep_state: bool = True,
+    relay: Relay | None = None,
 ) -> TrainReport:
     """Train the adapters on their records, all on one base, and write them into a run folder.
 
@@ -135,7 +136,9 @@ def train(
             stop.
         director: ends adapters before their last step, and sends in new ones; see `Director`.
             `data` may be empty then, and `settings` say what belongs to the run.
-        keep_state: write checkpoints; without them a run that is stopped begins anew.
+        relay: other runs to which this one hands adapters on. It then writes the state of every
+            adapter by itself, instead of checkpoints of the run, and whoever trains here goes on
+            from its state where there is one; see `Relay`.
 
     Raises:
         ConfigError, DataError: settings or records that cannot work; nothing was trained.
@@ -173,7 +176,7 @@ def train(
         # every step seeds torch; the caller's state stays
         with torch.random.fork_rng(devices), downward:
             company = Company(model, task, courses, run, director, reuse)
-            one = _Run(engine, company, folder, evaluator, keep_state=keep_state)
+            one = _Run(engine, company, folder, evaluator, relay)
             return one.go(recorder, dict(manifest or {}), notes, resume=resume)
     finally:
         engine.close()
@@ -189,8 +192,9 @@ class _Run:
     Attributes:
         company: the adapters, and who decides about them.
         turn: turns of the loop done: steps of every adapter that has not ended before.
-        unjudged: the newest turn was not evaluated and logged yet: it was stopped in between.
+        unjudged: those whose newest step was not evaluated and logged yet.
         saved: the turn of the newest checkpoint.
+        passing: what comes from other runs and goes there; None where there are none.
         tokenizer: is written beside the adapters; None where the caller does, or there is none.
         seconds: spent in optimizer steps, over all tries.
         last_save: when the newest checkpoint was done, and how many seconds it took.
@@ -203,15 +207,16 @@ class _Run:
         company: Company,
         folder: RunFolder,
         evaluator: Evaluator | None,
-        *,
-        keep_state: bool,
+        relay: Relay | None,
     ) -> None:
         self.engine, self.company = engine, company
         self.courses, self.settings = company.courses, company.settings
         self.model, self.task = engine.model, engine.task
-        self.folder, self.evaluator, self.keep_state = folder, evaluator, keep_state
-        self.turn, self.unjudged, self.saved, self.seconds = 0, False, 0, 0.0
+        self.folder, self.evaluator = folder, evaluator
+        self.turn, self.saved, self.seconds = 0, 0, 0.0
+        self.unjudged: list[Course] = []
         self.last_save = -math.inf, 0.0
+        self.passing = Passing(relay, company) if relay is not None else None
         reuses = company.reuse.layers is not None  # evaluations are of whole records
         self.sharing = _sharing(self.model, self.task, reuses)
         self.processes = processes_of(self.model)
@@ -223,7 +228,9 @@ class _Run:
         """Everything from the first line of run.json to the last."""
         checkpoint.clean(self.folder.checkpoints)
         told = [*self._resume(), *notes] if resume else [*notes]
-        gone = self.turn - self.unjudged if resume else None
+        gone = self.turn - bool(self.unjudged) if resume else None
+        for course in self.courses:
+            self._take_up(course, lambda kind, text: told.append(text))
         if not self.turn:
             self._welcome(lambda kind, text: told.append(text))
         if not self.courses:
@@ -261,7 +268,9 @@ class _Run:
             self._welcome(self.recorder.event)
             while not self._done:
                 stop.check()
-                if self.company.working:
+                if self.unjudged:  # one has joined so
+                    self._judge(stop)
+                elif self.company.working:
                     self._turn(stop)
                 else:  # all rest: what they wait for comes from outside
                     time.sleep(PAUSE)
@@ -288,15 +297,27 @@ class _Run:
 
     @property
     def _done(self) -> bool:
-        return self.company.done
+        return not self.unjudged and self.company.done
 
     def _welcome(self, tell: Tell) -> None:
         self.company.ask_again(self.turn, tell)
+        self._hand_on(tell)
         joined = self.company.welcome(self.turn, tell)
         for course in joined:
             self.identity |= identity_of(course, self.settings)
+            self._take_up(course, tell)
         if joined:
             self.engine.look_again()
+
+    def _hand_on(self, tell: Tell) -> None:
+        """Let those go whom another run is to train further."""
+        if self.passing is not None and not self.unjudged and self.passing.hand_on(tell):
+            self.engine.look_again()
+
+    def _take_up(self, course: Course, tell: Tell) -> None:
+        """Let an adapter go on from where another run has left it."""
+        if self.passing is not None and self.passing.take_up(course, self.turn, tell):
+            self.unjudged.append(course)
 
     def _turn(self, stop: Stop) -> None:
         """One step of every adapter that has not ended, and what is due after it."""
@@ -308,9 +329,11 @@ class _Run:
             course.add(result, seconds)
         self.seconds += seconds
         self.turn += 1
-        self.unjudged, self.company.asked = True, False
+        self.unjudged = [course for course, _ in results]
         self._judge(stop)
-        if self._done or (self.turn % self._save_every() == 0 and self._may_save()):
+        if self.passing is not None:
+            self._save_states(self.courses if self._done else self._due_states())
+        elif self._done or (self.turn % self._save_every() == 0 and self._may_save()):
             self._save()
 
     def _step(self) -> list[tuple[Course, StepResult]]:
@@ -338,10 +361,10 @@ class _Run:
         """Evaluate and log what is due. Nothing changes until all evaluations are through, so that
         a stop in between leaves the state of the finished step.
         """
-        fresh = [c for c in self.courses if c.step and c.joined + c.step == self.turn]
+        fresh, self.company.asked = self.unjudged, False
         due = [c for c in fresh if c.held_out and c.due(self._eval_every(c))]
         found = self._evaluations(due, stop)
-        self.unjudged = False
+        self.unjudged = []
         self.company.hear(found)
         for course in fresh:
             scores, _ = found.get(course.name, ({}, []))
@@ -431,7 +454,23 @@ class _Run:
         ended, cost = self.last_save
         return self.settings.save_steps is not None or time.monotonic() - ended >= 20 * cost
 
+    def _due_states(self) -> list[Course]:
+        """Whose state is to be written after a turn."""
+        if not self._may_save():
+            return []
+        every = self.settings.save_steps
+        return [c for c in self.courses if c.done or c.step % (every or self._eval_every(c)) == 0]
+
+    def _save_states(self, courses: Sequence[Course]) -> None:
+        assert self.passing is not None
+        began = time.monotonic()
+        if written := self.passing.save(courses, {c.name for c in self.unjudged}):
+            self.last_save = time.monotonic(), time.monotonic() - began
+            self.recorder.event("checkpoint", f"state written of {', '.join(written)}")
+
     def _save(self) -> None:
+        if self.passing is not None:
+            return self._save_states(self.courses)
         if self.saved == self.turn:
             return
         began = time.monotonic()
@@ -439,12 +478,10 @@ class _Run:
             self.turn,
             self.identity,
             circumstances(self.model, self.settings, self.courses),
-            unjudged=self.unjudged,
+            unjudged=bool(self.unjudged),
             seconds=self.seconds,
         )
         self.company.save_into(state)  # refuses tensors that are not finite
-        if not self.keep_state:
-            return
         checkpoint.save(self.folder.checkpoints, state, keep=self.settings.save_total_limit)
         ended = time.monotonic()
         self.saved, self.last_save = self.turn, (ended, ended - began)
@@ -463,7 +500,10 @@ class _Run:
         for course in self.courses:
             course.restore(state)
         self.turn = self.saved = state.step
-        self.unjudged, self.seconds = state.unjudged, state.seconds
+        self.seconds = state.seconds
+        if state.unjudged:
+            fresh = (c for c in self.courses if c.step and c.joined + c.step == self.turn)
+            self.unjudged = [*fresh]
         return [*notes, f"going on from step {state.step}"]
 
     # the end
@@ -476,7 +516,8 @@ class _Run:
                 self.recorder.event("info", note)
             if not (c.failed and c.broken):
                 folders[c.name] = self._publish(c)
-        seconds, tokens = self.seconds, sum(c.tokens for c in self.courses)
+        elsewhere = self.passing.tokens if self.passing is not None else 0
+        seconds, tokens = self.seconds, sum(c.tokens for c in self.courses) - elsewhere
         report = TrainReport(
             steps={c.name: c.step for c in self.courses},
             loss={c.name: c.last_loss for c in self.courses},
@@ -512,7 +553,7 @@ class _Run:
             raise TrainingError(
                 f"the adapter could not be written in {target}: "
                 f"{getattr(error, 'strerror', None) or error}",
-                expected="the checkpoint of the last step holds it" if self.keep_state else None,
+                expected="the checkpoint of the last step holds it",
                 mend=f"free space, then: {how_to_resume(self.folder.path)}",
             ) from error
 
