@@ -189,7 +189,6 @@ class _Run:
         tokenizer: is written beside the adapters; None where the caller does, or there is none.
         seconds: spent in optimizer steps, over all tries.
         last_save: when the newest checkpoint was done, and how many seconds it took.
-        sharing: what must hold while several adapters are judged in one pass.
     """
 
     def __init__(
@@ -207,8 +206,6 @@ class _Run:
         self.folder, self.evaluator, self.keep_state = folder, evaluator, keep_state
         self.turn, self.unjudged, self.saved, self.seconds = 0, False, 0, 0.0
         self.last_save = -math.inf, 0.0
-        reuses = company.reuse.layers is not None  # evaluations are of whole records
-        self.sharing = nothing_shared if reuses else SharedLayers(self.model, self.task).shared
         self.identity = identity(self.model, self.task, company.courses, company.settings)
 
     def go(
@@ -365,8 +362,7 @@ class _Run:
             adapters, examples = [c.trainee.adapter for c in group], group[0].held_out
             size = eval_batch_size(group[0])
             with self._advised(group, "an evaluation"):
-                how = {"sharing": self.sharing, "between": stop.check}
-                each = losses_of(self.engine, adapters, examples, size, **how)
+                each = losses_of(self.engine, adapters, examples, size, between=stop.check)
             number = sum(e.num_trained for e in examples)
             for course, losses in zip(group, each, strict=True):
                 found[course.name] = {"eval_loss": math.fsum(losses) / number}, losses
@@ -379,7 +375,13 @@ class _Run:
         with advised, activate(self.model, adapter), answering(self.model):
             size = eval_batch_size(course)
             loss = mean_loss(
-                self.model, self.task, course.held_out, size, between=stop.check, each=each
+                self.model,
+                self.task,
+                course.held_out,
+                size,
+                between=stop.check,
+                each=each,
+                collate=lambda block: self.engine.collating([adapter], [block]),
             )
             stop.check()
             more = self.evaluator(self.model, adapter) if self.evaluator else {}
