@@ -46,7 +46,7 @@ INSTRUCTION = """You write short texts for the website of a guide to restaurants
 shops. Every text describes one place. You are given the facts as a list of names with values in
 brackets. Mention every fact and invent none. Write one or two sentences in plain English, without a
 list, without a heading and without advertising. Keep names as they are spelled. If a place is or is
-not suited to families, say so in a natural way. The text that you write is shown to guests as it is.
+not suited to families, say so in a natural way. Guests read the text just as you write it.
 
 Facts: """
 
