@@ -26,6 +26,8 @@ TITLES = {
     "llama30m-e2e-r64": "the same, rank 64",
     "llama30m-e2e-qv": "the same, rank 8 on q and v",
     "llama30m-1024": "the same base on records of 1,024 tokens, rank 8, all linear layers",
+    "llama30m-shared": "the same base and records behind an instruction that all have in common, "
+    "which Lorica computes once per batch, rank 8, all linear layers",
     "minilm-sst2": "MiniLM on SST-2, rank 8, all linear layers and the head",
     "stories260k-e2e": "the real small Llama (260 k) on E2E, rank 8, all linear layers",
 }

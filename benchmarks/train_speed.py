@@ -42,11 +42,23 @@ ENCODER = ["query", "key", "value", "dense"]
 CAUSAL = ["peft", "peft-grouped", "peft-packed", "peft-packed-compiled", "lorica"]
 ENCODERS = ["peft", "peft-grouped", "peft-compiled", "lorica"]
 CHECKED_STEPS = 20
+INSTRUCTION = """You write short texts for the website of a guide to restaurants, pubs and coffee
+shops. Every text describes one place. You are given the facts as a list of names with values in
+brackets. Mention every fact and invent none. Write one or two sentences in plain English, without a
+list, without a heading and without advertising. Keep names as they are spelled. If a place is or is
+not suited to families, say so in a natural way. Guests read the text just as you write it.
+
+Facts: """
 
 
 def e2e_texts(data: Path) -> list[dict]:
     rows = read_table(data / "e2e_nlg/trainset.csv", delimiter=",")[:8000]
     return [{"prompt": row["mr"], "completion": " " + row["ref"]} for row in rows]
+
+
+def instructed_texts(data: Path) -> list[dict]:
+    """The same behind an instruction that all have in common."""
+    return [row | {"prompt": INSTRUCTION + row["prompt"]} for row in e2e_texts(data)]
 
 
 def long_texts(data: Path) -> list[dict]:
@@ -121,6 +133,7 @@ def workloads(data: Path) -> dict[str, dict]:
         "llama30m-e2e-r64": llama | {"r": 64},
         "llama30m-e2e-qv": llama | narrow,
         "llama30m-1024": llama | {"texts": long_texts, "batch_size": 2, "max_length": 1024},
+        "llama30m-shared": llama | {"texts": instructed_texts},
         "minilm-sst2": encoder,
         "stories260k-e2e": tiny | {"texts": e2e_texts},
     }

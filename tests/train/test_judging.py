@@ -51,10 +51,10 @@ def test_the_losses_are_those_of_each_alone(monkeypatch, most, layers):
     ranks = {f"{'x' * r}": LoRA(r=r, lora_dropout=0.3, **how) for r in (1, 2, 5)}
     found = courses(model, task, ranks, held_out)
     shared = SharedLayers(model, task)
-    engine = Engine(model, task)
+    engine = Engine(model, task, sharing=shared.shared)
     (group,) = judged_together(engine, found)
     adapters = [course.trainee.adapter for course in group]
-    each = losses_of(engine, adapters, group[0].held_out, 4, sharing=shared.shared)
+    each = losses_of(engine, adapters, group[0].held_out, 4)
     assert bool(shared.passes) == (layers is not None and most > 1)
     for course, losses in zip(group, each, strict=True):
         alone = []
@@ -100,15 +100,25 @@ def test_a_run_judges_its_adapters_together(tmp_path, monkeypatch):
     assert sizes and set(sizes) == {2} and found["ab"] == found["a"]
 
 
-def test_records_that_begin_alike_are_judged_whole(tmp_path):
-    """In training their common beginning is in a batch once, in evaluations it is not."""
-    found, task = {}, CausalLM.of(WordTokenizer())
-    for names in ("ab", "a"):
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_records_that_begin_alike_are_judged_so(tmp_path, layers):
+    """Beside another adapter to the same bits as alone; but for rounding as whole records."""
+    found, rows, task = {}, {}, CausalLM.of(WordTokenizer())
+    for names in ("ab", "a", "whole"):
         model, data = ARCHITECTURES["llama"].build(), {}
-        for name in names:
-            upper = LoRA(r=2, target_modules="all-linear", layers_to_transform=[1])
-            data[attach(model, upper, name=name, seed=3)] = block()
+        seen = rows.setdefault(names, [])
+        model.model.layers[0].mlp.register_forward_hook(
+            lambda m, x, y, seen=seen: m.training or seen.append(x[0].shape[1])
+        )
+        for name in names if names != "whole" else "a":
+            method = LoRA(r=2, target_modules="all-linear", layers_to_transform=layers)
+            data[attach(model, method, name=name, seed=3)] = block()
+        settings = SETTINGS.model_copy(
+            update={"share_prompts": names != "whole", "eval_batch_size": 8, "max_steps": 1}
+        )
         how = {"task": task, "eval_data": block()}
-        report = train(model, data, SETTINGS, output_dir=tmp_path / names, **how)
+        report = train(model, data, settings, output_dir=tmp_path / names, **how)
         found[names] = report.eval_loss["a"]
-    assert found["ab"] == found["a"]
+    assert found["ab"] == found["a"] == pytest.approx(found["whole"], rel=1e-5)
+    assert found["a"] != found["whole"]  # other sums
+    assert max(rows["a"]) < max(rows["whole"]) - 60

@@ -25,7 +25,7 @@ from train.words import WordTokenizer
 
 # No two of these are equal, so a tensor is known by its shape.
 D, F, HEADS, KV, WIDTH, V, R = 48, 80, 3, 1, 24, 97, 5
-DOCUMENTS, LENGTH, LABELS = 4, 16, 44
+DOCUMENTS, LENGTH, LABELS = 4, 16, 24
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from lorica.data.encode import IGNORED, CausalEncoder, Encoded, Example, Progres
 from lorica.data.encoded_cache import Encoding, encoding_of
 from lorica.data.template import ChatTemplate
 from lorica.errors import ConfigError
+from lorica.tasks.beginnings import Beginning
 from lorica.tasks.documents import NAME
 from lorica.tasks.flat import flat_batch, shifted
 from lorica.tasks.head import gathered, head_losses
@@ -124,12 +125,12 @@ class CausalLM:
         blocks: Sequence[Sequence[Example]],
         model: nn.Module,
         *,
-        alike: Sequence[bool] = (),
+        alike: Sequence[Sequence[Beginning]] = (),
     ) -> Batch:
         """As every task does.
 
         Args:
-            alike: for each block whether what its examples begin with goes through the model once;
+            alike: for each block what of its examples' `beginnings` goes through the model once;
                 only where `begins_once` says nothing against it.
         """
         if self.packs(model):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lorica.data.encode import IGNORED, Example
-from lorica.tasks.beginnings import beginnings
+from lorica.tasks.beginnings import Beginning
 from lorica.tasks.last_layer import keep_rows
 from lorica.tasks.layout import lay_out
 from lorica.tasks.task import Batch
@@ -33,18 +33,18 @@ def flat_batch(
     device: torch.device,
     *,
     keeps: bool,
-    alike: Sequence[bool] = (),
+    alike: Sequence[Sequence[Beginning]] = (),
 ) -> Batch:
     """The examples of every block one after the other in one flat row.
 
     Args:
         keeps: whether only rows with a label go through all of the last layer.
-        alike: for each block whether what its examples begin with in common lies there once; none
-            does where nothing is said.
+        alike: for each block what its examples begin with in common, to lie there once; nothing
+            where nothing is said.
     """
     stretches = [
-        _stretches(block, once=shares)
-        for block, shares in zip(blocks, alike or [False] * len(blocks), strict=True)
+        _stretches(block, common)
+        for block, common in zip(blocks, alike or [()] * len(blocks), strict=True)
     ]
     documents, rows, positions = lay_out(
         [[len(s.ids) for s in block] for block in stretches],
@@ -76,11 +76,11 @@ def shifted(labels: Sequence[int]) -> list[int]:
     return [*labels[1:], IGNORED]
 
 
-def _stretches(block: Sequence[Example], *, once: bool) -> list[_Stretch]:
+def _stretches(block: Sequence[Example], common: Sequence[Beginning]) -> list[_Stretch]:
     """The stretches of a block, in the order of its examples: labels are told apart by that. A
     beginning lies in front of the first example that has it.
     """
-    of_example = {i: one for one in (beginnings(block) if once else ()) for i in one.members}
+    of_example = {i: one for one in common for i in one.members}
     found: list[_Stretch] = []
     place = {}
     for number, example in enumerate(block):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from lorica.tasks.layout import ROW_MULTIPLE, Documents
+from lorica.tasks.layout import ROW_MULTIPLE, Block, Documents
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def keep_rows(
     for block, own in zip(documents.blocks, wanted, strict=True):
         size = max(1, -(-len(own) // ROW_MULTIPLE)) * ROW_MULTIPLE
         if size < block.size or texts:
-            fill = torch.full((size - len(own),), block.used)  # a filling row: there always is one
+            fill = torch.full((size - len(own),), _idle(block, own))
             rows.append(torch.cat([own, fill]) + before)
             chosen.append(torch.arange(start, start + len(own)))
         else:
@@ -89,6 +89,17 @@ def keep_rows(
     if start == before and not texts:
         return None
     return Kept(torch.cat(rows), before, tuple(ranges), tuple(chosen), texts)
+
+
+def _idle(block: Block, wanted: Tensor) -> int:
+    """A row of the block that nobody reads: one that fills it up, or a document's. There is one
+    wherever fewer rows are wanted than the block has.
+    """
+    if block.used < block.size:
+        return block.used
+    unread = torch.ones(block.used, dtype=torch.bool)
+    unread[wanted] = False
+    return int(unread.nonzero()[0])
 
 
 @dataclass(frozen=True)

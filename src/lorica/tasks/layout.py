@@ -37,9 +37,9 @@ class Block:
     Attributes:
         shapes: (N, L) of every rectangle; they lie one after the other in P places.
         gather: for every place its row, counted from the block's first; padding points at the first
-            filling row. (P,)
+            filling row, which is there wherever there is padding. (P,)
         scatter: for each row of the block its place; filling rows point at place 0.
-        used: rows that belong to documents; the others fill the block up.
+        used: rows that belong to documents; the others, if there are any, fill the block up.
         lengths: of its documents, in the order of its rows.
         real: for each rectangle the places that are no padding (N, 1, 1, L), where attention needs
             to be told; None where there is no padding, or where tokens see only what is before
@@ -102,8 +102,11 @@ class Documents:
                 source[place : place + length] = row + torch.arange(length)
                 kept.append(torch.arange(place, place + length))
                 place, row = place + length, row + length
-            source[place:end] = row  # a filling row: there is always one
-            kept.append(torch.full((block.size - block.used,), place))
+            # filling rows show another one, or where there is none the block's first: nobody reads
+            # these
+            source[place:end] = row if block.used < block.size else before
+            shown = place if place < end else start
+            kept.append(torch.full((block.size - block.used,), shown))
             before += block.size
         device = self.blocks[0].gather.device
         return Lengthened(
@@ -171,12 +174,15 @@ def _place(lengths: Sequence[int], behind: Sequence[int | None], both: bool) -> 
     """A block for documents of these lengths, which lie in its rows in the order given."""
     starts = [0, *accumulate(lengths)]
     used = starts.pop()
-    size = (used // ROW_MULTIPLE + 1) * ROW_MULTIPLE  # there is always a filling row
+    rectangles = _rectangles(lengths, behind, WORTH_A_RECTANGLE[both])
+    pads = any(lengths[chosen[0]] > lengths[chosen[-1]] for _, chosen in rectangles)
+    # padding shows a filling row; without any, a multiple stays as it is
+    size = max(1, -(-(used + pads) // ROW_MULTIPLE)) * ROW_MULTIPLE
     if both:  # more rows than documents, filled up: `last_layer` tells the two by their number
         size = max(size, (-(-len(lengths) // ROW_MULTIPLE) + 1) * ROW_MULTIPLE)
     scatter = torch.zeros(size, dtype=torch.long)
     shapes, gathers, real, fronts, place = [], [], [], [], 0
-    for front, chosen in _rectangles(lengths, behind, WORTH_A_RECTANGLE[both]):
+    for front, chosen in rectangles:
         longest = lengths[chosen[0]]
         own = torch.tensor([lengths[i] for i in chosen])
         padded = both and int(own.min()) < longest

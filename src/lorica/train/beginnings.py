@@ -19,7 +19,7 @@ from lorica.attach.gates import is_gated
 from lorica.attach.site import is_site, plates_of
 from lorica.data.encode import Example
 from lorica.data.pack import batches
-from lorica.tasks.beginnings import beginnings
+from lorica.tasks.beginnings import Beginning, beginnings
 from lorica.tasks.causal_lm import CausalLM
 from lorica.tasks.task import Batch, Task
 from lorica.train.course import Course
@@ -27,6 +27,9 @@ from lorica.train.engine import draws
 
 BATCHES_SEEN = 64
 """Batches of an adapter that are looked at for what is told."""
+BLOCKS_KNOWN = 64
+"""Blocks of examples of which is remembered what they have in common: those of a pass are asked for
+again by what runs below all adapters."""
 WORTH_TELLING = 0.01
 """Of the tokens."""
 
@@ -41,21 +44,31 @@ class Beginnings:
     def __init__(self, model: nn.Module, task: Task, off: str | None = None) -> None:
         self.model, self.task, self.off = model, task, off
         self._faults: WeakKeyDictionary[Adapter, str | None] = WeakKeyDictionary()
+        self._known: dict[tuple[int, ...], tuple[Sequence[Example], list[Beginning]]] = {}
 
     def collate(self, adapters: Sequence[Adapter], blocks: Sequence[Sequence[Example]]) -> Batch:
         """The blocks as one batch, each as its adapter has it."""
-        alike = [self.shares(*both) for both in zip(adapters, blocks, strict=True)]
+        alike = [self.of(*both) for both in zip(adapters, blocks, strict=True)]
         if not any(alike):
             return self.task.collate(blocks, self.model)
         assert isinstance(self.task, CausalLM)
         return self.task.collate(blocks, self.model, alike=alike)
 
-    def shares(self, adapter: Adapter, block: Sequence[Example]) -> bool:
-        """Whether records of this block go on behind what they have in common."""
+    def of(self, adapter: Adapter, block: Sequence[Example]) -> list[Beginning]:
+        """What records of this block go on behind, with this adapter."""
         may = self.off is None and isinstance(self.task, CausalLM)
         if not may or self._faults.get(adapter) is not None:
-            return False
-        return bool(beginnings(block)) and self.fault(adapter) is None
+            return []
+        found = self._beginnings(block)
+        return found if found and self.fault(adapter) is None else []
+
+    def _beginnings(self, block: Sequence[Example]) -> list[Beginning]:
+        key = tuple(map(id, block))
+        if key not in self._known:
+            if len(self._known) >= BLOCKS_KNOWN:
+                self._known.clear()
+            self._known[key] = [*block], beginnings(block)  # held: numbers of objects come again
+        return self._known[key][1]
 
     def fault(self, adapter: Adapter) -> str | None:
         """Why no records of an adapter share; None where they may."""

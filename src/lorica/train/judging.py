@@ -15,7 +15,7 @@ from lorica.attach.plates import Route
 from lorica.data.encode import Example
 from lorica.tasks.task import answering, by_length
 from lorica.train.course import Course
-from lorica.train.engine import Engine, Sharing, named_ranges, nothing_shared, passes_of
+from lorica.train.engine import Engine, named_ranges, passes_of
 
 
 def judged_together(engine: Engine, courses: Sequence[Course]) -> list[list[Course]]:
@@ -42,24 +42,22 @@ def losses_of(
     examples: Sequence[Example],
     batch_size: int,
     *,
-    sharing: Sharing = nothing_shared,
     between: Callable[[], None] = lambda: None,
 ) -> list[list[float]]:
     """Summed loss (nats) of every example with each adapter.
 
     Args:
         adapters: a group of `judged_together`.
-        sharing: what must hold during a pass of several adapters, on batches of whole records.
         between: called before every pass; may raise to leave.
     """
     losses = [[0.0] * len(examples) for _ in adapters]
-    with answering(engine.model), engine.task.running(engine.model):
+    with answering(engine.model):
         for chosen in by_length([len(e) for e in examples], batch_size):
             block = [examples[i] for i in chosen]
             tokens = [sum(map(len, block))] * len(adapters)
             for part in passes_of(range(len(adapters)), tokens):
                 between()
-                found = _pass(engine, [adapters[i] for i in part], block, sharing)
+                found = _pass(engine, [adapters[i] for i in part], block)
                 for own, each in zip(part, found, strict=True):
                     for place, loss in zip(chosen, each, strict=True):
                         losses[own][place] = loss
@@ -67,16 +65,17 @@ def losses_of(
 
 
 def _pass(
-    engine: Engine, adapters: Sequence[Adapter], block: Sequence[Example], sharing: Sharing
+    engine: Engine, adapters: Sequence[Adapter], block: Sequence[Example]
 ) -> list[list[float]]:
     """The losses of one block of examples, with each adapter."""
     model, blocks = engine.model, [block] * len(adapters)
-    batch = engine.task.collate(blocks, model)
+    batch = engine.collating(adapters, blocks)
     if len(adapters) == 1:
-        with activate(model, adapters[0]):
+        with engine.task.running(model), activate(model, adapters[0]):
             return engine.task.each_loss(model, batch, blocks)
     names = tuple(adapter.name for adapter in adapters)
     kept = None if batch.kept is None else named_ranges(batch.kept.ranges, names)
     route = Route(names, None, named_ranges(batch.rows or (), names), kept)
-    with sharing(adapters, blocks, batch), Activation(model, route):
+    shared = engine.sharing(adapters, blocks, batch)
+    with engine.task.running(model), shared, Activation(model, route):
         return engine.task.each_loss(model, batch, blocks)

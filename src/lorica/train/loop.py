@@ -198,7 +198,6 @@ class _Run:
         tokenizer: is written beside the adapters; None where the caller does, or there is none.
         seconds: spent in optimizer steps, over all tries.
         last_save: when the newest checkpoint was done, and how many seconds it took.
-        sharing: what must hold while several adapters are judged in one pass.
     """
 
     def __init__(
@@ -217,8 +216,6 @@ class _Run:
         self.unjudged: list[Course] = []
         self.last_save = -math.inf, 0.0
         self.passing = Passing(relay, company) if relay is not None else None
-        reuses = company.reuse.layers is not None  # evaluations are of whole records
-        self.sharing = _sharing(self.model, self.task, reuses)
         self.processes = processes_of(self.model)
         self.identity = identity(self.model, self.task, company.courses, company.settings)
 
@@ -394,8 +391,7 @@ class _Run:
             adapters, examples = [c.trainee.adapter for c in group], group[0].held_out
             size = eval_batch_size(group[0])
             with self._advised(group, "an evaluation"):
-                how = {"sharing": self.sharing, "between": stop.check}
-                each = losses_of(self.engine, adapters, examples, size, **how)
+                each = losses_of(self.engine, adapters, examples, size, between=stop.check)
             number = sum(e.num_trained for e in examples)
             for course, losses in zip(group, each, strict=True):
                 found[course.name] = {"eval_loss": math.fsum(losses) / number}, losses
@@ -408,7 +404,13 @@ class _Run:
         with advised, activate(self.model, adapter), answering(self.model):
             size = eval_batch_size(course)
             loss = mean_loss(
-                self.model, self.task, course.held_out, size, between=stop.check, each=each
+                self.model,
+                self.task,
+                course.held_out,
+                size,
+                between=stop.check,
+                each=each,
+                collate=lambda block: self.engine.collating([adapter], [block]),
             )
             stop.check()
             more = self.evaluator(self.model, adapter) if self.evaluator else {}
@@ -609,9 +611,7 @@ class _Run:
         }
 
 
-def _sharing(
-    model: nn.Module, task: Task, reuses: bool, together: Beginnings | None = None
-) -> Sharing:
+def _sharing(model: nn.Module, task: Task, reuses: bool, together: Beginnings) -> Sharing:
     """What holds during a pass of several adapters. Where processes hold the base together, each
     has other adapters in its pass, and all must run the same layers.
     """

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorica.base.load import processes_of
 from lorica.data.encode import Example
-from lorica.tasks.task import Task, answering, by_length
+from lorica.tasks.task import Batch, Task, answering, by_length
 
 _STATUS = Path("/proc/self/status")
 
@@ -28,23 +28,27 @@ def mean_loss(
     *,
     between: Callable[[], None] = lambda: None,
     each: list[float] | None = None,
+    collate: Callable[[Sequence[Example]], Batch] | None = None,
 ) -> float:
     """Mean negative log-likelihood (nats) per trained token of the model as it is activated.
 
     Args:
         between: called before every batch of this process; may raise to leave.
         each: is filled with the summed loss of every example, in their order.
+        collate: makes a batch of examples; None: the task, of whole ones.
 
     Where processes hold the model together, the batches are dealt out among them.
     """
     losses, processes = [0.0] * len(examples), processes_of(model)
     batches = by_length([len(e) for e in examples], batch_size)
     own = dealt(batches, processes.rank, processes.size) if processes else batches
-    with answering(model), task.running(model):
+    with answering(model):
         for chosen in own:
             between()
             block = [examples[i] for i in chosen]
-            (found,) = task.each_loss(model, task.collate([block], model), [block])
+            batch = collate(block) if collate else task.collate([block], model)
+            with task.running(model):
+                (found,) = task.each_loss(model, batch, [block])
             for i, loss in zip(chosen, found, strict=True):
                 losses[i] = loss
     if processes:

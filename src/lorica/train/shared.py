@@ -47,7 +47,7 @@ class SharedLayers:
         as in a step.
         """
         pairs = list(zip(adapters, blocks, strict=True))
-        keys = [(*map(id, block), self.together.shares(a, block)) for a, block in pairs]
+        keys = [(*map(id, block), bool(self.together.of(a, block))) for a, block in pairs]
         once = dict(zip(keys, pairs, strict=True))
         middle = self._middle(adapters) if len(once) < len(blocks) and batch.rows else None
         if middle is None:
