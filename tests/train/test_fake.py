@@ -12,8 +12,9 @@ from lorica.methods import DoRA, LoRA
 from lorica.tasks import CausalLM
 from lorica.tasks.last_layer import Place
 from lorica.train import fake, shadow
-from lorica.train.budget import Scoring, Work, estimate
+from lorica.train.budget import Work, estimate
 from lorica.train.fake import FakeTensors
+from lorica.train.rehearsal import Scoring
 
 OPERATIONS = {
     "product": lambda x: x @ x.t(),
