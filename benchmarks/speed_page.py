@@ -154,6 +154,31 @@ def growth(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def startup(found: dict[str, Any]) -> list[str]:
+    """Seconds of every part of a start, of the code before and now where both were measured."""
+    lines = [
+        "## Start-up",
+        "",
+        "`benchmarks/startup.py`: what `lorica train` does before its first step, for a Llama of "
+        "30 M parameters and 8,000 records of E2E, beside importing torch and transformers. "
+        "Seconds, medians; *processor*: of all cores together. *Before* and *now* took turns. "
+        "The goal is 3 s on two cores.",
+        "",
+        f"{described(found)}.",
+        "",
+    ]
+    sides = {"before": "before", "after": "now"}
+    sides = {key: word for key, word in sides.items() if key in found["phases"]}
+    for kind in ("fresh", "cached"):
+        heads = [f"{word}, {what}" for word in sides.values() for what in ("clock", "processor")]
+        lines += [f"| {kind} records | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+        for phase in found["phases"]["after"][kind]:
+            times = [found["phases"][side][kind][phase][i] for side in sides for i in (0, 1)]
+            lines.append(f"| {phase} | {' | '.join(f'{time:.2f}' for time in times)} |")
+        lines.append("")
+    return lines
+
+
 def main() -> None:
     parts = [HEAD]
     if found := read("train_speed"):
@@ -165,6 +190,8 @@ def main() -> None:
         parts.append("\n".join(profile(found)))
     if found := read("growth"):
         parts.append("\n".join(growth(found)))
+    if found := read("startup"):
+        parts.append("\n".join(startup(found)))
     parts.append(WHERE)
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"written {PAGE}")

@@ -1,13 +1,15 @@
 """Where the time goes before the first optimizer step of `lorica train`.
 
     python benchmarks/startup.py                       # phases, fresh and with cached records
+    python benchmarks/startup.py --before ../old/src   # beside the code of another checkout
     python benchmarks/startup.py --records 100000      # only the preparation of so many records
 
 A Llama of 30 M parameters with random weights and 8,000 records of E2E. Every round is a process of
 its own; printed are medians of the seconds on the clock and of processor time, which a busy machine
-changes less. Importing torch and transformers (with the model's own code) stands apart, as no
-training with these libraries begins without it. Nothing is held out: base scores, where a run has
-them, come before the first step too, and take what the model takes.
+changes less, and the least of the latter. With `--before` the starts of both codes take turns.
+Importing torch and transformers (with the model's own code) stands apart, as no training with these
+libraries begins without it. Nothing is held out: base scores, where a run has them, come before the
+first step too, and take what the model takes.
 """
 
 import argparse
@@ -89,8 +91,8 @@ def _timed(module: Any, name: str, total: list[float]) -> None:
     setattr(module, name, timed)
 
 
-def start(model: Path, data: Path, cache: str) -> dict[str, list[float]]:
-    """The phases of one start."""
+def start(model: Path, data: Path, cache: str, source: Path) -> dict[str, list[float]]:
+    """The phases of one start of the code in `source`."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["train", "--model", model, "--data", data, "--output-dir", f"{folder}/run"]
         words += ["--max-steps", 1, "--eval-size", 0, "--dtype", "float32", "--quiet"]
@@ -98,42 +100,49 @@ def start(model: Path, data: Path, cache: str) -> dict[str, list[float]]:
             [sys.executable, __file__, "--inside", *map(str, words)],
             capture_output=True,
             text=True,
-            env=environment(cache),
+            env=environment(cache, source),
         )
     lines = [line for line in done.stderr.splitlines() if line.startswith("{")]
     assert lines, done.stderr
     return json.loads(lines[-1])
 
 
-def environment(cache: str) -> dict[str, str]:
+def environment(cache: str, source: Path) -> dict[str, str]:
     """Modules lie there as bytecode, as those of an installed package do."""
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    kept["PYTHONPATH"] = os.pathsep.join([str(source), kept.get("PYTHONPATH", "")])
     return {**kept, "XDG_CACHE_HOME": cache, "PYTHONPYCACHEPREFIX": f"{cache}/bytecode"}
 
 
-def phases(model: Path, data: Path, rounds: int) -> dict[str, Any]:
-    """Medians of starts without and with cached records, in turn."""
-    runs: dict[str, list[dict]] = {"fresh": [], "cached": []}
+def phases(model: Path, data: Path, rounds: int, sources: dict[str, Path]) -> dict[str, Any]:
+    """Medians of starts of each code without and with cached records, in turn."""
+    runs: dict[str, dict[str, list[dict]]] = {name: {"fresh": [], "cached": []} for name in sources}
     with tempfile.TemporaryDirectory() as cache:
-        start(model, data, cache)  # writes the bytecode
+        for source in sources.values():
+            start(model, data, cache, source)  # writes the bytecode
         for _ in range(rounds):
-            shutil.rmtree(Path(cache) / "lorica", ignore_errors=True)
-            runs["fresh"].append(start(model, data, cache))
-            runs["cached"].append(start(model, data, cache))
+            for name, source in sources.items():
+                shutil.rmtree(Path(cache) / "lorica", ignore_errors=True)
+                runs[name]["fresh"].append(start(model, data, cache, source))
+                runs[name]["cached"].append(start(model, data, cache, source))
+    return {
+        name: {kind: _medians(f"{name}, {kind} records", starts) for kind, starts in made.items()}
+        for name, made in runs.items()
+    }
+
+
+def _medians(title: str, starts: list[dict]) -> dict[str, list[float]]:
+    """Median and least seconds on the clock and of the processor for each phase."""
+    for one in starts:
+        own = [one[phase] for phase in ("importing lorica", "all after the imports")]
+        one["lorica until the first step"] = [sum(pair) for pair in zip(*own, strict=True)]
+    print(f"\n{title.ljust(46)}{'clock'.rjust(9)}{'processor'.rjust(11)}{'least'.rjust(9)}")
     found = {}
-    for kind, starts in runs.items():
-        print(f"\n{kind} records{'clock'.rjust(40)}{'processor'.rjust(12)}")
-        found[kind] = {}
-        for phase in starts[0]:
-            both = [statistics.median(one[phase][i] for one in starts) for i in (0, 1)]
-            found[kind][phase] = both
-            print(f"  {phase.ljust(44)}{both[0]:7.2f} s{both[1]:9.2f} s")
-        ours = [
-            sum(found[kind][p][i] for p in ("importing lorica", "all after the imports"))
-            for i in (0, 1)
-        ]
-        found[kind]["lorica until the first step"] = ours
-        print(f"  {'lorica until the first step'.ljust(44)}{ours[0]:7.2f} s{ours[1]:9.2f} s")
+    for phase in starts[0]:
+        clock, processor = ([one[phase][i] for one in starts] for i in (0, 1))
+        both = statistics.median(clock), statistics.median(processor)
+        found[phase] = [*both, min(clock), min(processor)]
+        print(f"  {phase.ljust(44)}{both[0]:7.2f} s{both[1]:9.2f} s{min(processor):7.2f} s")
     return found
 
 
@@ -180,6 +189,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--before", type=Path, help="src/ of another checkout, measured in turn")
     parser.add_argument("--records", type=int, help="prepare so many records instead")
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared/data")
     options = parser.parse_args()
@@ -197,7 +207,10 @@ def main() -> None:
             return
         data = Path(folder) / "records.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
-        found = phases(model, data, options.rounds)
+        sources = {"after": HERE.parent / "src"}
+        if options.before:
+            sources = {"before": options.before.resolve(), **sources}
+        found = phases(model, data, options.rounds, sources)
     write_result("startup", {**facts, "phases": found})
 
 

@@ -18,8 +18,10 @@ from lorica.methods import LISA, AdaLoRA, LoRA, Sparse
 from lorica.tasks import CausalLM, TextClassification
 from lorica.tasks.last_layer import Place
 from lorica.train import ledger
-from lorica.train.budget import Scoring, Work, chosen_batches, estimate, machine_bytes
+from lorica.train.budget import Work, chosen_batches, estimate
 from lorica.train.engine import Engine, Trainee, at_rest, between_of
+from lorica.train.machine import machine_bytes
+from lorica.train.rehearsal import Scoring
 from lorica.train.shadow import Request, make_shadow, try_out
 from lorica.train.starts import attach_by_records
 

@@ -20,9 +20,11 @@ from lorica.methods.method import Method
 from lorica.records.phrases import count, size
 from lorica.tasks.task import Task
 from lorica.train.adamw_8bit import SMALLEST
-from lorica.train.budget import Memory, Scoring, Work, estimate, machine_bytes, process_bytes
+from lorica.train.budget import Memory, Work, estimate
+from lorica.train.machine import machine_bytes, process_bytes
 from lorica.train.optim import moment_sizes
 from lorica.train.plan import courses_of
+from lorica.train.rehearsal import Scoring
 from lorica.train.shadow import Lower, Request, Shadow, make_shadow, try_out
 from lorica.train.signals import signals_wait
 

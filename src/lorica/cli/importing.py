@@ -1,4 +1,4 @@
-"""Importing what a run needs, without a look at every object in between."""
+"""Making what stays, modules and records, without a look at every object in between."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def uncollected() -> Iterator[None]:
 
     Modules stay, so there is nothing to collect; but torch and transformers are half a million
     objects, and Python goes over all of them time and again as they become more: an eighth of their
-    imports, and a third of our own after them.
+    imports, and a third of our own after them. Encoded records, lists of numbers, are a tenth
+    quicker made.
     """
     on = gc.isenabled()
     gc.disable()

@@ -21,6 +21,7 @@ from lorica.cli.forecast import (
     warning_of,
 )
 from lorica.cli.images import OF_IMAGES, is_for_images, prepare_images
+from lorica.cli.importing import uncollected
 from lorica.cli.material import Material, gather
 from lorica.cli.spread import load_spread
 from lorica.cli.start import (
@@ -407,7 +408,7 @@ def _encoded(task: Task, records: Dataset | None, settings: Resolved, voice: Voi
         return Encoded([], [])
 
     def make() -> Encoded:
-        with voice.work("encoding the records", len(records)) as progress:
+        with uncollected(), voice.work("encoding the records", len(records)) as progress:
             return task.encode(records, progress=progress)
 
     if not settings.run.cache_encoded or len(records) < FEWEST_RECORDS:

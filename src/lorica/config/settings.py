@@ -9,6 +9,7 @@ import dataclasses
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -584,10 +585,11 @@ def method_settings(group: str, kind: type) -> list[Setting]:
     return [setting for setting, is_state in method_fields(group, kind) if not is_state]
 
 
-def method_fields(group: str, kind: type) -> list[tuple[Setting, bool]]:
+@cache
+def method_fields(group: str, kind: type) -> tuple[tuple[Setting, bool], ...]:
     """The fields of a method's dataclass as its files have them, and whether each is state."""
     annotations = typing.get_type_hints(kind, include_extras=True)
-    return [
+    return tuple(
         (
             _setting(
                 field.name,
@@ -601,7 +603,7 @@ def method_fields(group: str, kind: type) -> list[tuple[Setting, bool]]:
         )
         for field in dataclasses.fields(kind)
         if field.init
-    ]
+    )
 
 
 def method_values(method: Any) -> dict[str, Any]:

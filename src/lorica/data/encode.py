@@ -327,8 +327,8 @@ class CausalEncoder:
         if len(examples) > len(records):
             texts = counted(len(records), "text")
             notes.append(f"{texts} in windows of up to {self.max_length} tokens")
-        if self._literal:
-            spelled = sum(self._spells_control(record) for record in records)
+        if self._literal and self._pieces.spelled(t for r in records for t in _texts(r)):
+            spelled = sum(map(self._spells_control, records))
             if spelled:
                 notes.append(
                     f"special tokens spelled in {counted(spelled, 'record')} stay text "
@@ -339,10 +339,7 @@ class CausalEncoder:
         return notes
 
     def _spells_control(self, record: Mapping[str, Any]) -> bool:
-        texts = [record.get(key) for key in ("text", "prompt", "completion")]
-        return any(
-            isinstance(text, str) and self._pieces.control_text.search(text) for text in texts
-        )
+        return any(self._pieces.control_text.search(text) for text in _texts(record))
 
 
 def separator_of(records: Iterable[Mapping[str, Any]]) -> str:
@@ -359,6 +356,11 @@ def separator_of(records: Iterable[Mapping[str, Any]]) -> str:
         if not (ends or begins):
             return "\n"
     return ""
+
+
+def _texts(record: Mapping[str, Any]) -> list[str]:
+    found = [record.get(key) for key in ("text", "prompt", "completion")]
+    return [text for text in found if isinstance(text, str)]
 
 
 def _messages(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

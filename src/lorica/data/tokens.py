@@ -92,10 +92,17 @@ class PieceTokenizer:
             self._add(keys[start : start + _STRETCH], found)
             if progress is not None:
                 progress(len(found) / len(keys))
-        for key, row in found.items():
-            if key[1] and self.control_text.search(key[0]):
-                self._check_plain(key[0], row)
+        if self.spelled(key[0] for key in found if key[1]):
+            for key, row in found.items():
+                if key[1] and self.control_text.search(key[0]):
+                    self._check_plain(key[0], row)
         return found
+
+    def spelled(self, texts: Iterable[str]) -> bool:
+        """Whether any of the texts may spell a special token: one search instead of one for each,
+        which may also find what only two of them together spell.
+        """
+        return self.control_text.search("\n".join(texts)) is not None
 
     def _add(self, keys: Sequence[Key], found: dict[Key, list[int]]) -> None:
         for literal in (False, True):

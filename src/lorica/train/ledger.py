@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorica.train.fake import bare
 from lorica.train.heap import held
 
 _DEVICE = torch.ops.prim.device.default
@@ -64,7 +65,7 @@ class Ledger(TorchDispatchMode):
         if func is _DEVICE:  # autograd asks for it ten times for every operation
             return _device_of(args[0])
         made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
+        for leaf in (made,) if isinstance(made, Tensor) else tree_leaves(made):
             if isinstance(leaf, Tensor):
                 self.take(leaf)
         return made
@@ -108,6 +109,9 @@ class Ledger(TorchDispatchMode):
             else:
                 found.pop(event.number, None)
         return found
+
+
+bare(Ledger)
 
 
 def _device_of(tensor: Tensor) -> torch.device:

@@ -208,7 +208,6 @@ def _settings_problems(model: nn.Module, task: Task, settings: TrainSettings) ->
 def _method_problems(task: Task, course: Course) -> list[str]:
     """Why a method cannot learn these records in these steps."""
     problems = course.trainee.between.problems()
-    bare = [i for i, e in enumerate(course.examples) if e.num_prompt <= 1]
     adapter = course.trainee.adapter
     trained = [part.method for part in adapter.parts]
     for method in (stage.method for stage in adapter.stages):
@@ -218,7 +217,9 @@ def _method_problems(task: Task, course: Course) -> list[str]:
                 "gradient_checkpointing: false, or use prompt-tuning"
             )
         looks = hasattr(method, "intervene") or hasattr(method, "gate")
-        if method in trained and looks and task.kind == "causal-lm" and bare:
+        if not (method in trained and looks and task.kind == "causal-lm"):
+            continue
+        if bare := [i for i, e in enumerate(course.examples) if e.num_prompt <= 1]:
             problems.append(
                 f"{method.kind} looks at prompts alone, and {len(bare):,} of the records have no "
                 f"prompt, such as number {bare[0] + 1}: give records with prompts, and train_on: "

@@ -20,10 +20,10 @@ from lorica.data.examples import Example
 from lorica.errors import ConfigError
 from lorica.records.phrases import size
 from lorica.tasks.task import Task
-from lorica.train.budget import machine_bytes
 from lorica.train.course import Course
 from lorica.train.engine import Skipping
 from lorica.train.frozen import FrozenLayers, frozen_layers, states_bytes, states_file
+from lorica.train.machine import machine_bytes
 from lorica.train.states import States, StatesInMemory, StatesOnDisk
 
 LARGEST_SHARE = 0.5

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorica.attach.attach import attach, detach
 from lorica.attach.handle import Adapter
@@ -40,6 +39,7 @@ from lorica.tasks import CausalLM, Seq2Seq, TextClassification
 from lorica.tasks.last_layer import Place
 from lorica.tasks.probe import plain_decoder_head, plain_head
 from lorica.train.engine import Engine, Trainee
+from lorica.train.fake import FakeTensors
 
 LAYER_COUNTS = (
     "num_hidden_layers",
@@ -107,7 +107,7 @@ class Shadow:
     request: Request
     model: nn.Module
     base: Base
-    mode: FakeTensorMode
+    mode: FakeTensors
     packs: bool = True
     plain: bool = True
     place: Place | None = None
@@ -187,7 +187,7 @@ def make_shadow(request: Request) -> Shadow:
     elif method_of(made.config) == OWN:
         files = weight_files(request.name, revision=request.revision)
         make_room(made, quantizers_of(read_stored(files)[1]), next(made.parameters()).dtype)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensors()
     with mode:
         model = made.to_empty(device=request.device)
         if hasattr(model, "tie_weights"):
