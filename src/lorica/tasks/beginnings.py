@@ -58,8 +58,8 @@ def beginnings(examples: Sequence[Example]) -> list[Beginning]:
     common = [_in_common(a, b) for a, b in pairwise(arrays)]
     top = _tree(order, common)
     own: dict[int, list[int]] = {}
-    lengths = {}
-    waiting = [(top, None)] if top else []
+    lengths: dict[int, int] = {}
+    waiting: list[tuple[_Stem, int | None]] = [(top, None)] if top else []
     while waiting:
         stem, above = waiting.pop()
         if stem.worth_it(0 if above is None else lengths[above]):
