@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from lorica.errors import ConfigError
@@ -122,11 +123,12 @@ def joined(rank: int, size: int) -> Iterator[Processes]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    how = {"device_id": device} if device.type == "cuda" else {}
+    bound = device if device.type == "cuda" else None
     store, _, _ = next(rendezvous("env://", rank, size))
     # torchrun's store outlives the processes: after a restart it holds the addresses of the dead
-    own = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    told = {"rank": rank, "world_size": size, "timeout": PATIENCE}
-    dist.init_process_group(backend, store=own, **told, **how)
+    own = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(
+        backend, store=own, rank=rank, world_size=size, timeout=PATIENCE, device_id=bound
+    )
     yield Processes(rank, size, device)
     dist.destroy_process_group()  # not after an error: it would wait for the others
