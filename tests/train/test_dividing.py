@@ -48,7 +48,8 @@ def check(number, bases, output):
         model, every, one = holding_together.alone(base, output / str(n))
         for rank in range(number):
             own = output / str(n) / str(rank)
-            same_training(*torch.load(own / "trained.pt"), every, one)
+            several, single = torch.load(own / "trained.pt")
+            same_training(several, single, every, one)
             shared_out(json.loads((own / "found.json").read_text()), model, number)
 
 
