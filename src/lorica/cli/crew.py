@@ -21,7 +21,7 @@ from lorica.records.crew import Crew, is_crewed
 from lorica.records.folder import RunFolder, json_text, now
 from lorica.records.read import read_manifest
 from lorica.records.write import merged
-from lorica.train.loop import TrainReport
+from lorica.train.report import TrainReport
 
 PAUSE = 0.2
 """Seconds between two looks for work."""

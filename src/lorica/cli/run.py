@@ -39,7 +39,8 @@ from lorica.records.folder import RELEVANCE_SCORES, RunFolder, json_text, now
 from lorica.records.read import read_manifest
 from lorica.records.write import Recorder
 from lorica.tasks.task import Prediction
-from lorica.train.loop import TrainReport, train
+from lorica.train.loop import train
+from lorica.train.report import TrainReport
 from lorica.train.signals import Stop
 
 if TYPE_CHECKING:  # imported late: it brings all of scipy

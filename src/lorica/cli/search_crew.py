@@ -36,7 +36,8 @@ from lorica.search.field import Course, Field
 from lorica.search.member import Member, lost
 from lorica.search.schedule import Schedule, training
 from lorica.search.study import Study, import_optuna
-from lorica.train.loop import TrainReport, train
+from lorica.train.loop import train
+from lorica.train.report import TrainReport
 
 
 def execute_search_together(

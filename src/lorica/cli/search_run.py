@@ -46,8 +46,9 @@ from lorica.search.result import CutTo, OfSpectrum, answer_of, as_dict
 from lorica.search.space import name_of
 from lorica.search.spectra import cut, has_spectra, smaller_ranks, spectra, suggested
 from lorica.search.study import Study, import_optuna
-from lorica.train.loop import TrainReport, train
+from lorica.train.loop import train
 from lorica.train.measure import mean_loss
+from lorica.train.report import TrainReport
 
 
 def execute_search(

@@ -60,8 +60,9 @@ from lorica.records.phrases import parameters
 from lorica.records.read import read_manifest
 from lorica.records.write import Recorder
 from lorica.tasks.task import Prediction
-from lorica.train.loop import TrainReport, train
+from lorica.train.loop import train
 from lorica.train.plan import courses_of
+from lorica.train.report import TrainReport
 
 _RECORDS = (
     *("data", "eval_data", "test_data", "columns", "format", "eval_size", "eval_records"),

@@ -6,24 +6,19 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorica.attach.activate import activate
 from lorica.attach.handle import Adapter
 from lorica.base.load import base_of, processes_of
-from lorica.base.storage import num_parameters
-from lorica.config.settings import method_values
 from lorica.errors import ConfigError, Interrupted, LoricaError, NonFiniteError, TrainingError
 from lorica.files.adapter import save_adapter
-from lorica.methods.method import becomes_weight
 from lorica.records.folder import RunFolder, how_to_resume
 from lorica.records.write import Recorder, RunRecorder
-from lorica.tasks.task import Task, answering, device_of
+from lorica.tasks.task import Task, device_of
 from lorica.train import checkpoint
 from lorica.train.agreement import Given, of_the_run
 from lorica.train.beginnings import Beginnings, beginnings_of
@@ -32,72 +27,24 @@ from lorica.train.course import Course, Window
 from lorica.train.director import Director
 from lorica.train.dividing import Divided, differentiated
 from lorica.train.engine import Engine, Sharing, StepResult, nothing_shared
+from lorica.train.evaluations import Evaluations, Evaluator
 from lorica.train.identity import circumstances, identity, identity_of
-from lorica.train.judging import eval_batch_size, judged_together, losses_of
-from lorica.train.measure import mean_loss, memory_bytes, versions
+from lorica.train.measure import memory_bytes
 from lorica.train.memory import memory_advised
 from lorica.train.plan import Records, courses_of, default_task, total_steps
 from lorica.train.relay import Passing, Relay
+from lorica.train.report import TrainReport, entry, provenance
+from lorica.train.report import manifest as manifest_of
 from lorica.train.reuse import reuse_of
 from lorica.train.shared import SharedLayers
 from lorica.train.signals import Stop, StopAsked, stopping
 
 __all__ = ["Evaluator", "MakeRecorder", "TrainReport", "default_task", "total_steps", "train"]
 
-Evaluator = Callable[[nn.Module, Adapter], Mapping[str, float]]
-"""Scores of an adapter beyond its evaluation loss; called while the adapter is active."""
-
 MakeRecorder = Callable[[int | None], Recorder]
 
 PAUSE = 0.1
 """Seconds between two questions to a director for whom all wait."""
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a run did, by adapter name.
-
-    Attributes:
-        steps: optimizer steps done.
-        loss: mean training loss of the last logged window (nats per trained token).
-        eval_loss: of the adapter that was kept; None without evaluation data.
-        best_step: the step whose tensors were kept.
-        stopped: why training ended early; None where it did not.
-        failed: what was not finite, which ended an adapter; None where all was well.
-        folders: where the adapters were written; one that failed may have none.
-        seconds: spent in optimizer steps, over all tries of a resumed run.
-        tokens_per_second, peak_memory_bytes: of the run.
-        resources: these and what else run.json says of them.
-        adapters: what each is in the end: num_parameters, num_places, method; for run.json.
-    """
-
-    steps: dict[str, int]
-    loss: dict[str, float | None]
-    eval_loss: dict[str, float | None]
-    best_step: dict[str, int]
-    stopped: dict[str, str | None]
-    folders: dict[str, Path]
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-    resources: dict[str, Any] = field(default_factory=dict)
-    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
-    failed: dict[str, str | None] = field(default_factory=dict)
-
-    def summary(self) -> dict[str, Any]:
-        """The outcome as plain values, for run.json."""
-        names = ("steps", "loss", "eval_loss", "best_step", "stopped", "failed")
-        return {name: getattr(self, name) for name in names}
-
-    def outcome(self) -> dict[str, Any]:
-        """The entries of run.json that are known when training is over."""
-        first = next(iter(self.adapters.values()))
-        return {
-            "method": first["method"],
-            "adapters": self.adapters,
-            "training": self.summary(),
-            "resources": self.resources,
-        }
 
 
 def train(
@@ -211,7 +158,10 @@ class _Run:
         self.engine, self.company = engine, company
         self.courses, self.settings = company.courses, company.settings
         self.model, self.task = engine.model, engine.task
-        self.folder, self.evaluator = folder, evaluator
+        self.folder = folder
+        self.evaluations = Evaluations(
+            engine, evaluator, lambda courses: self._advised(courses, "an evaluation")
+        )
         self.turn, self.saved, self.seconds = 0, 0, 0.0
         self.unjudged: list[Course] = []
         self.last_save = -math.inf, 0.0
@@ -236,7 +186,14 @@ class _Run:
         self.recorder: Recorder = make_one(gone)
         base = base_of(self.model)
         self.tokenizer = base.tokenizer if base and make is None else None
-        own = self._manifest()
+        own = manifest_of(
+            self.model,
+            self.task,
+            self.courses,
+            seed=self.settings.seed,
+            dtype=self.identity["dtype of the base"],
+            adapters=self._entries(),
+        )
         plan = {**own["plan"], **manifest.get("plan", {})}
         self.recorder.start({**own, **manifest, "plan": plan})
         for note in [*told, *self.task.notes, *self.engine.lean.notes]:
@@ -360,7 +317,7 @@ class _Run:
         """
         fresh, self.company.asked = self.unjudged, False
         due = [c for c in fresh if c.held_out and c.due(self._eval_every(c))]
-        found = self._evaluations(due, stop)
+        found = self.evaluations.of(due, stop)
         self.unjudged = []
         self.company.hear(found)
         for course in fresh:
@@ -370,52 +327,13 @@ class _Run:
             if scores:
                 self._take(course, scores)
 
-    def _advised(self, courses: list[Course], what: str) -> AbstractContextManager[None]:
+    def _advised(self, courses: Sequence[Course], what: str) -> AbstractContextManager[None]:
         largest = max(courses, key=lambda c: c.settings.batch_size).settings
         return memory_advised(self.model, courses, largest, self.folder.path, what)
 
     def _eval_every(self, course: Course) -> int:
         """Steps between evaluations: as set, or an epoch."""
         return course.settings.eval_steps or course.steps_per_epoch
-
-    def _evaluations(
-        self, due: Sequence[Course], stop: Stop
-    ) -> dict[str, tuple[dict[str, float], list[float]]]:
-        """Name -> scores of an adapter, and the loss of every evaluation example."""
-        found = {}
-        together = self.evaluator is None and len(due) > 1 and self.processes is None
-        for group in judged_together(self.engine, due) if together else [[c] for c in due]:
-            if len(group) == 1:
-                found[group[0].name] = self._evaluate(group[0], stop)
-                continue
-            adapters, examples = [c.trainee.adapter for c in group], group[0].held_out
-            size = eval_batch_size(group[0])
-            with self._advised(group, "an evaluation"):
-                each = losses_of(self.engine, adapters, examples, size, between=stop.check)
-            number = sum(e.num_trained for e in examples)
-            for course, losses in zip(group, each, strict=True):
-                found[course.name] = {"eval_loss": math.fsum(losses) / number}, losses
-        return found
-
-    def _evaluate(self, course: Course, stop: Stop) -> tuple[dict[str, float], list[float]]:
-        """Scores of an adapter, and the loss of every evaluation example."""
-        adapter, each = course.trainee.adapter, []
-        advised = self._advised([course], "an evaluation")
-        with advised, activate(self.model, adapter), answering(self.model):
-            size = eval_batch_size(course)
-            loss = mean_loss(
-                self.model,
-                self.task,
-                course.held_out,
-                size,
-                between=stop.check,
-                each=each,
-                collate=lambda block: self.engine.collating([adapter], [block]),
-            )
-            stop.check()
-            more = self.evaluator(self.model, adapter) if self.evaluator else {}
-        scores = {"eval_loss": loss, **{f"eval_{name}": value for name, value in more.items()}}
-        return scores, each
 
     def _take(self, course: Course, scores: dict[str, float]) -> None:
         who = "" if self.company.alone else f"{course.name}: "
@@ -530,7 +448,7 @@ class _Run:
             seconds=seconds,
             tokens_per_second=tokens / seconds if seconds else 0.0,
             peak_memory_bytes=memory_bytes(),
-            adapters={c.name: self._entry(c) for c in self.courses},
+            adapters=self._entries(),
             failed={c.name: c.failed for c in self.courses},
         )
         files = [f for folder in folders.values() for f in folder.glob("*.safetensors")]
@@ -546,7 +464,9 @@ class _Run:
 
     def _publish(self, course: Course) -> Path:
         target, adapter = self._target(course), course.trainee.adapter
-        how: dict[str, Any] = {"provenance": self._provenance(course), "tokenizer": self.tokenizer}
+        data = self.identity[f"data of {course.name}"].rpartition(" ")[2]
+        origin = provenance(course, self.task, data)
+        how: dict[str, Any] = {"provenance": origin, "tokenizer": self.tokenizer}
         try:
             return save_adapter(adapter, target, overwrite=True, **how)
         except Exception as error:  # a tokenizer's own writer raises a bare Exception
@@ -562,53 +482,8 @@ class _Run:
     def _target(self, course: Course) -> Path:
         return self.folder.adapter(None if self.company.alone else course.name)
 
-    def _provenance(self, course: Course) -> dict[str, Any]:
-        """Where an adapter comes from, and how its base must be asked."""
-        return {
-            "task": self.task.facts(),
-            "versions": versions(),
-            "data_digest": self.identity[f"data of {course.name}"].rpartition(" ")[2],
-            "steps": course.step,
-            "settings": course.settings.model_dump(mode="json"),
-        }
-
-    def _manifest(self) -> dict[str, Any]:
-        base, first = base_of(self.model), self.courses[0]
-        name = type(self.model).__name__
-        return {
-            "versions": versions(),
-            "base": {
-                "name": base.name if base else name,
-                "digest": base.digest if base else None,
-                "num_parameters": num_parameters(self.model),
-                "dtype": self.identity["dtype of the base"],
-                "architecture": name,
-            },
-            "task": self.task.kind,
-            "seed": self.settings.seed,
-            "method": _method(first.trainee.adapter),
-            "adapters": {c.name: self._entry(c) for c in self.courses},
-            "plan": {
-                "max_steps": max(c.trainee.total for c in self.courses),
-                "epochs": max(c.trainee.total / c.steps_per_epoch for c in self.courses),
-                "batch_size": first.per_step,
-            },
-        }
-
-    def _entry(self, course: Course) -> dict[str, Any]:
-        """What run.json says of an adapter."""
-        adapter = course.trainee.adapter
-        return {
-            **_shape(course),
-            "reason": adapter.reason,
-            "on": [stage.method.kind for stage in adapter.stages[:-1]],
-            "path": str(self._target(course)),
-            "merges": all(
-                becomes_weight(slot.method)
-                for stage in adapter.stages
-                for slot in stage.slots.values()
-            ),
-        }
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return {c.name: entry(c, self._target(c)) for c in self.courses}
 
 
 def _sharing(model: nn.Module, task: Task, reuses: bool, together: Beginnings) -> Sharing:
@@ -618,20 +493,3 @@ def _sharing(model: nn.Module, task: Task, reuses: bool, together: Beginnings) -
     if reuses or processes_of(model) is not None:
         return nothing_shared
     return SharedLayers(model, task, together).shared
-
-
-def _shape(course: Course) -> dict[str, Any]:
-    """What an adapter is as it stands; a method may leave less than it began with."""
-    adapter = course.trainee.adapter
-    parts = adapter.parts
-    together = {"together": [_method(part) for part in parts[:-1]]} if parts[1:] else {}
-    return {
-        "num_parameters": adapter.num_parameters,
-        "num_places": sum(len(part.slots) for part in parts),
-        "method": _method(adapter),
-        **together,
-    }
-
-
-def _method(adapter: Adapter) -> dict[str, Any]:
-    return {"kind": adapter.method.kind, **method_values(adapter.method)}
