@@ -53,8 +53,8 @@ class Workload:
 class Meter:
     """Counts steps and talks to the script that measures."""
 
-    def __init__(self) -> None:
-        self.before = memory_bytes("VmRSS")
+    def __init__(self, rank: int) -> None:
+        self.rank, self.before = rank, memory_bytes("VmRSS")
         self._wait({"ready": True})
 
     def step(self, tokens: int, loss: float | None = None) -> None:
@@ -72,7 +72,7 @@ class Meter:
             }
             if self.profile:
                 self.profile.stop()
-                answer["kinds"] = seconds_by_kind(self.profile)
+                answer["kinds"] = seconds_by_kind(self.profile, self.rank)
             self._wait(answer)
 
     def _wait(self, answer: dict) -> None:
@@ -95,8 +95,8 @@ class Meter:
 class Watcher:
     """A recorder that tells the meter of every step."""
 
-    def __init__(self) -> None:
-        self.tokens, self.meter = 0, Meter()
+    def __init__(self, rank: int) -> None:
+        self.tokens, self.meter = 0, Meter(rank)
 
     def start(self, manifest: dict) -> None: ...
 
@@ -136,7 +136,8 @@ def lorica_side(work: Workload) -> None:
         task = CausalLM.of(task.tokenizer)
     folder = Path(work.examples).parent / f"run-{work.name}-{os.getpid()}"
     data: Any = {adapter: rows}
-    lorica.train(model, data, settings, output_dir=folder, task=task, recorder=lambda _: Watcher())
+    how: dict[str, Any] = {"output_dir": folder, "recorder": lambda _: Watcher(work.r)}
+    lorica.train(model, data, settings, task=task, **how)
 
 
 # --- PEFT -----------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def trainer_side(work: Workload, *, grouped: bool) -> None:
 
     class Counter(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.meter = Meter()
+            self.meter = Meter(work.r)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.meter.step(seen.popleft())
@@ -253,7 +254,7 @@ def loop_side(work: Workload, *, packed: bool, compiled: bool) -> None:
             layers[i] = torch.compile(layer, dynamic=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=work.learning_rate, weight_decay=0.0, fused=True)
-    meter = Meter()
+    meter = Meter(work.r)
     for rows in lorica_batches(work, grouped=compiled and not packed):
         batch = flat(rows) if packed else padded(rows, causal)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.bf16):

@@ -102,16 +102,15 @@ def test_those_around_a_longer_beginning_share_the_shorter_one():
 
 
 def test_thousands_of_records_take_no_longer_each():
-    """Counted in comparisons of tokens would be too fine; a second is a thousand times too much of
-    what a quadratic search did not do in minutes.
-    """
+    """Five seconds are fifty times what it takes; a search of all pairs took minutes."""
     stem = list(range(3, 120))
     examples = [example([*stem, 200 + i % 50, i], [4, 2]) for i in range(5000)]
     began = time.process_time()
     (one,) = beginnings(examples)
     assert len(one.members) == 5000 and time.process_time() - began < 5
     nested = [example(stem[: 2 + i % 100], [4, 2]) for i in range(1000)]
-    assert time.process_time() - began < 10 and beginnings(nested)
+    began = time.process_time()
+    assert beginnings(nested) and time.process_time() - began < 5
 
 
 def trained_once(model, alike, block):

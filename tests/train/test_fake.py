@@ -60,6 +60,15 @@ def test_a_repeated_operation_makes_what_torch_makes(name):
     assert found == found[:1] * 6
 
 
+def test_what_a_real_number_beside_them_makes_is_its_device_s():
+    for other in ("cpu", "meta"):
+        with FakeTensors():
+            made = torch.empty(()) + torch.tensor(3.0, device=other)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            wanted = torch.empty(()) + torch.tensor(3.0, device=other)
+        assert made.device == wanted.device
+
+
 def test_nothing_of_torch_is_asked_the_third_time():
     mode = FakeTensors()
     with mode:

@@ -1,5 +1,6 @@
 """Adapters that go from one run to another: the bits of a run alone, wherever they go on."""
 
+import hashlib
 import json
 import signal
 
@@ -152,6 +153,21 @@ def test_a_state_that_is_of_no_use_is_told_of(tmp_path, alone):
     check(alone, tmp_path / "1", tmp_path / "2")
     part(tmp_path / "3", "b", changes={"learning_rate": 1e-3})
     assert "belongs to another run; settings.learning_rate" in events(tmp_path / "3")
+    kept = [*(tmp_path / "states").glob(".bad-b-*/step-*")]
+    assert kept, "a state that is of no use here may be of use to whoever wrote it"
+
+
+def test_a_state_of_another_version_stays(tmp_path):
+    part(tmp_path / "1", "ab", leave={"b": 4})
+    path = tmp_path / "states/b/step-00000004/MANIFEST.json"
+    manifest = json.loads(path.read_text()) | {"schema": 99}
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(rest | {"sha256": digest}))
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="schema 99"):
+        part(tmp_path / "2", "b")
+    assert path.read_bytes() == before
 
 
 def test_a_state_that_cannot_be_read_now_stays(tmp_path):

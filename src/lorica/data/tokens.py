@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from itertools import islice
 from typing import Any, Protocol
 
 from lorica.data.template import Span, control_tokens
@@ -99,10 +100,14 @@ class PieceTokenizer:
         return found
 
     def spelled(self, texts: Iterable[str]) -> bool:
-        """Whether any of the texts may spell a special token: one search instead of one for each,
-        which may also find what only two of them together spell.
+        """Whether any of the texts may spell a special token: one search for many of them, which
+        may also find what only two of them together spell.
         """
-        return self.control_text.search("\n".join(texts)) is not None
+        search, rest = self.control_text.search, iter(texts)
+        while stretch := [*islice(rest, _STRETCH)]:
+            if search("\n".join(stretch)):
+                return True
+        return False
 
     def _add(self, keys: Sequence[Key], found: dict[Key, list[int]]) -> None:
         for literal in (False, True):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.errors import ConfigError
-from lorica.records.atomic import write_file
+from lorica.records.atomic import sync_folder, write_file
 from lorica.records.folder import (
     ADAPTERS,
     EVENTS,
@@ -233,6 +233,7 @@ class Crew:
             if lies is not None and lies != target:
                 target.parent.mkdir(exist_ok=True)
                 os.rename(lies, target)
+                sync_folder(target.parent)
         written = (path for path in self._folders() if (path / MANIFEST).is_file())
         return {path.name: read_manifest(path / MANIFEST) for path in written}
 

@@ -110,6 +110,7 @@ class Member:
                 return joined
 
     def _taken(self, entries: Sequence[Entry], number: int, *, idle: bool) -> list[Entry]:
+        # one beyond what fits where all others rest: they may rest until this one is judged
         owners, gone = self.crew.owners(), lost(self.crew, entries)
         free = [entry for entry in training(entries) if entry.name not in owners] + gone
         more = min(self._missing(entries, gone), self._share - number)

@@ -47,6 +47,10 @@ _GROUPS = ("adapters", "optimizers", "best", "between")
 _FILE = re.compile(rf"{re.escape(_STATE)}|(?:{'|'.join(_GROUPS)})/[^./\\\0][^/\\\0]*\.safetensors")
 
 
+class NoneWholeError(CheckpointError):
+    """There are checkpoints, and every one is damaged; all were set aside."""
+
+
 @dataclass
 class State:
     """Everything that a run needs to go on as if it had never stopped.
@@ -163,7 +167,8 @@ def newest(folder: Path) -> tuple[State | None, list[str]]:
         None as the state where no checkpoint was ever written.
 
     Raises:
-        CheckpointError: it is of another version of Lorica; or there are some, but none is whole.
+        CheckpointError: it is of another version of Lorica, or the system cannot read it now.
+        NoneWholeError: there are some, but none is whole.
     """
     notes: list[str] = []
     unreadable: OSError | None = None
@@ -187,7 +192,7 @@ def newest(folder: Path) -> tuple[State | None, list[str]]:
         ) from unreadable
     bad = sorted(path.name for path in folder.glob(f"{_BAD}*")) if folder.is_dir() else []
     if bad:
-        raise CheckpointError(
+        raise NoneWholeError(
             f"no checkpoint in {folder} is whole",
             problems=notes or [f"{name} was set aside earlier" for name in bad],
             mend="start the run anew, or remove what was set aside to begin at step 0",

@@ -125,7 +125,7 @@ class FakeTensors(FakeTensorMode):
                 raise _Unknown
 
     def _add_tensor(self, key: list[Any], tensor: Any, kind: type) -> None:
-        dtype, device = tensor.dtype, None
+        dtype, device = tensor.dtype, tensor.device
         if kind is FakeTensor:
             device = tensor.fake_device
             if tensor.fake_mode is not self or tensor.constant is not None:
@@ -133,7 +133,7 @@ class FakeTensors(FakeTensorMode):
         if tensor.layout is not torch.strided or dtype.is_complex:  # may be a conjugate
             raise _Unknown
         key += tensor.shape, tensor.stride(), tensor.storage_offset(), dtype
-        key += device, tensor.requires_grad, tensor.is_inference()
+        key += kind, device, tensor.requires_grad, tensor.is_inference()
 
     def _again(self, made: _Made, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """The tensor that `made` describes."""
@@ -191,10 +191,22 @@ def _description(
     try:
         if type(made) in (list, tuple):
             each = tuple(None if one is None else _described(one, places, real) for one in made)
+            pairs = [(d, one) for d, one in zip(each, made, strict=True) if d is not None]
+            fresh = [one.untyped_storage()._cdata for d, one in pairs if d.place is None]
+            if len({*fresh}) < len(fresh):  # several on one storage that is none's
+                return None
             return _Several(type(made), each)
         return _described(made, places, real)
     except _Unknown:
         return None
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Of a storage that ends with the last element of a tensor."""
+    if not tensor.numel():
+        return 0
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _described(made: Any, places: dict[int | str, Any], real: set[int | str]) -> _Made:
@@ -209,4 +221,6 @@ def _described(made: Any, places: dict[int | str, Any], real: set[int | str]) ->
                 return _Made(place, itself=True)
             found = place
     shape, stride, offset = tuple(made.shape), made.stride(), int(made.storage_offset())
+    if found is None and (offset or storage.nbytes() != _num_bytes(made)):
+        raise _Unknown  # `_again` makes one for the shape alone
     return _Made(found, False, shape, stride, offset, made.dtype, made.fake_device)

@@ -9,7 +9,8 @@ of a run that was. An evaluation that was made and not judged yet is part of the
 
 from __future__ import annotations
 
-import shutil
+import os
+import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from lorica.errors import CheckpointError
+from lorica.errors import CheckpointError, NonFiniteError
 from lorica.tasks.task import Task
 from lorica.train import checkpoint
 from lorica.train.company import Company, Tell
@@ -105,12 +106,21 @@ class Passing:
         return bool(names)
 
     def save(self, courses: Sequence[Course], unjudged: Collection[str]) -> list[str]:
-        """Write the states of these adapters; what was written."""
-        written = []
+        """Write the states of these adapters; what was written.
+
+        Raises:
+            NonFiniteError: of the first whose tensors are not finite; the others are written.
+        """
+        written, broken = [], None
         for course in courses:
             name, resting = course.name, self.company.resting.get(course.name)
-            if self.states.save(course, unjudged=name in unjudged, resting=resting):
-                written.append(f"{name} (step {course.step})")
+            try:
+                if self.states.save(course, unjudged=name in unjudged, resting=resting):
+                    written.append(f"{name} (step {course.step})")
+            except NonFiniteError as error:
+                broken = broken or error
+        if broken is not None:
+            raise broken
         return written
 
 
@@ -128,33 +138,39 @@ class AdapterStates:
 
     def take_up(self, course: Course) -> Taken:
         """Let a course that has not begun go on from the newest state of its adapter, where there
-        is one. A state that is damaged, or that of something else, is removed and told of.
+        is one. States that are damaged, or those of something else, are set aside and told of.
 
         Raises:
-            CheckpointError: the system cannot read it now.
+            CheckpointError: the system cannot read it now, or another version of Lorica wrote it.
         """
         name, own = course.name, self.folder / course.name
         known = self._identity[name] = identity(self.model, self.task, [course], course.settings)
         self._written.pop(name, None)
         checkpoint.clean(own)
-        notes: list[str] = []
         try:
             state, notes = checkpoint.newest(own)
-            if state is None:
-                return Taken([f"{name}: {note}" for note in notes])
+        except checkpoint.NoneWholeError as error:
+            return self._set_aside(name, error)
+        if state is None:
+            return Taken([f"{name}: {note}" for note in notes])
+        try:
             notes += checkpoint.check(state, known, self._circumstances(course))
-            course.restore(state)
         except CheckpointError as error:
-            if isinstance(error.__cause__, OSError):  # the disk or the system: it may be whole
-                raise
-            shutil.rmtree(own, ignore_errors=True)
-            why = "; ".join([error.what, *error.problems[:2]])
-            return Taken([f"{name} begins anew, for its state is of no use: {why}"])
+            return self._set_aside(name, error)
+        course.restore(state)
         self._written[name] = course.step
         found = state.counters[name].get("resting")
         resting = _evaluation(found) if found else None
         notes.append(f"going on from step {course.step}")
         return Taken([f"{name}: {note}" for note in notes], True, state.unjudged, resting)
+
+    def _set_aside(self, name: str, error: CheckpointError) -> Taken:
+        own = self.folder / name
+        aside = own.with_name(f".bad-{name}-{secrets.token_hex(4)}")
+        os.rename(own, aside)
+        why = "; ".join([error.what, *error.problems[:2]])
+        text = f"{name} begins anew, for its state is of no use: {why}; it is kept in {aside.name}"
+        return Taken([text])
 
     def save(self, course: Course, *, unjudged: bool, resting: Evaluation | None) -> bool:
         """Write the state of an adapter; whether there was anything new.

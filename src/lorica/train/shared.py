@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from weakref import ref
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ class SharedLayers:
     def __init__(self, model: nn.Module, task: Task, together: Beginnings | None = None) -> None:
         self.model, self.passes = model, 0
         self.together = together or beginnings_of(model, task, wanted=False)
-        self._middles: dict[frozenset[Adapter], Middle | None] = {}
+        self._middles: dict[frozenset[ref[Adapter]], Middle | None] = {}
         self._fits: dict[int, Middle | None] = {}
 
     @contextmanager
@@ -63,7 +64,7 @@ class SharedLayers:
             yield
 
     def _middle(self, adapters: Sequence[Adapter]) -> Middle | None:
-        key = frozenset(adapters)
+        key = frozenset(map(ref, adapters))  # one that has left the run lives no longer for it
         if key not in self._middles:
             middle, _ = middle_of(self.model, [*adapters])
             self._middles[key] = None if middle is None else self._tried(middle)
