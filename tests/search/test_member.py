@@ -206,7 +206,8 @@ def test_no_process_takes_more_than_fit(tmp_path):
     assert worker.begin() and len(worker.member.newcomers({})) == 2
 
 
-def test_who_rests_is_not_asked_about_all_the_time(tmp_path):
+def test_who_rests_is_not_asked_about_all_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("lorica.search.member.LOOK_EVERY", 1e9)  # however slow the machine is
     (tmp_path / "run").mkdir()
     first, second = (Worker(tmp_path / "run", size=2, at_once=6) for _ in range(2))
     assert first.begin() and second.begin()
