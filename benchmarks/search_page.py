@@ -178,7 +178,7 @@ def _speed() -> list[str]:
                 f"| {SIDES[side]} | {one['cpu_seconds']:.1f} s | {share} | {memory:,.0f} MiB |"
             )
         rounds = max(len(runs) for runs in found["sides"].values())
-        lines += ["", f"{'Medians of ' if rounds > 1 else ''}{rounds} round(s).", ""]
+        lines += ["", f"Medians of {rounds} rounds." if rounds > 1 else "One round.", ""]
     return lines
 
 
@@ -194,7 +194,7 @@ def _choice() -> list[str]:
         "All candidates trained to their end (exhaustive) beside a search with the usual rungs. "
         "The difference is that of the loss on test records which none has seen, to the candidate "
         "with the lowest evaluation loss of all; within noise means within two standard errors "
-        "(paired).",
+        "(paired). Steps: of all candidates together.",
         "",
     ]
     rows = []
@@ -204,14 +204,16 @@ def _choice() -> list[str]:
         for who in ("chosen, search", "chosen, exhaustive"):
             one = found["judged"][who]
             noise = "yes" if one["difference"] <= 2 * one["error"] else "no"
+            share = found["share_of_steps"] if who == "chosen, search" else 1
+            far = f"{one['difference']:+.4f} | {one['error']:.4f} | {noise}"
             rows.append(
-                f"| {name}, seed {found['seed']}, {found['steps']} steps | {who} | "
-                f"{one['words']} | {one['difference']:+.4f} | {one['error']:.4f} | {noise} |"
+                f"| {name}, seed {found['seed']}, up to {found['steps']} steps | {who} | "
+                f"{share:.0%} | {one['words']} | {far} |"
             )
     if not rows:
         return [*lines, "Not measured yet: `python benchmarks/search.py choice e2e`.", ""]
     head = [
-        "| | | candidate | difference | standard error | within noise |",
-        "|---|---|---|---|---|---|",
+        "| | | steps | candidate | difference | standard error | within noise |",
+        "|---|---|---|---|---|---|---|",
     ]
     return [*lines, *head, *rows, ""]
