@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.initialization import guard_torch_init_functions
 
 from lorica.base.ending import end_token_note, set_end_token
 from lorica.base.load import (
@@ -127,11 +128,6 @@ def shard(model: Any, files: Sequence[Path], processes: Processes) -> list[str]:
     return unused
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether weights of the model are spread over processes."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
-
-
 def own_bytes(model: nn.Module) -> int:
     """Bytes of the weights that lie in this process between two passes."""
     local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
@@ -226,7 +222,9 @@ def _read(tensor: Tensor, file: Path, name: str, device: torch.device) -> Tensor
         how = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
         rows = DTensor.from_local(rows, mesh, placements, **how)
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(rows, requires_grad=False)
+        rows = nn.Parameter(rows, requires_grad=False)
+    # transformers starts what lacks this mark, also beside a buffer that alone is to be started
+    rows._is_hf_initialized = True  # type: ignore[attr-defined]
     return rows
 
 
@@ -236,24 +234,35 @@ def _is_saved(module: nn.Module, buffer: str) -> bool:
 
 @torch.no_grad()
 def _start_buffers(model: Any, device: torch.device) -> None:
-    """Compute the buffers that no file has, as the model itself starts them."""
-    started: dict[str, Tensor] = {}
+    """Compute the buffers that no file has, as the model itself starts them.
+
+    Each is started twice, on other numbers: what is not the same then was not written, or is drawn.
+    """
+    broken: list[str] = []
     for path, module in model.named_modules():
         own = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
-        for name, buffer in own.items():
-            value = torch.zeros_like(buffer, device=device)
-            if value.is_floating_point():
-                value.fill_(torch.nan)  # to see that something was written there
-                started[f"{path}.{name}"] = value
-            module._buffers[name] = value
-        if own:
-            model._init_weights(module)
-    if broken := [name for name, value in started.items() if not value.isfinite().all()]:
+        if not own:
+            continue
+        found: list[dict[str, Tensor]] = []
+        for second in (False, True):
+            for name, buffer in own.items():
+                module._buffers[name] = _unwritten(buffer, device, second=second)
+            with guard_torch_init_functions():
+                model._init_weights(module)
+            found.append({name: module._buffers[name].clone() for name in own})
+        broken += [f"{path}.{n}" for n, first in found[0].items() if not first.equal(found[1][n])]
+    if broken:
         raise BaseModelError(
             f"a {type(model).__name__} does not say how these are computed, and no file has them",
             problems=broken[:10],
             mend="train it in one process",
         )
+
+
+def _unwritten(like: Tensor, device: torch.device, *, second: bool) -> Tensor:
+    """Numbers that no model starts a buffer with, to see whether something was written there."""
+    value = torch.full_like(like, int(second), device=device)
+    return value.fill_(torch.nan) if value.is_floating_point() and not second else value
 
 
 def _try(model: Any, device: torch.device) -> None:
