@@ -79,7 +79,7 @@ def test_a_spread_base_is_that_of_the_files(kind, base, processes):
     model = load_sharded(folder, processes, dtype="float32")
     own = model.state_dict()
     with safe_open(folder / "model.safetensors", framework="pt") as stored:
-        for name in stored.keys():
+        for name in stored.keys():  # noqa: SIM118
             tensor = own[name].full_tensor() if isinstance(own[name], DTensor) else own[name]
             assert torch.equal(tensor, stored.get_tensor(name)), name
     assert any(isinstance(tensor, DTensor) for tensor in own.values())
@@ -87,6 +87,11 @@ def test_a_spread_base_is_that_of_the_files(kind, base, processes):
     tokens = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, whole(tokens).logits)
+
+
+def test_layers_that_are_left_out_at_random_are_refused(base, processes):
+    with pytest.raises(BaseModelError, match=r"leaves out layers .*layerdrop: 0.5"):
+        load_sharded(base("opt", layerdrop=0.5), processes, dtype="float32")
 
 
 class Marked(torch.nn.Linear):

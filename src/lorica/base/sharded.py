@@ -11,7 +11,7 @@ Every process reads its own rows of the weight files, so none ever has the whole
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def load_sharded(
 
     Raises:
         BaseModelError: as `load_model`; or its weight files are not on this machine, are quantized,
-            or it cannot be spread.
+            or it leaves out layers at random, or it cannot be spread.
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     chosen = choose_dtype(dtype, processes.device)
@@ -70,6 +70,7 @@ def load_sharded(
             f"{name} is quantized, and packed weights are not spread over processes",
             mend="name the base that it was made from, or train it in one process",
         )
+    _refuse_dropped_layers(model, name)
     unused = shard(model, files, processes)
     lasting = str(Path(name).absolute()) if Path(name).is_dir() else str(name)
     digest = digest_of_files(files[0].parent) if processes.first else ""
@@ -89,6 +90,26 @@ def load_sharded(
     )
     model.__dict__["_lorica_base"] = base
     return model.eval()
+
+
+def _refuse_dropped_layers(model: Any, name: str | Path) -> None:
+    """Each process draws for itself which layers its pass leaves out; then it waits in vain for the
+    others to gather what they go by.
+    """
+    if dropped := [*_layer_drops(model.config.to_dict())]:
+        raise BaseModelError(
+            f"{name} leaves out layers at random when it trains ({', '.join(dropped)}), and "
+            "processes that hold a base together go through each of them together",
+            mend="set it to 0 in the config.json of the base, or train it in one process",
+        )
+
+
+def _layer_drops(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _layer_drops(value)
+        elif "layerdrop" in str(key).replace("_", "") and value:
+            yield f"{key}: {value}"
 
 
 def shard(model: Any, files: Sequence[Path], processes: Processes) -> list[str]:
