@@ -12,7 +12,7 @@ import pytest
 
 from lorica.errors import Interrupted
 from lorica.records.read import read_manifest
-from lorica.train.signals import StopAsked, signals_wait, stopping
+from lorica.train.signals import Stop, StopAsked, signals_wait, stopping
 from train.runs import outcome, run
 
 SCRIPT = Path(__file__).with_name("stoppable.py")
@@ -115,6 +115,60 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
     finally:
         signal.signal(signal.SIGHUP, hangup)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that `Stop` sees, in a list."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_signal_of_another_process_is_not_the_first_of_this_one(clock):
+    """torchrun ends a process once another one has ended: what it saves then must be whole."""
+    stop = Stop(lambda number: max(number, signal.SIGTERM))
+    with pytest.raises(StopAsked):
+        stop.check()
+    stop.handle(signal.SIGTERM, None)
+    assert stop.asked == signal.SIGTERM
+    clock[0] += 3
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle(signal.SIGTERM, None)
+
+
+def test_all_are_told_of_the_signal_to_one(clock):
+    sent = []
+    stop = Stop(lambda number: sent.append(number) or number)
+    stop.check()
+    stop.handle(signal.SIGHUP, None)
+    with pytest.raises(StopAsked):
+        stop.check()
+    assert sent == [0, signal.SIGHUP]
+    assert stop.error(Path("run"), saved=True).together
+    assert not stop.error(Path("run"), saved=False).together
+    alone = Stop()
+    alone.handle(signal.SIGHUP, None)
+    assert not alone.error(Path("run"), saved=True).together
+
+
+def test_an_echo_is_not_a_second_signal(clock, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    stop = Stop()
+    stop.handle(signal.SIGTERM, None)
+    clock[0] += 1.9
+    stop.handle(signal.SIGTERM, None)
+    stop.handle(signal.SIGHUP, None)
+    with pytest.raises(KeyboardInterrupt):  # a person at the keys
+        stop.handle(signal.SIGINT, None)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    stop = Stop()
+    stop.handle(signal.SIGINT, None)
+    clock[0] += 0.4
+    stop.handle(signal.SIGINT, None)
+    clock[0] += 0.2
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle(signal.SIGINT, None)
 
 
 def test_the_message_can_be_pasted(tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def stopped(path: Path, number: int) -> LoricaError:
     """What is told when a signal came while nothing was half done."""
     if (path / "run.json").is_file():
         stop = Stop()
-        stop.asked = number
+        stop.handle(number, None)
         return stop.error(path, saved=True)
     error = Interrupted(
         f"stopped by {signal.Signals(number).name} before the run began: nothing was written",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -93,6 +93,10 @@ def _silently(
                     )
                 processes.wait()
         except Interrupted as asked:
+            shutil.rmtree(name, ignore_errors=True)
+            if asked.together:  # torchrun ends the first one, which saves, once another has ended
+                with suppress(RuntimeError):  # it is gone: it has saved
+                    processes.wait()
             raise SystemExit(asked.exit_code) from None
         except Exception as error:
             shutil.rmtree(name, ignore_errors=True)
