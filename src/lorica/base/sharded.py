@@ -32,7 +32,7 @@ from lorica.base.load import (
     load_tokenizer,
     weight_files,
 )
-from lorica.base.processes import Processes, is_gone
+from lorica.base.processes import Processes, first_line, is_gone
 from lorica.errors import BaseModelError
 
 Where = Mapping[str, tuple[Path, str]]
@@ -294,8 +294,7 @@ def _try(model: Any, device: torch.device) -> None:
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         if is_gone(error):
             raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BaseModelError(
-            f"a {type(model).__name__} cannot be spread over processes: {reason}",
+            f"a {type(model).__name__} cannot be spread over processes: {first_line(error)}",
             mend="train it in one process, with quantize where memory is short",
         ) from error

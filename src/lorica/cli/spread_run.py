@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lorica.base.processes import Processes, is_gone, joined
+from lorica.base.processes import Processes, first_line, is_gone, joined
 from lorica.cli.ranks import Ranks
 from lorica.cli.run import Outcome, execute
 from lorica.cli.several import closing_lines_of_several, execute_several
@@ -119,9 +119,10 @@ def _others(path: str | Path | None, size: int) -> Iterator[None]:
     except RuntimeError as error:
         if not is_gone(error):
             raise
-        where = f"go on with: torchrun ... {how_to_resume(Path(path))}" if path else None
+        where = f"go on with: {how_to_resume(Path(path))}" if path else None
         raise LoricaError(
-            f"one of the {size} processes that hold the base is gone, so the others end too",
+            f"one of the {size} processes that hold the base is gone, so the others end too: "
+            f"{first_line(error)}",
             expected="what it said itself, if it could, stands above or below",
             mend=where,
         ) from error
