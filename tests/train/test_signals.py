@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lorica.cli.run import stopped
 from lorica.errors import Interrupted
 from lorica.records.read import read_manifest
 from lorica.train.signals import Stop, StopAsked, signals_wait, stopping
@@ -185,6 +186,22 @@ def test_the_message_can_be_pasted(tmp_path, monkeypatch):
     assert isinstance(error, Interrupted)
     assert error.exit_code == 129
     assert "lorica train --resume 'runs/my run'" in str(error)
+
+
+def test_a_run_that_several_processes_make_goes_on_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("run")
+    assert "start the same command again" in str(stopped(folder, signal.SIGTERM))
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model: m\nshard_base: true   # --shard-base\n")
+    (folder / "run.json").touch()
+    told = str(stopped(folder, signal.SIGTERM))
+    assert "none is lost" in told and "saved" not in told
+    assert "go on with: torchrun ... -m lorica train --resume run" in told
+    (folder / "checkpoints/step-00000002").mkdir(parents=True)
+    (folder / "config.yaml").write_text("model: m\nshard_base: false\n")
+    told = str(stopped(folder, signal.SIGTERM))
+    assert "the state was saved" in told and "go on with: lorica train --resume run" in told
 
 
 def test_another_thread_trains_without_handlers(tmp_path):
