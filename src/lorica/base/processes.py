@@ -30,8 +30,8 @@ a checkpoint.
 
 
 _GONE = re.compile(
-    r"connection (was )?(likely )?(closed|reset|refused)|(closed|reset) by (the |remote )?peer|broken pipe"
-    r"|socket (was )?closed|timed? ?out|ncclRemoteError|remote process (has )?exited",
+    r"connection (was )?(likely )?(closed|reset|refused)|(closed|reset) by (the |remote )?peer"
+    r"|broken pipe|socket (was )?closed|timed? ?out|ncclRemoteError|remote process (has )?exited",
     re.IGNORECASE,
 )
 """What gloo, NCCL and the store say where another process is gone."""
