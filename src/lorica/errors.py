@@ -147,9 +147,14 @@ class OutOfMemory(TrainingError):
 
 
 class Interrupted(LoricaError):
-    """Stopped by the user or the system; the run can be resumed."""
+    """Stopped by the user or the system; the run can be resumed.
+
+    Attributes:
+        together: whether all processes of a run stop at the same step, each with its state saved.
+    """
 
     exit_code = 130
+    together: bool = False
 
 
 class MissingPackage(LoricaError):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 from lorica.cli import main, one_voice, ranks, search_crew, several_crew
 from lorica.config import load_yaml
-from lorica.errors import LoricaError
+from lorica.errors import DataError, LoricaError
 from lorica.files.adapter import save_adapter
 from lorica.records.crew import Crew
 from lorica.records.folder import RunFolder
@@ -433,6 +434,16 @@ def test_an_error_of_all_is_told_once(lorica, settings, monkeypatch, one_of_two)
     monkeypatch.setattr(one_voice, "HOLD_BACK", 0.2)
     again = lorica(*line)  # nobody else had it
     assert (again.code, again.err) == (2, first.err)
+
+
+def test_a_process_that_torchrun_did_not_start_speaks_at_once(lorica, monkeypatch, one_of_two):
+    monkeypatch.setenv("RANK", "1")
+    began = time.monotonic()
+    told = lorica("eval", "nowhere")  # work for one process
+    assert told.code == 2 and told.err
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert one_voice.speaks(DataError("wrong"))
+    assert time.monotonic() - began < one_voice.HOLD_BACK / 2
 
 
 @pytest.mark.slow

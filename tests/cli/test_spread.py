@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lorica.base.processes import Processes, joined
+from lorica.base.processes import Processes, is_gone, joined
+from lorica.cli.spread_run import _others
 from lorica.config import load_yaml
-from lorica.errors import ConfigError
+from lorica.errors import ConfigError, LoricaError
 
 DYING = """
 import os, sys
@@ -176,3 +178,25 @@ def test_each_process_needs_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"2 processes .* has 1 GPU"), joined(0, 2) as found:
         assert isinstance(found, Processes)
+
+
+@pytest.mark.parametrize(
+    ("words", "gone"),
+    [
+        ("[/pytorch/gloo/transport/tcp/pair.cc:538] Connection closed by peer [::1]:5", True),
+        ("[pair.cc:525] Read error [127.0.0.1]:37: Connection reset by peer", True),
+        ("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation", True),
+        ("NCCL error: remote process exited or there was a network error", True),
+        ("Failed to recv, got 0 bytes. Connection was likely closed. Did the server crash?", True),
+        ("The server socket has failed to listen. port: 29500, EADDRINUSE", False),
+        ("NCCL error in NCCLUtils.cpp:1: unhandled cuda error", False),
+        ("[gloo/types.h:9] op.preamble.length <= op.nbytes. 8 vs 4", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_only_what_a_gone_process_leaves_is_taken_for_it(words, gone):
+    assert is_gone(RuntimeError(words)) is gone
+    assert not is_gone(ValueError(words))
+    told = pytest.raises(LoricaError if gone else RuntimeError, match=re.escape(words))
+    with told, _others("run", 2):
+        raise RuntimeError(words + "\nand much else")

@@ -41,4 +41,4 @@ def ready(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_guarded(lambda: main(*sys.argv[1:]), debug=False))
+    sys.exit(_guarded(lambda: main(*sys.argv[1:]), debug=False, several=False))

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lorica.cli.run import stopped
 from lorica.errors import Interrupted
 from lorica.records.read import read_manifest
-from lorica.train.signals import StopAsked, signals_wait, stopping
+from lorica.train.signals import Stop, StopAsked, signals_wait, stopping
 from train.runs import outcome, run
 
 SCRIPT = Path(__file__).with_name("stoppable.py")
@@ -117,6 +118,60 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that `Stop` sees, in a list."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_signal_of_another_process_is_not_the_first_of_this_one(clock):
+    """torchrun ends a process once another one has ended: what it saves then must be whole."""
+    stop = Stop(lambda number: max(number, signal.SIGTERM))
+    with pytest.raises(StopAsked):
+        stop.check()
+    stop.handle(signal.SIGTERM, None)
+    assert stop.asked == signal.SIGTERM
+    clock[0] += 3
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle(signal.SIGTERM, None)
+
+
+def test_all_are_told_of_the_signal_to_one(clock):
+    sent = []
+    stop = Stop(lambda number: sent.append(number) or number)
+    stop.check()
+    stop.handle(signal.SIGHUP, None)
+    with pytest.raises(StopAsked):
+        stop.check()
+    assert sent == [0, signal.SIGHUP]
+    assert stop.error(Path("run"), saved=True).together
+    assert not stop.error(Path("run"), saved=False).together
+    alone = Stop()
+    alone.handle(signal.SIGHUP, None)
+    assert not alone.error(Path("run"), saved=True).together
+
+
+def test_an_echo_is_not_a_second_signal(clock, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    stop = Stop()
+    stop.handle(signal.SIGTERM, None)
+    clock[0] += 1.9
+    stop.handle(signal.SIGTERM, None)
+    stop.handle(signal.SIGHUP, None)
+    with pytest.raises(KeyboardInterrupt):  # a person at the keys
+        stop.handle(signal.SIGINT, None)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    stop = Stop()
+    stop.handle(signal.SIGINT, None)
+    clock[0] += 0.4
+    stop.handle(signal.SIGINT, None)
+    clock[0] += 0.2
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle(signal.SIGINT, None)
+
+
 def test_the_message_can_be_pasted(tmp_path, monkeypatch):
     """The command goes on only with what it began itself."""
     monkeypatch.chdir(tmp_path)
@@ -131,6 +186,22 @@ def test_the_message_can_be_pasted(tmp_path, monkeypatch):
     assert isinstance(error, Interrupted)
     assert error.exit_code == 129
     assert "lorica train --resume 'runs/my run'" in str(error)
+
+
+def test_a_run_that_several_processes_make_goes_on_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("run")
+    assert "start the same command again" in str(stopped(folder, signal.SIGTERM))
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model: m\nshard_base: true   # --shard-base\n")
+    (folder / "run.json").touch()
+    told = str(stopped(folder, signal.SIGTERM))
+    assert "none is lost" in told and "saved" not in told
+    assert "go on with: torchrun ... -m lorica train --resume run" in told
+    (folder / "checkpoints/step-00000002").mkdir(parents=True)
+    (folder / "config.yaml").write_text("model: m\nshard_base: false\n")
+    told = str(stopped(folder, signal.SIGTERM))
+    assert "the state was saved" in told and "go on with: lorica train --resume run" in told
 
 
 def test_another_thread_trains_without_handlers(tmp_path):

@@ -8,6 +8,7 @@ many there are must be the same in every process, or be agreed on here.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +29,12 @@ a checkpoint.
 """
 
 
-_GONE = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
-"""What torch says where another process is gone."""
+_GONE = re.compile(
+    r"connection (was )?(likely )?(closed|reset|refused)|(closed|reset) by (the |remote )?peer"
+    r"|broken pipe|socket (was )?closed|timed? ?out|ncclRemoteError|remote process (has )?exited",
+    re.IGNORECASE,
+)
+"""What gloo, NCCL and the store say where another process is gone."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,13 @@ class Processes:
 
 def is_gone(error: BaseException) -> bool:
     """Whether a collective failed because another process is gone."""
-    known = isinstance(error, dist.DistError) or any(word in str(error) for word in _GONE)
-    return isinstance(error, RuntimeError) and known
+    return isinstance(error, RuntimeError) and _GONE.search(str(error)) is not None
+
+
+def first_line(error: BaseException) -> str:
+    """What torch says in many lines, in one."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
 
 
 def here() -> Processes | None:

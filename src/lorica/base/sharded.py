@@ -11,7 +11,7 @@ Every process reads its own rows of the weight files, so none ever has the whole
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.initialization import guard_torch_init_functions
 
 from lorica.base.ending import end_token_note, set_end_token
 from lorica.base.load import (
@@ -31,7 +32,7 @@ from lorica.base.load import (
     load_tokenizer,
     weight_files,
 )
-from lorica.base.processes import Processes, is_gone
+from lorica.base.processes import Processes, first_line, is_gone
 from lorica.errors import BaseModelError
 
 Where = Mapping[str, tuple[Path, str]]
@@ -51,7 +52,7 @@ def load_sharded(
 
     Raises:
         BaseModelError: as `load_model`; or its weight files are not on this machine, are quantized,
-            or it cannot be spread.
+            or it leaves out layers at random, or it cannot be spread.
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     chosen = choose_dtype(dtype, processes.device)
@@ -69,6 +70,7 @@ def load_sharded(
             f"{name} is quantized, and packed weights are not spread over processes",
             mend="name the base that it was made from, or train it in one process",
         )
+    _refuse_dropped_layers(model, name)
     unused = shard(model, files, processes)
     lasting = str(Path(name).absolute()) if Path(name).is_dir() else str(name)
     digest = digest_of_files(files[0].parent) if processes.first else ""
@@ -88,6 +90,26 @@ def load_sharded(
     )
     model.__dict__["_lorica_base"] = base
     return model.eval()
+
+
+def _refuse_dropped_layers(model: Any, name: str | Path) -> None:
+    """Each process draws for itself which layers its pass leaves out; then it waits in vain for the
+    others to gather what they go by.
+    """
+    if dropped := [*_layer_drops(model.config.to_dict())]:
+        raise BaseModelError(
+            f"{name} leaves out layers at random when it trains ({', '.join(dropped)}), and "
+            "processes that hold a base together go through each of them together",
+            mend="set it to 0 in the config.json of the base, or train it in one process",
+        )
+
+
+def _layer_drops(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _layer_drops(value)
+        elif "layerdrop" in str(key).replace("_", "") and value:
+            yield f"{key}: {value}"
 
 
 def shard(model: Any, files: Sequence[Path], processes: Processes) -> list[str]:
@@ -125,11 +147,6 @@ def shard(model: Any, files: Sequence[Path], processes: Processes) -> list[str]:
     _start_buffers(model, processes.device)
     _try(model, processes.device)
     return unused
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether weights of the model are spread over processes."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def own_bytes(model: nn.Module) -> int:
@@ -226,7 +243,9 @@ def _read(tensor: Tensor, file: Path, name: str, device: torch.device) -> Tensor
         how = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
         rows = DTensor.from_local(rows, mesh, placements, **how)
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(rows, requires_grad=False)
+        rows = nn.Parameter(rows, requires_grad=False)
+    # transformers starts what lacks this mark, also beside a buffer that alone is to be started
+    rows._is_hf_initialized = True  # type: ignore[attr-defined]
     return rows
 
 
@@ -236,24 +255,35 @@ def _is_saved(module: nn.Module, buffer: str) -> bool:
 
 @torch.no_grad()
 def _start_buffers(model: Any, device: torch.device) -> None:
-    """Compute the buffers that no file has, as the model itself starts them."""
-    started: dict[str, Tensor] = {}
+    """Compute the buffers that no file has, as the model itself starts them.
+
+    Each is started twice, on other numbers: what is not the same then was not written, or is drawn.
+    """
+    broken: list[str] = []
     for path, module in model.named_modules():
         own = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
-        for name, buffer in own.items():
-            value = torch.zeros_like(buffer, device=device)
-            if value.is_floating_point():
-                value.fill_(torch.nan)  # to see that something was written there
-                started[f"{path}.{name}"] = value
-            module._buffers[name] = value
-        if own:
-            model._init_weights(module)
-    if broken := [name for name, value in started.items() if not value.isfinite().all()]:
+        if not own:
+            continue
+        found: list[dict[str, Tensor]] = []
+        for second in (False, True):
+            for name, buffer in own.items():
+                module._buffers[name] = _unwritten(buffer, device, second=second)
+            with guard_torch_init_functions():
+                model._init_weights(module)
+            found.append({name: module._buffers[name].clone() for name in own})
+        broken += [f"{path}.{n}" for n, first in found[0].items() if not first.equal(found[1][n])]
+    if broken:
         raise BaseModelError(
             f"a {type(model).__name__} does not say how these are computed, and no file has them",
             problems=broken[:10],
             mend="train it in one process",
         )
+
+
+def _unwritten(like: Tensor, device: torch.device, *, second: bool) -> Tensor:
+    """Numbers that no model starts a buffer with, to see whether something was written there."""
+    value = torch.full_like(like, int(second), device=device)
+    return value.fill_(torch.nan) if value.is_floating_point() and not second else value
 
 
 def _try(model: Any, device: torch.device) -> None:
@@ -264,8 +294,7 @@ def _try(model: Any, device: torch.device) -> None:
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         if is_gone(error):
             raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BaseModelError(
-            f"a {type(model).__name__} cannot be spread over processes: {reason}",
+            f"a {type(model).__name__} cannot be spread over processes: {first_line(error)}",
             mend="train it in one process, with quantize where memory is short",
         ) from error

@@ -126,11 +126,13 @@ def main(arguments: list[str] | None = None) -> None:
     rest = [word for word in given if word != "--debug"]
     with warnings.catch_warnings():
         warnings.showwarning = _shown(warnings.showwarning)
-        code = _guarded(lambda: app(rest, standalone_mode=False, prog_name="lorica"), debug)
+        call = lambda: app(rest, standalone_mode=False, prog_name="lorica")  # noqa: E731
+        code = _guarded(call, debug, several=rest[:1] in (["train"], ["search"]))
     sys.exit(code)
 
 
-def _guarded(call: Callable[[], Any], debug: bool) -> int:
+def _guarded(call: Callable[[], Any], debug: bool, *, several: bool) -> int:
+    """The exit code of a command; `several`: processes of torchrun can do it together."""
     from lorica.errors import LoricaError, is_out_of_memory
 
     try:
@@ -142,13 +144,13 @@ def _guarded(call: Callable[[], Any], debug: bool) -> int:
     except LoricaError as error:
         if debug:
             raise
-        if _speaks(error):
+        if not several or _speaks(error):
             _complain(f"lorica: {error}")
         return error.exit_code
     except typer.Exit as error:
         return error.exit_code
     except UsageError as error:
-        if _speaks(error):
+        if not several or _speaks(error):
             _print_usage(error)
         return 2
     except (KeyboardInterrupt, typer.Abort):

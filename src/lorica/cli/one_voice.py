@@ -19,8 +19,12 @@ HOLD_BACK, _PAUSE = 30.0, 0.1
 
 
 def speaks(error: Exception) -> bool:
-    """Whether this process is to print an error; may take a while."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0":
+    """Whether this process is to print an error; may take a while. `ranks.ranks` says by which
+    names torchrun is known; a queue may have set some of them for a process alone.
+    """
+    if not {"RANK", "LOCAL_WORLD_SIZE"} <= {*os.environ} or os.environ["RANK"] == "0":
+        return True
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     if isinstance(error, Interrupted):  # all are stopped together
         return False

@@ -35,7 +35,14 @@ from lorica.files.safetensors_file import write_tensors
 from lorica.methods import WORDS
 from lorica.records.atomic import write_file
 from lorica.records.card import write_card
-from lorica.records.folder import RELEVANCE_SCORES, RunFolder, json_text, now
+from lorica.records.folder import (
+    CHECKPOINTS,
+    RELEVANCE_SCORES,
+    RunFolder,
+    how_to_resume,
+    json_text,
+    now,
+)
 from lorica.records.read import read_manifest
 from lorica.records.write import Recorder
 from lorica.tasks.task import Prediction
@@ -103,13 +110,15 @@ def execute(
 
 def stopped(path: Path, number: int) -> LoricaError:
     """What is told when a signal came while nothing was half done."""
-    if (path / "run.json").is_file():
+    if any((path / CHECKPOINTS).glob("step-*")):
         stop = Stop()
-        stop.asked = number
+        stop.handle(number, None)
         return stop.error(path, saved=True)
+    begun = (path / "run.json").is_file()
+    state = "between steps: none is lost" if begun else "before the run began: nothing was written"
     error = Interrupted(
-        f"stopped by {signal.Signals(number).name} before the run began: nothing was written",
-        mend="start the same command again",
+        f"stopped by {signal.Signals(number).name} {state}",
+        mend=f"go on with: {how_to_resume(path)}" if begun else "start the same command again",
     )
     error.exit_code = 128 + number  # type: ignore[misc]
     return error

@@ -7,16 +7,16 @@ sees; the others are silent and write into a folder that is thrown away in the e
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lorica.base.processes import Processes, is_gone, joined
+from lorica.base.processes import Processes, first_line, is_gone, joined
+from lorica.cli.one_voice import speaks
 from lorica.cli.ranks import Ranks
 from lorica.cli.run import Outcome, execute
 from lorica.cli.several import closing_lines_of_several, execute_several
@@ -24,11 +24,23 @@ from lorica.cli.showing import closing_lines
 from lorica.cli.spread import check_spread
 from lorica.config import Resolved
 from lorica.errors import Interrupted, LoricaError
-from lorica.records.folder import LOCK, how_to_resume
+from lorica.records.folder import (
+    ADAPTER,
+    ADAPTERS,
+    CHECKPOINTS,
+    LOCK,
+    PICTURES,
+    REPORT,
+    SAMPLES,
+    STAGES,
+    WORKERS,
+    how_to_resume,
+)
 from lorica.records.read import read_manifest
+from lorica.train.checkpoint import newest_whole
 
-LEARN_OF_THE_OTHERS = 10.0
-"""Seconds in which torchrun ends a process whose first one has failed: what that said was said."""
+_UNREAD = (CHECKPOINTS, LOCK, REPORT, SAMPLES, PICTURES, ADAPTER, ADAPTERS, STAGES, WORKERS)
+"""What of a run folder nobody reads who goes on with the run; of the checkpoints the newest is."""
 
 
 def execute_spread(
@@ -81,7 +93,7 @@ def _silently(
             with redirect_stdout(words), redirect_stderr(words):
                 if resume is not None:
                     processes.wait()
-                    shutil.copytree(resume, path, ignore=shutil.ignore_patterns(LOCK))
+                    _copy(resume, path)
                     processes.wait()
                 run = settings.run.model_copy(update={"output_dir": str(path)})
                 own = replace(settings, run=run)
@@ -93,13 +105,26 @@ def _silently(
                     )
                 processes.wait()
         except Interrupted as asked:
+            shutil.rmtree(name, ignore_errors=True)
+            if asked.together:  # torchrun ends the first one, which saves, once another has ended
+                with suppress(RuntimeError):  # it is gone: it has saved
+                    processes.wait()
             raise SystemExit(asked.exit_code) from None
         except Exception as error:
             shutil.rmtree(name, ignore_errors=True)
-            time.sleep(LEARN_OF_THE_OTHERS)
-            if isinstance(error, LoricaError):
+            if isinstance(error, LoricaError):  # the command line asks whether to say it
                 error.what = f"process {processes.rank}: {error.what}"
+            elif not speaks(error):
+                raise SystemExit(1) from None
             raise
+
+
+def _copy(run: Path, to: Path) -> None:
+    """What a process reads that goes on with a run; of the checkpoints the newest whole one."""
+    shutil.copytree(run, to, ignore=shutil.ignore_patterns(*_UNREAD))
+    checkpoints = run / CHECKPOINTS
+    if (step := newest_whole(checkpoints)) is not None:
+        shutil.copytree(step, to / CHECKPOINTS / step.name)
 
 
 def _is_finished(path: Path) -> bool:
@@ -115,9 +140,10 @@ def _others(path: str | Path | None, size: int) -> Iterator[None]:
     except RuntimeError as error:
         if not is_gone(error):
             raise
-        where = f"go on with: torchrun ... {how_to_resume(Path(path))}" if path else None
+        where = f"go on with: {how_to_resume(Path(path))}" if path else None
         raise LoricaError(
-            f"one of the {size} processes that hold the base is gone, so the others end too",
+            f"one of the {size} processes that hold the base is gone, so the others end too: "
+            f"{first_line(error)}",
             expected="what it said itself, if it could, stands above or below",
             mend=where,
         ) from error

@@ -49,6 +49,8 @@ LAYOUT = (
 )
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SPREAD = re.compile(r"^shard_base: true\b", re.MULTILINE)
+"""A setting by which several processes make the run."""
 _TEMPORARY = (".tmp-", ".old-")
 """Beginnings of the names of what a stopped process left half-done."""
 _LOCK_ATTEMPTS, _LOCK_PAUSE = (
@@ -290,8 +292,10 @@ def how_to_resume(path: Path) -> str:
     """What goes on with the run in `path`: the command where it began it, which leaves its settings
     there, else a call from Python, with the same model and records.
     """
-    if (path / CONFIG).is_file():
-        return f"lorica train --resume {shlex.quote(str(path))}"
+    if (config := path / CONFIG).is_file():
+        command = f"lorica train --resume {shlex.quote(str(path))}"
+        spread = _SPREAD.search(config.read_text(encoding="utf-8", errors="replace"))
+        return f"torchrun ... -m {command}" if spread else command
     return f"lorica.train(..., output_dir={str(path)!r}, resume=True)"
 
 

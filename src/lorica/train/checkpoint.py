@@ -200,6 +200,15 @@ def newest(folder: Path) -> tuple[State | None, list[str]]:
     return None, notes
 
 
+def newest_whole(folder: Path) -> Path | None:
+    """The folder of the checkpoint that `newest` would read; nothing is changed."""
+    for path in _newest_first(folder):
+        with contextlib.suppress(OSError):
+            if not _verify(path):
+                return path
+    return None
+
+
 def clean(folder: Path) -> None:
     """Remove what a stopped process left half-written. Only under the lock of the run folder."""
     for path in folder.glob(f"{_TEMPORARY}*") if folder.is_dir() else []:

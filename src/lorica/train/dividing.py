@@ -24,7 +24,7 @@ from lorica.attach.site import is_site
 from lorica.base.processes import Processes
 from lorica.data.encode import Example
 from lorica.tasks.task import Task
-from lorica.train.engine import Engine, Losses, Trainee, Work
+from lorica.train.engine import Engine, Losses, Trainee, Work, derive_seed
 
 Share = list[list[Sequence[Example]]]
 
@@ -51,8 +51,9 @@ class Divided:
         part = 0 if self.whole else rank
         losses = engine.differentiate(trainees, shares[rank], labels, part=part)
         shortest = min((e for b in work for block in b for e in block if e.num_trained), key=len)
+        seed = derive_seed(trainees[0].settings.seed, trainees[0].step)
         for _ in range(max(number) - number[rank]):
-            idle_pass(engine.model, engine.task, shortest)
+            idle_pass(engine.model, engine.task, shortest, seed=seed)
         return self._together(trainees, shares, losses)
 
     def _together(
@@ -157,8 +158,11 @@ def dealt_records(work: Work, size: int) -> list[Share]:
     return shares
 
 
-def idle_pass(model: Any, task: Task, example: Example) -> None:
-    """A pass that gathers what every pass does, forward and backward, and changes nothing."""
+def idle_pass(model: Any, task: Task, example: Example, *, seed: int) -> None:
+    """A pass that gathers what every pass does, forward and backward, and changes nothing; `seed`
+    of what the base draws in it.
+    """
+    torch.manual_seed(seed)
     batch = task.collate([[example]], model)
     with task.running(model), activate(model, None):
         sum(task.losses(model, batch)).backward()  # type: ignore[union-attr]
