@@ -57,7 +57,7 @@ than those of the beginning are refused. Each adapter has the bits that it has i
 When all are written the first process scores them and writes the run. How the processes know of
 each other, and what the two options are for, is told in [search](search.md#several-processes). A
 run of one adapter is refused under torchrun without `shard_base`: each process would train the
-same.
+same. torchrun takes `--r` for one of its own flags, wherever it stands: write `--rank`.
 
 ## A base that does not fit
 

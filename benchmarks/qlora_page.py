@@ -86,7 +86,7 @@ def main() -> None:
     lines += [
         "Measured on two CPU cores that others used at the same time, "
         f"{found['threads']} thread each: processor time, least of a few interleaved steps. Take "
-        "the ratios, not the seconds. 1B and SST-2 are not measured yet.",
+        "the ratios, not the seconds. The accuracy on SST-2 is not measured yet.",
         "",
         "| stored as | bits per number of a quantized layer |",
         "|---|---|",
