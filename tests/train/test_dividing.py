@@ -9,9 +9,12 @@ import pytest
 import torch
 import transformers as hf
 
-from lorica.base.load import load_tokenizer
+import lorica
+from lorica.base.load import load_model, load_tokenizer
+from lorica.base.processes import Processes
 from lorica.data.encode import Example
-from lorica.train.dividing import dealt_records, whole_adapters
+from lorica.train.dividing import Divided, dealt_records, whole_adapters
+from lorica.train.engine import Trainee
 from train import holding_together
 
 SOURCE = Path(holding_together.__file__)
@@ -110,3 +113,17 @@ def test_every_record_of_every_micro_batch_is_dealt_once():
         [[[1, 3]], [[]]],
         [[[2]], [[0]]],
     ]
+
+
+def test_processes_without_records_are_told_of():
+    model = load_model("embedded", device="cpu")
+    settings = {n: lorica.TrainSettings(batch_size=n) for n in (2, 3)}
+    trainees = [
+        Trainee(lorica.attach(model, lorica.LoRA(r=1), name=f"of{n}"), own, 4)
+        for n, own in settings.items()
+    ]
+    three = Processes(0, 3, torch.device("cpu"))
+    (note,) = Divided(three, whole=False).notes(trainees)
+    assert "batch_size of of2 is below the number of processes (3)" in note
+    assert Divided(three, whole=True).notes(trainees) == []
+    assert Divided(three, whole=False).notes(trainees[1:]) == []

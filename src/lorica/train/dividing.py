@@ -41,6 +41,19 @@ class Divided:
     def __init__(self, processes: Processes, *, whole: bool) -> None:
         self.processes, self.whole = processes, whole
 
+    def notes(self, trainees: Sequence[Trainee]) -> list[str]:
+        """What the user should be told of how the work can be divided."""
+        size = self.processes.size
+        small = [t for t in trainees if t.settings.batch_size < size]
+        if self.whole or not small:
+            return []
+        names = ", ".join(t.adapter.name for t in small)
+        return [
+            f"batch_size of {names} is below the number of processes ({size}): some of them have "
+            "no record of a micro-batch, and wait; choose a larger one with fewer "
+            "gradient_accumulation_steps"
+        ]
+
     def differentiate(
         self, engine: Engine, trainees: Sequence[Trainee], work: Work, labels: Sequence[int]
     ) -> Losses:

@@ -108,6 +108,7 @@ def train(
     reuses = reuse.layers is not None
     processes = processes_of(model)
     together = beginnings_of(model, task, wanted=run.share_prompts, reuses=reuses)
+    dividing = Divided(processes, whole=len(courses) >= processes.size) if processes else None
     engine = Engine(
         model,
         task,
@@ -115,9 +116,11 @@ def train(
         skipping=reuse.skipped,
         sharing=_sharing(model, task, reuses, together),
         collating=together.collate,
-        dividing=processes and Divided(processes, whole=len(courses) >= processes.size),
+        dividing=dividing,
     )
     notes += [*reuse.notes, *together.notes(courses)]
+    if dividing is not None:
+        notes += dividing.notes([c.trainee for c in courses])
     try:
         downward = differentiated(model) if processes else nullcontext()
         # every step seeds torch; the caller's state stays
