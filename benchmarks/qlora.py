@@ -232,9 +232,8 @@ def sst2(seeds: int = 5, records: int = 400) -> dict[str, list[float]]:
                 )
                 adapter = lorica.attach(model, method, seed=seed)
                 settings = lorica.TrainSettings(
-                    learning_rate=1e-3, batch_size=32, max_steps=2 * records // 32, seed=seed,
-                    save_steps=10**6,
-                )  # fmt: skip
+                    learning_rate=1e-3, batch_size=32, max_steps=2 * records // 32, seed=seed
+                )
                 lorica.train(model, {adapter: train}, settings, output_dir=f"{folder}/run")
                 found.setdefault(word or "float32", []).append(_accuracy(model, adapter, judged))
                 print(word, seed, found[word or "float32"][-1], flush=True)

@@ -1,5 +1,4 @@
-"""Fake tensors that remember: what an operation makes of shapes that it has seen is not asked of
-torch again.
+"""Fake tensors that remember what an operation makes of shapes that it has seen.
 
 torch's `FakeTensorMode` has a cache of its own, and a hit in it takes some 300 microseconds of
 Python: seventeen facts of every tensor, each tested for nine types. All layers of a model run the
