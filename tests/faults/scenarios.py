@@ -30,7 +30,7 @@ from lorica.records import report
 from lorica.records.folder import RunFolder
 from lorica.records.write import RunRecorder
 from lorica.tasks.causal_lm import CausalLM
-from lorica.train import checkpoint, engine, loop
+from lorica.train import checkpoint, engine, evaluations, loop
 from lorica.train.engine import Engine
 from train.runs import model_with
 from train.words import WordTokenizer, examples
@@ -123,7 +123,7 @@ PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "generating": lambda send: _at(CausalLM, "predict", send),
     "warm-up": lambda send: _at(Engine, "step", send, when=lambda self, t, w: t[0].step == 0),
     "step": lambda send: _at(Engine, "step", send, when=lambda self, t, w: t[0].step == 7),
-    "evaluation": lambda send: _at(loop, "mean_loss", send),
+    "evaluation": lambda send: _at(evaluations, "mean_loss", send),
     "save": lambda send: _at(checkpoint, "_write", send),
     "prune": lambda send: _at(checkpoint, "_prune", send),
     "publishing": lambda send: _at(loop, "save_adapter", send),

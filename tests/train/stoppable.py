@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
 
 from lorica.cli import _guarded  # noqa: E402
-from lorica.train import loop  # noqa: E402
+from lorica.train import evaluations  # noqa: E402
 from lorica.train.engine import Engine  # noqa: E402
 from train.runs import run  # noqa: E402
 
@@ -32,7 +32,7 @@ def main(folder: str, where: str) -> None:
     if where == "step":
         Engine.step = slow_step
     elif where == "evaluation":
-        loop.mean_loss = loop.losses_of = slow_loss
+        evaluations.mean_loss = evaluations.losses_of = slow_loss
     run(folder, max_steps=5)
 
 

@@ -19,7 +19,7 @@ from lorica.errors import ConfigError, DataError, NonFiniteError, TrainingError
 from lorica.methods.lora import LoRA
 from lorica.records.read import read_manifest
 from lorica.tasks import CausalLM, TextClassification
-from lorica.train import loop
+from lorica.train import evaluations
 from lorica.train.course import Course
 from lorica.train.engine import Engine, Trainee, derive_seed
 from lorica.train.loop import total_steps, train
@@ -131,8 +131,10 @@ def test_fewer_records_than_a_batch(tmp_path, count):
 
 
 def test_evaluation_comes_when_due_and_once_at_the_end(tmp_path, monkeypatch):
-    seen, original = [], loop.mean_loss
-    monkeypatch.setattr(loop, "mean_loss", lambda *a, **k: seen.append(1) or original(*a, **k))
+    seen, original = [], evaluations.mean_loss
+    monkeypatch.setattr(
+        evaluations, "mean_loss", lambda *a, **k: seen.append(1) or original(*a, **k)
+    )
     one(tmp_path / "r", eval_data=examples(5, 3), max_steps=6, eval_steps=3, logging_steps=2)
     made = rows(tmp_path / "r")
     assert [row["step"] for row in made] == [2, 3, 4, 6]
@@ -171,7 +173,7 @@ def test_the_best_or_the_last_is_kept(tmp_path, keep):
     assert report.eval_loss["a"] == (best if keep else losses[-1])
     task = CausalLM.of(WordTokenizer())
     with activate(model, "a"):
-        again = loop.mean_loss(model, task, examples(5, 6), 4)
+        again = evaluations.mean_loss(model, task, examples(5, 6), 4)
     assert again == report.eval_loss["a"]
 
 
@@ -205,7 +207,7 @@ def test_an_evaluator_adds_scores(tmp_path):
 
 
 def test_an_evaluation_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "mean_loss", lambda *a, **k: math.nan)
+    monkeypatch.setattr(evaluations, "mean_loss", lambda *a, **k: math.nan)
     with pytest.raises(NonFiniteError, match=r"step 2: the evaluation loss is not finite \(nan\)"):
         one(tmp_path / "r", eval_data=examples(2, 2), eval_steps=2)
 

@@ -8,7 +8,7 @@ import pytest
 from lorica.config import TrainSettings
 from lorica.errors import CheckpointError, ConfigError, Interrupted
 from lorica.records.read import read_manifest
-from lorica.train import loop
+from lorica.train import evaluations, loop
 from train import runs
 from train.runs import SETTINGS, outcome, rows, stop_after
 from train.words import examples
@@ -83,7 +83,7 @@ def test_stopped_in_the_middle_of_an_evaluation(whole, tmp_path, monkeypatch, ba
 
     with monkeypatch.context() as patch:
         for name in ("mean_loss", "losses_of"):  # of one adapter, of several
-            patch.setattr(loop, name, interrupting(getattr(loop, name)))
+            patch.setattr(evaluations, name, interrupting(getattr(evaluations, name)))
         with pytest.raises(Interrupted):
             run(folder)
     assert len(calls) == batch
