@@ -447,7 +447,7 @@ def test_a_process_that_torchrun_did_not_start_speaks_at_once(lorica, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong", [["--r", "no number"], ["--data", "nowhere.jsonl"]])
+@pytest.mark.parametrize("wrong", [["--rank", "no number"], ["--data", "nowhere.jsonl"]])
 def test_torchrun_tells_an_error_once(settings, tmp_path, wrong):
     done = torchrun(2, "search", settings, "--output-dir", "found", *wrong, folder=tmp_path)
     assert done.returncode and done.stderr.count("lorica: ") == 1, done.stderr
