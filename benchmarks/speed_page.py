@@ -82,6 +82,11 @@ def described(found: dict[str, Any]) -> str:
     )
 
 
+def section(title: str, text: str, found: dict[str, Any]) -> list[str]:
+    """The beginning of a section: what was measured, and on what."""
+    return [f"## {title}", "", text, "", f"{described(found)}.", ""]
+
+
 def workload(found: dict[str, Any]) -> list[str]:
     lines = [
         f"### {TITLES.get(found['workload'], found['workload'])}",
@@ -105,17 +110,14 @@ def workload(found: dict[str, Any]) -> list[str]:
 
 
 def profile(found: dict[str, Any]) -> list[str]:
-    lines = [
-        "## Where a step's time goes",
-        "",
+    lines = section(
+        "Where a step's time goes",
         "`benchmarks/step_profile.py`: torch's profiler, one thread; milliseconds per thousand "
         "real tokens, so padding counts against the side that pads. *Python*: what no operation "
         "accounts for, the profiler's own work among it. Lorica's loss is made of plain sums and "
         "exponentials and counted with those.",
-        "",
-        f"{described(found)}.",
-        "",
-    ]
+        found,
+    )
     for name, sides in found["workloads"].items():
         kinds = dict.fromkeys(kind for one in sides.values() for kind in one)
         lines += [
@@ -132,16 +134,13 @@ def profile(found: dict[str, Any]) -> list[str]:
 
 def growth(found: dict[str, Any]) -> list[str]:
     usual = ", ".join(f"{k} {v:,}" for k, v in found["usual"].items())
-    lines = [
-        "## How the cost grows",
-        "",
+    lines = section(
+        "How the cost grows",
         "`benchmarks/growth.py`: a Llama of random weights, changed along one axis at a time "
         f"({usual}). Seconds per step, and as a multiple of the first row; *operations*: the same "
         "multiple of the matrix products, attention included.",
-        "",
-        f"{described(found)}.",
-        "",
-    ]
+        found,
+    )
     for name, rows in found["axes"].items():
         keys = [k for k in found["usual"] if k in rows[0]]
         lines += [f"| {name} | s / step | times | operations |", "|---|---|---|---|"]
@@ -157,17 +156,14 @@ def growth(found: dict[str, Any]) -> list[str]:
 
 def startup(found: dict[str, Any]) -> list[str]:
     """Seconds of every part of a start, of the code before and now where both were measured."""
-    lines = [
-        "## Start-up",
-        "",
+    lines = section(
+        "Start-up",
         "`benchmarks/startup.py`: what `lorica train` does before its first step, for a Llama of "
         "30 M parameters and 8,000 records of E2E, beside importing torch and transformers. "
         "Seconds, medians; *processor*: of all cores together. *Before* and *now* took turns. "
         "The goal is 3 s on two cores.",
-        "",
-        f"{described(found)}.",
-        "",
-    ]
+        found,
+    )
     sides = {"before": "before", "after": "now"}
     sides = {key: word for key, word in sides.items() if key in found["phases"]}
     for kind in ("fresh", "cached"):
