@@ -1,6 +1,6 @@
 """Quantized bases, measured: bits, memory, time and quality, beside PEFT with bitsandbytes.
 
-    python benchmarks/qlora.py [bits] [steps] [steps=30M,350M/one] [7b] [quality] [sst2]
+    python benchmarks/qlora.py [bits] [steps] [steps=30M,350M/one/bfloat16] [7b] [quality] [sst2]
 
 Times are of the processor, not of the clock, and the sides take their steps in turn, because this
 may run on a machine that others use. Results go to benchmarks/results/qlora.json, and the page
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from jobs import RESULTS
 from qlora_sides import peak_bytes
 from torch import nn
+from train_speed import faster_dtype
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorica
@@ -37,7 +39,13 @@ SHAPES: dict[str, dict[str, int]] = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "heads": 32},
 }
 VOCABULARY = {"30M": 8192, "350M": 16384, "1B": 32000, "7B": 32000}
-BATCH, LENGTH, STEPS = 8, 96, 3
+BATCH, LENGTH, STEPS = 8, 96, 4
+PEER = "nf4 of bitsandbytes"
+SIDES_OF = {
+    "float32": ["lorica", "peft+bitsandbytes"],
+    "bfloat16": ["lorica", "peft+bitsandbytes", "peft+bitsandbytes, autocast"],
+}
+"""PEFT keeps factors in float32 and multiplies so; under autocast in bfloat16."""
 DATA = Path(os.environ.get("LORICA_DATA", Path(__file__).parents[2] / "shared/data"))
 FILE = RESULTS / "qlora.json"
 
@@ -85,46 +93,46 @@ def bits() -> dict[str, float]:
 
 
 def steps(names: list[str]) -> dict[str, dict]:
-    """Processor seconds of a step and peak of the process, of both sides.
+    """Processor seconds of a step and peak of the process, of all sides.
 
     Args:
-        names: shapes, each for all kinds of batches, or with the one that stands behind a slash.
+        names: shapes, each for all kinds of batches and dtypes that this processor multiplies fast,
+            or with the kind, or the kind and the dtype, behind slashes.
     """
     found = {}
-    cases = [(name.split("/")[0], kind) for name in names for kind in _kinds(name)]
-    for name, kind in cases:
+    for name in names:
+        shape, *chosen = name.split("/")
+        kinds = chosen[:1] or ["one", "mixed", "full"]
+        dtypes = chosen[1:] or list(dict.fromkeys(["float32", faster_dtype()]))
         with tempfile.TemporaryDirectory() as folder:
-            save_base(base_of_shape(name), Path(folder) / "base")
-            sides = {
-                side: _start(side, f"{folder}/base", kind)
-                for side in ("lorica", "peft+bitsandbytes")
-            }
-            rounds: dict[str, list[dict]] = {side: [] for side in sides}
-            for _ in range(STEPS):
-                for side, process in sides.items():
-                    rounds[side].append(_ask(process))
-            for process in sides.values():
-                process.stdin.close()  # type: ignore[union-attr]
-                process.wait()
-        found[f"{name}, {kind}"] = {
-            side: {
-                "seconds": min(row["seconds"] for row in rows[1:]),
-                "peak": rows[-1]["peak"],
-            }
-            for side, rows in rounds.items()
-        }
-        print(name, kind, found[f"{name}, {kind}"], flush=True)
+            save_base(base_of_shape(shape), Path(folder) / "base")
+            for kind, dtype in product(kinds, dtypes):
+                row = f"{shape}, {kind}, {dtype}"
+                found[row] = _rounds(f"{folder}/base", kind, dtype)
+                print(row, found[row], flush=True)
     return found
 
 
-def _kinds(name: str) -> tuple[str, ...]:
-    kind = name.partition("/")[2]
-    return (kind,) if kind else ("one", "mixed", "full")
+def _rounds(folder: str, kind: str, dtype: str) -> dict[str, dict]:
+    """The least of the steps that the sides take in turn, the first of each left out."""
+    sides = {side: _start(side, folder, kind, dtype) for side in SIDES_OF[dtype]}
+    rounds: dict[str, list[dict]] = {side: [] for side in sides}
+    for _ in range(STEPS):
+        for side, process in sides.items():
+            rounds[side].append(_ask(process))
+    for process in sides.values():
+        process.stdin.close()  # type: ignore[union-attr]
+        process.wait()
+    return {
+        side: {"seconds": min(row["seconds"] for row in rows[1:]), "peak": rows[-1]["peak"]}
+        for side, rows in rounds.items()
+    }
 
 
-def _start(side: str, folder: str, kind: str) -> subprocess.Popen:
+def _start(side: str, folder: str, kind: str, dtype: str) -> subprocess.Popen:
     script = str(Path(__file__).with_name("qlora_sides.py"))
-    command = [sys.executable, "-W", "ignore", script, side, folder, kind, str(BATCH), str(LENGTH)]
+    how = [side, folder, kind, str(BATCH), str(LENGTH), dtype]
+    command = [sys.executable, "-W", "ignore", script, *how]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -173,7 +181,6 @@ def one_step(name: str = "7B", length: int = 128) -> dict[str, float]:
 
 def quality() -> dict[str, float]:
     """Perplexity of the small real Llama on stories that it was not trained on."""
-    import bitsandbytes
     from transformers import AutoTokenizer
 
     folder = DATA / "models/stories260k"
@@ -182,20 +189,34 @@ def quality() -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [tokenizer(t.strip(), return_tensors="pt").input_ids[:, :256] for t in text if t.strip()]
     found = {}
-    for word in (None, "int8", "nf4", "fp4"):
-        model = lorica.load_model(folder, dtype="float32", quantize=word)
-        found[word or "float32"] = _perplexity(model, ids)
-    model = lorica.load_model(folder, dtype="float32")
+    for word in ("float32", "bfloat16", "int8", "nf4", "fp4", PEER):
+        found[word] = _perplexity(_loaded(word, folder), ids)
+    return found
+
+
+def _loaded(word: str, path: Any, **how: Any) -> Any:
+    """A base of files in float32, in a dtype or a storage; what is quantized computes in float32."""
+    dtype = word if word == "bfloat16" else "float32"
+    storage = word if word in QUANTIZERS else None
+    model: Any = lorica.load_model(path, dtype=dtype, quantize=storage, **how)
+    if word == PEER:
+        _quantize_by_peer(model)
+    return model
+
+
+def _quantize_by_peer(model: nn.Module) -> None:
+    import bitsandbytes
+
     for path in quantizable(model):
         old: Any = model.get_submodule(path)
+        biased = old.bias is not None
         new = bitsandbytes.nn.Linear4bit(
-            old.in_features, old.out_features, old.bias is not None, torch.float32,
-            quant_type="nf4",
-        )  # fmt: skip
+            old.in_features, old.out_features, biased, torch.float32, quant_type="nf4"
+        )
         new.weight = bitsandbytes.nn.Params4bit(old.weight.data, False, quant_type="nf4").to("cpu")
+        if biased:
+            new.bias = old.bias
         model.set_submodule(path, new)
-    found["nf4 of bitsandbytes"] = _perplexity(model, ids)
-    return found
 
 
 @torch.no_grad()
@@ -216,15 +237,14 @@ def sst2(seeds: int = 5, records: int = 1600) -> dict[str, list[float]]:
         return [{"text": r["sentence"], "label": ("negative", "positive")[int(r["label"])]}
                 for r in found[:count]]  # fmt: skip
 
-    train, judged = rows("train", records), rows("dev", 400)
+    train, judged = rows("train", records), rows("dev", 872)
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
-        for word in (None, "int8", "nf4"):
+        for word in ("float32", "bfloat16", "int8", "nf4", PEER):
             with tempfile.TemporaryDirectory() as folder:
-                model = lorica.load_model(
-                    get_model_path(), task="text-classification", labels=("negative", "positive"),
-                    dtype="float32", seed=seed, quantize=word,
-                )  # fmt: skip
+                labels = ("negative", "positive")
+                how = {"task": "text-classification", "labels": labels, "seed": seed}
+                model = _loaded(word, get_model_path(), **how)
                 base = base_of(model)
                 assert base is not None
                 method = lorica.LoRA(
@@ -232,11 +252,15 @@ def sst2(seeds: int = 5, records: int = 1600) -> dict[str, list[float]]:
                 )
                 adapter = lorica.attach(model, method, seed=seed)
                 settings = lorica.TrainSettings(
-                    learning_rate=5e-3, batch_size=32, max_steps=records // 32, seed=seed
+                    learning_rate=5e-3,
+                    batch_size=32,
+                    max_steps=records // 32,
+                    seed=seed,
+                    dtype="bfloat16" if word == "bfloat16" else "float32",
                 )
                 lorica.train(model, {adapter: train}, settings, output_dir=f"{folder}/run")
-                found.setdefault(word or "float32", []).append(_accuracy(model, adapter, judged))
-                print(word, seed, found[word or "float32"][-1], flush=True)
+                found.setdefault(word, []).append(_accuracy(model, adapter, judged))
+                print(word, seed, found[word][-1], flush=True)
     return found
 
 

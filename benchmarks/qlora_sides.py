@@ -1,9 +1,10 @@
 """The sides of qlora.py, each in a process of its own: one training step after another.
 
-    python benchmarks/qlora_sides.py SIDE FOLDER KIND BATCH LENGTH
+    python benchmarks/qlora_sides.py SIDE FOLDER KIND BATCH LENGTH DTYPE
 
 KIND full: all records have LENGTH tokens; mixed: from an eighth of it on, as real ones have; one: a
-single record of LENGTH tokens. The second half of each record is trained.
+single record of LENGTH tokens. The second half of each record is trained. DTYPE: what is multiplied,
+float32 or bfloat16; factors are float32 on both sides, as both keep them by default.
 
 A side waits on its standard input; every line there asks for one optimizer step, and the answer is
 a JSON line with its processor time and the peak of the process' memory. Both sides train LoRA of
@@ -15,6 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,16 +24,17 @@ import torch
 R, ALPHA, RATE = 8, 16, 1e-4
 
 
-def lorica_side(folder: str) -> Callable[[list[list[int]]], None]:
+def lorica_side(folder: str, dtype: str) -> Callable[[list[list[int]]], None]:
     import lorica
     from lorica.base.load import base_of
     from lorica.data.encode import Example
     from lorica.tasks import CausalLM
     from lorica.train.engine import Engine, Trainee
 
-    model = lorica.load_model(folder, dtype="float32")
+    model = lorica.load_model(folder, dtype=dtype)
     adapter = lorica.attach(model, lorica.LoRA(r=R, lora_alpha=ALPHA, target_modules="all-linear"))
-    trainee = Trainee(adapter, lorica.TrainSettings(learning_rate=RATE, max_steps=100), 100)
+    settings = lorica.TrainSettings(learning_rate=RATE, max_steps=100, dtype=dtype)
+    trainee = Trainee(adapter, settings, 100)
     base = base_of(model)
     assert base is not None
     engine = Engine(model, CausalLM.of(base.tokenizer))
@@ -42,11 +45,11 @@ def lorica_side(folder: str) -> Callable[[list[list[int]]], None]:
     return step
 
 
-def peft_side(folder: str) -> Callable[[list[list[int]]], None]:
+def peft_side(folder: str, dtype: str, *, autocast: bool = False) -> Callable[[list[list[int]]], None]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -57,7 +60,9 @@ def peft_side(folder: str) -> Callable[[list[list[int]]], None]:
         ids = torch.tensor([r + [0] * (longest - len(r)) for r in rows])
         mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
         wanted = torch.tensor([labels(r) + [-100] * (longest - len(r)) for r in rows])
-        model(input_ids=ids, attention_mask=mask, labels=wanted).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, attention_mask=mask, labels=wanted).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -70,13 +75,17 @@ def labels(row: list[int]) -> list[int]:
     return [-100] * half + row[half:]
 
 
-SIDES = {"lorica": lorica_side, "peft+bitsandbytes": peft_side}
+SIDES = {
+    "lorica": lorica_side,
+    "peft+bitsandbytes": peft_side,
+    "peft+bitsandbytes, autocast": partial(peft_side, autocast=True),
+}
 
 
 def main() -> None:
-    side, folder, kind, batch, length = sys.argv[1:]
+    side, folder, kind, batch, length, dtype = sys.argv[1:]
     torch.manual_seed(0)
-    step = SIDES[side](folder)
+    step = SIDES[side](folder, dtype)
     answer({"ready": True})
     for _ in sys.stdin:
         rows = []

@@ -43,7 +43,12 @@ class Workload:
     batch_size: int = 16
     learning_rate: float = 1e-3
     num_threads: int = 2
-    bf16: bool = False
+    dtype: str = "float32"
+    """What the frozen weights are stored and multiplied in; adapters are float32 always."""
+
+    @property
+    def narrow(self) -> bool:
+        return self.dtype == "bfloat16"
 
     def records(self) -> list[dict]:
         with open(self.examples, encoding="utf-8") as file:
@@ -117,7 +122,7 @@ def lorica_side(work: Workload) -> None:
     from lorica.train.loop import default_task
 
     labels = tuple(work.labels)
-    model = lorica.load_model(work.model, task=work.task, dtype="float32", labels=labels)
+    model = lorica.load_model(work.model, task=work.task, dtype=work.dtype, labels=labels)
     adapter = lorica.load_adapter(model, work.start, name="a")
     settings = lorica.TrainSettings(
         learning_rate=work.learning_rate,
@@ -127,7 +132,7 @@ def lorica_side(work: Workload) -> None:
         logging_steps=1,
         save_steps=1_000_000,
         seed=SEED,
-        dtype="float32",
+        dtype=work.dtype,
     )
     make: Any = Example if work.task == "causal-lm" else LabelledText
     rows = [make(row["input_ids"], row["labels"], i) for i, row in enumerate(work.records())]
@@ -143,16 +148,16 @@ def lorica_side(work: Workload) -> None:
 # --- PEFT -----------------------------------------------------------------------------------------
 
 
-def peft_model(work: Workload) -> Any:
-    """The base with the same adapter at the same start."""
+def peft_model(work: Workload, dtype: torch.dtype = torch.float32) -> Any:
+    """The base with the same adapter at the same start. PEFT keeps adapters in float32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if work.task == "causal-lm":
-        model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(
-            work.model, dtype=torch.float32, num_labels=len(work.labels)
+            work.model, dtype=dtype, num_labels=len(work.labels)
         )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = 0
@@ -199,7 +204,7 @@ def trainer_side(work: Workload, *, grouped: bool) -> None:
         learning_rate=work.learning_rate,
         train_sampling_strategy="group_by_length" if grouped else "random",
         use_cpu=True,
-        bf16=work.bf16 and grouped,
+        bf16=work.narrow and grouped,
         dataloader_pin_memory=False,
         report_to="none",
         disable_tqdm=True,
@@ -243,8 +248,10 @@ def flat(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def loop_side(work: Workload, *, packed: bool, compiled: bool) -> None:
-    """PEFT in a hand-written loop: packed documents, fused AdamW, bf16 where it is faster."""
-    model = peft_model(work)
+    """PEFT in a hand-written loop: packed documents, fused AdamW; a base in bfloat16 is stored so,
+    not cast anew for every product as autocast casts frozen weights in float32.
+    """
+    model = peft_model(work, getattr(torch, work.dtype))
     model.train()
     causal = work.task == "causal-lm"
     if compiled:
@@ -257,7 +264,7 @@ def loop_side(work: Workload, *, packed: bool, compiled: bool) -> None:
     meter = Meter(work.r)
     for rows in lorica_batches(work, grouped=compiled and not packed):
         batch = flat(rows) if packed else padded(rows, causal)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.bf16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.narrow):
             loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

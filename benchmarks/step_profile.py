@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from jobs import machine, versions, write_result
-from train_speed import Side, prepare, workloads
+from train_speed import Side, faster_dtype, prepare, workloads
 
 SIDES = {"peft", "peft-grouped", "peft-packed", "lorica"}
 
@@ -52,10 +52,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=shared, help="folder of the data sets")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps that count")
     parser.add_argument("--warmup", type=int, default=4, help="steps that do not count")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="what is faster here")
     options = parser.parse_args()
-    options.num_threads, options.bf16 = 1, False
+    options.num_threads = 1
     torch.set_num_threads(1)
-    result = {"machine": machine(1), "versions": versions(), "workloads": {}}
+    options.dtype = options.dtype or faster_dtype()
+    result = {"machine": machine(1), "versions": versions(), "dtype": options.dtype}
+    result["workloads"] = {}
     for name in options.workloads:
         result["workloads"][name] = sides = measure(name, options)
         kinds = dict.fromkeys(kind for one in sides.values() for kind in one)
@@ -64,7 +67,7 @@ def main() -> None:
             row = "".join(f"{one.get(kind, 0.0):>14,.1f}" for one in sides.values())
             print(f"{kind:30}{row}")
         print(f"{'together':30}" + "".join(f"{sum(s.values()):>14,.1f}" for s in sides.values()))
-    write_result("step_profile", result)
+    write_result(f"step_profile-{options.dtype}", result)
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def test_facts_are_what_an_adapter_must_be_asked_with():
 
 def test_a_pretrained_model(shared_data):
     """Real weights: packed, padded and one by one give the same perplexity, far below chance."""
-    model = load_model(shared_data / "models/stories260k")
+    model = load_model(shared_data / "models/stories260k", dtype="float32")
     tokenizer = base_of(model).tokenizer
     texts = [
         "Once upon a time, there was a little girl named Lily.",

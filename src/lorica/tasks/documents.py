@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lorica.ops.attention import is_short, short_attention
+from lorica.ops.attention import is_narrow, is_short, narrow_attention, short_attention
 from lorica.tasks.layout import Block, Documents
 
 NAME = "lorica_documents"
@@ -179,12 +179,16 @@ def _rectangle(
     if how.both and not how.dropout and is_short(q, k):
         scale = q.shape[-1] ** -0.5 if how.scaling is None else how.scaling
         return short_attention(q, k, v, mask, scale).transpose(1, 2).flatten(0, 1)
+    causal = mask is None and longest > 1 and not how.both
+    if not how.dropout and is_narrow(q, k, v):
+        out = narrow_attention(q, k, v, mask, how.scaling, causal=causal)
+        return out.transpose(1, 2).flatten(0, 1)
     out = F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
-        is_causal=mask is None and longest > 1 and not how.both,
+        is_causal=causal,
         scale=how.scaling,
         dropout_p=how.dropout,
         enable_gqa=q.shape[1] != k.shape[1],

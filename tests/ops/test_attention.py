@@ -1,0 +1,103 @@
+"""Attention in half precision on a CPU: what it computes, how exactly, and what it keeps."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lorica.ops import attention
+from lorica.ops.attention import is_narrow, is_short, narrow_attention, short_attention
+
+CASES = {
+    "causal": {},
+    "one token": {"queries": 1, "keys": 1},
+    "fewer heads of keys": {"heads_of_keys": 2},
+    "a window": {"mask": "window"},
+    "a prefix that all see": {"keys": 14, "mask": "prefix"},
+    "padding": {"mask": "padding"},
+}
+
+
+def tensors(*, queries=9, keys=9, heads_of_keys=4, mask=None):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4, queries, 8), (3, heads_of_keys, keys, 8), (3, heads_of_keys, keys, 8)]
+    # transposed, as models hand them
+    made = [
+        torch.randn(n, t, h, d, generator=generator).transpose(1, 2).bfloat16()
+        for n, h, t, d in (*shapes, shapes[0])
+    ]
+    distance = torch.arange(queries)[:, None] + (keys - queries) - torch.arange(keys)
+    masks = {
+        "window": (distance >= 0) & (distance < 4),
+        "prefix": distance >= 0,
+        "padding": torch.arange(keys).expand(3, 1, 1, keys) < torch.tensor([9, 5, 1])[:, None, None, None],
+        None: None,
+    }  # fmt: skip
+    return made, masks[mask]
+
+
+def outputs_and_gradients(attend, parts, g, dtype):
+    q, k, v = (t.detach().to(dtype).requires_grad_() for t in parts)
+    out = attend(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), g.to(dtype))]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_attention_and_errs_no_more_than_torch(case):
+    (*parts, g), mask = tensors(**CASES[case])
+    how = {"attn_mask": mask, "is_causal": mask is None, "scale": 0.3, "enable_gqa": True}
+
+    def plain(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, **how)
+
+    def narrow(q, k, v):
+        return narrow_attention(q, k, v, mask, 0.3, causal=mask is None)
+
+    wanted = outputs_and_gradients(plain, parts, g, torch.float64)
+    torchs = outputs_and_gradients(plain, parts, g, torch.bfloat16)
+    ours = outputs_and_gradients(narrow, parts, g, torch.bfloat16)
+    for right, its, own in zip(wanted, torchs, ours, strict=True):
+        assert own.dtype == torch.bfloat16
+        assert torch.isfinite(own).all()
+        error = (own.double() - right).norm()
+        assert error <= 1.5 * (its.double() - right).norm() + 1e-12
+        assert error <= 4e-3 * right.norm() + 1e-12
+
+
+def test_short_texts_in_half_precision_err_no_more_than_torch():
+    (*parts, g), mask = tensors(mask="padding")
+    assert is_short(*parts[:2])
+
+    def plain(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+
+    def short(q, k, v):
+        return short_attention(q, k, v, mask, 0.3)
+
+    wanted = outputs_and_gradients(plain, parts, g, torch.float64)
+    torchs = outputs_and_gradients(plain, parts, g, torch.bfloat16)
+    ours = outputs_and_gradients(short, parts, g, torch.bfloat16)
+    for right, its, own in zip(wanted, torchs, ours, strict=True):
+        assert own.dtype == torch.bfloat16
+        error = (own.double() - right).norm()
+        assert error <= 1.5 * (its.double() - right).norm() + 1e-12
+
+
+def test_nothing_wide_is_kept_but_a_number_per_query():
+    parts, _ = tensors()
+    q, k, v = (t.requires_grad_() for t in parts[:3])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        narrow_attention(q, k, v, None, None, causal=True)
+    wide = [t for t in kept if t.element_size() > 2]
+    assert sum(t.numel() for t in wide) == q.shape[0] * q.shape[1] * q.shape[2]
+
+
+def test_it_is_the_way_of_half_precision_alone(monkeypatch):
+    parts, _ = tensors()
+    q, k, v = parts[:3]
+    monkeypatch.setattr(attention.torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert is_narrow(q, k, v)
+    assert not is_narrow(q.float(), k.float(), v.float())
+    assert not is_narrow(q, k, v[..., :4])
+    monkeypatch.setattr(attention.torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not is_narrow(q, k, v)
