@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from architectures import ARCHITECTURES
 from lorica.ops import attention
 from lorica.ops.attention import is_narrow, is_short, narrow_attention, short_attention
+from lorica.tasks import documents
+from lorica.tasks.causal_lm import CausalLM
+from train.words import WordTokenizer, examples
 
 CASES = {
     "causal": {},
@@ -101,3 +105,20 @@ def test_it_is_the_way_of_half_precision_alone(monkeypatch):
     assert not is_narrow(q, k, v[..., :4])
     monkeypatch.setattr(attention.torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert not is_narrow(q, k, v)
+
+
+def test_models_in_half_precision_take_it(monkeypatch):
+    taken = []
+
+    def counted(*given, **how):
+        taken.append(how["causal"])
+        return narrow_attention(*given, **how)
+
+    monkeypatch.setattr(documents, "narrow_attention", counted)
+    monkeypatch.setattr(attention.torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model = ARCHITECTURES["llama"].build().bfloat16()
+    task = CausalLM.of(WordTokenizer())
+    with torch.no_grad():
+        task.losses(model, task.collate([examples(2, 4)], model))
+    assert taken
+    assert all(taken)
