@@ -45,7 +45,9 @@ def lorica_side(folder: str, dtype: str) -> Callable[[list[list[int]]], None]:
     return step
 
 
-def peft_side(folder: str, dtype: str, *, autocast: bool = False) -> Callable[[list[list[int]]], None]:
+def peft_side(
+    folder: str, dtype: str, *, autocast: bool = False
+) -> Callable[[list[list[int]]], None]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

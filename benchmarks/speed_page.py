@@ -192,9 +192,7 @@ def main() -> None:
     parts = [HEAD]
     for dtype in ("bfloat16", "float32"):
         if found := read(f"train_speed-{dtype}"):
-            parts.append(
-                f"## Training in {dtype}\n\n{described(found)}. Not measured on a GPU.\n"
-            )
+            parts.append(f"## Training in {dtype}\n\n{described(found)}. Not measured on a GPU.\n")
             parts += ["\n".join(workload(one)) for one in found["workloads"]]
     for dtype in ("bfloat16", "float32"):
         if found := read(f"step_profile-{dtype}"):

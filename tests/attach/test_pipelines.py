@@ -127,7 +127,8 @@ def test_a_mixture_per_row_is_one_per_picture(load, kind, guidance):
     for row, entry in enumerate(entries):
         with lorica.activate(model, entry):
             alone = latents(model, [prompts[row]], [seeds[row]], guidance_scale=guidance)
-        torch.testing.assert_close(together[row], alone[0], atol=2e-5, rtol=1e-4)
+        # guidance multiplies what rounding leaves
+        torch.testing.assert_close(together[row], alone[0], atol=2e-5 * guidance, rtol=1e-4)
 
 
 def test_a_wrong_number_of_entries_is_refused(load):

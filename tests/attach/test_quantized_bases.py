@@ -1,5 +1,7 @@
 """Adapters on bases that are quantized, by Lorica and by others."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,11 +11,12 @@ from lorica.attach.layers import describe
 from lorica.base.quantize import quantization_of, quantize_model, quantized_layers
 from lorica.base.quantized import QuantizedLinear
 from lorica.base.storage import read_weight
-from lorica.errors import LoricaWarning, MergeError, TargetError
+from lorica.errors import BaseModelError, LoricaWarning, MergeError, TargetError
 from lorica.evaluate.requantized import how_far
 from lorica.methods.dora import DoRA
 
 IDS = torch.arange(24)[None]
+SWITCH = "support_avx512bf16_for_cpu"
 
 
 @pytest.fixture
@@ -115,16 +118,9 @@ def test_pissa_begins_as_the_quantized_base(nf4):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_base_that_transformers_quantized_by_bitsandbytes(bits, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    lorica.load_model("embedded", dtype="float32").save_pretrained(tmp_path)
-    how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=how, dtype=torch.float32
-    ).eval()
-    before = logits(model)
+    model = quantized_by_bitsandbytes(tmp_path, bits, hidden=128)
     trained(model, lorica.LoRA(r=4, target_modules="attention"))
+    before = logits(model)
     assert not torch.equal(logits_of(model, "a"), before)
     with pytest.raises(MergeError) as caught:
         lorica.merge(model, "a")
@@ -133,6 +129,85 @@ def test_a_base_that_transformers_quantized_by_bitsandbytes(bits, tmp_path):
     dora = lorica.attach(model, DoRA(r=4, target_modules="attention"), name="d")
     assert all(slot.tensors["m"].isfinite().all() for slot in dora.slots.values())
     torch.testing.assert_close(logits_of(model, "d"), before, rtol=1e-3, atol=2e-2)
+
+
+def quantized_by_bitsandbytes(folder: Path, bits: int, hidden: int) -> nn.Module:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=how, dtype=torch.float32
+    )
+    return model.eval()
+
+
+def test_a_pass_without_gradients_does_not_end_those_of_bitsandbytes(tmp_path):
+    """On a processor with AVX-512 and bfloat16 it packs layers anew then, and loses gradients."""
+    model = quantized_by_bitsandbytes(tmp_path, 4, hidden=128)
+    layers = [m for m in model.modules() if hasattr(m, SWITCH)]
+    assert len(layers) == 14
+    for layer in layers:  # what it is on such a processor
+        setattr(layer, SWITCH, True)
+    adapter = lorica.attach(model, lorica.LoRA(r=4, target_modules=["q_proj"]), name="a")
+    assert not any(getattr(layer, SWITCH) for layer in layers)
+
+    def gradients():
+        with lorica.activate(model, "a"):
+            model(IDS, labels=IDS).loss.backward()
+        found = [p.grad.clone() for p in adapter.parameters()]
+        for parameter in adapter.parameters():
+            parameter.grad = None
+        return found
+
+    before = gradients()
+    logits_of(model, "a")
+    after = gradients()
+    assert any(g.abs().sum() > 0 for g in before[:2])  # of the lowest layer
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    lorica.detach(model, "a")
+    assert all(getattr(layer, SWITCH) for layer in layers)
+
+
+def test_layers_that_bitsandbytes_packed_anew_are_refused(tmp_path):
+    model = quantized_by_bitsandbytes(tmp_path, 4, hidden=128)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(BaseModelError) as caught:
+        lorica.attach(model, lorica.LoRA(r=4))
+    assert "packed for inference" in str(caught.value)
+    assert "model.layers.0.self_attn.q_proj" in str(caught.value)
+    assert "attach before the first forward pass" in caught.value.mend
+    assert not lorica.adapters(model)
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_layers_that_bitsandbytes_misreads_are_refused(tmp_path, monkeypatch, wrong):
+    """Its kernel for AVX-512 does, where rows are no multiple of a block: 160 features here."""
+    model = quantized_by_bitsandbytes(tmp_path, 4, hidden=160)
+    layers = [m for m in model.modules() if hasattr(m, SWITCH)]
+    numbers = {m.weight.data_ptr(): read_weight(m) for m in layers}
+    monkeypatch.setattr(
+        "bitsandbytes.functional.dequantize_4bit",
+        lambda packed, state: numbers[packed.data_ptr()] + wrong,
+    )
+    if not wrong:
+        lorica.attach(model, lorica.LoRA(r=4))
+        return
+    with pytest.raises(BaseModelError) as caught:
+        lorica.attach(model, lorica.LoRA(r=4))
+    assert "misread" in str(caught.value)
+    assert "down_proj" not in str(caught.value)  # 192 features are three blocks
+    assert not lorica.adapters(model)
 
 
 def test_a_base_that_torchao_quantized():

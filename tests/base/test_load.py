@@ -73,7 +73,7 @@ def without(folder, source, name):
 
 
 def test_a_folder(causal):
-    model = load_model(causal)
+    model = load_model(causal, dtype="float32")
     base = base_of(model)
     assert (base.name, base.task) == (str(causal), "causal-lm")
     assert base.labels == base.new_modules == ()
@@ -244,7 +244,7 @@ def test_shards_are_all_in_the_digest(tmp_path):
     fast_tokenizer(eos_token="</s>").save_pretrained(tmp_path)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
-    loaded = load_model(tmp_path)
+    loaded = load_model(tmp_path, dtype="float32")
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
     before = digest_of_files(tmp_path)
     shards[1].rename(tmp_path / "aside")

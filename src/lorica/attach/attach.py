@@ -16,6 +16,7 @@ from lorica.attach.prompt import is_prompt
 from lorica.attach.site import check_unchanged, enter, is_site, leave
 from lorica.attach.stages import check_stack, check_stages, check_union, lay_on, let_rest
 from lorica.attach.survey import unwrap
+from lorica.base.foreign import check_foreign, hold, release
 from lorica.base.image_pipeline import guided_paths
 from lorica.base.load import base_of
 from lorica.errors import ConfigError
@@ -56,6 +57,8 @@ def attach(
         TargetError: a target matched nothing, or a layer cannot carry the adapter. The model is
             unchanged.
         ConfigError: the name is taken or unusable; a pattern of the settings matched nothing.
+        BaseModelError: bitsandbytes would compute wrongly, or without gradients; see
+            `base.foreign`.
     """
     model = unwrap(model)
     check_name(name, attached_to(model))
@@ -124,6 +127,7 @@ def _put(
     reason: str,
 ) -> Adapter:
     """Make the sites; on any error the model is left as it was."""
+    check_foreign(model)
     attached = attached_to(model)
     slots: dict[str, Slot] = {}
     guided = guided_paths(model)
@@ -150,6 +154,7 @@ def _register(model: nn.Module, attached: Attached, adapter: Adapter) -> None:
     """Enter an adapter in the model's record; the first one freezes the base."""
     if not attached.adapters:
         attached.unfrozen = [n for n, p in model.named_parameters() if p.requires_grad]
+        attached.held = hold(model)
         model.requires_grad_(False)
     attached.adapters[adapter.name] = adapter
     model.__dict__["_lorica_attached"] = attached
@@ -188,6 +193,7 @@ def detach(model: nn.Module, adapter: str | Adapter) -> None:
         for path, parameter in model.named_parameters():
             if path in attached.unfrozen:
                 parameter.requires_grad_(True)
+        release(attached.held)
         del model.__dict__["_lorica_attached"]
 
 

@@ -90,6 +90,8 @@ class Attached:
     status: Status = field(default_factory=Status)
     unfrozen: list[str] = field(default_factory=list)
     """Base parameters that required gradients before the first adapter came."""
+    held: list[nn.Module] = field(default_factory=list)
+    """Layers that another library would pack anew; see `base.foreign`."""
 
 
 def tied_to(slot: Slot) -> str | None:
