@@ -195,7 +195,7 @@ def quality() -> dict[str, float]:
 
 
 def _loaded(word: str, path: Any, **how: Any) -> Any:
-    """A base of files in float32, in a dtype or a storage; what is quantized computes in float32."""
+    """A base of files, in a dtype or a storage; what is quantized computes in float32."""
     dtype = word if word == "bfloat16" else "float32"
     storage = word if word in QUANTIZERS else None
     model: Any = lorica.load_model(path, dtype=dtype, quantize=storage, **how)

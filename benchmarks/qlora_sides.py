@@ -3,8 +3,8 @@
     python benchmarks/qlora_sides.py SIDE FOLDER KIND BATCH LENGTH DTYPE
 
 KIND full: all records have LENGTH tokens; mixed: from an eighth of it on, as real ones have; one: a
-single record of LENGTH tokens. The second half of each record is trained. DTYPE: what is multiplied,
-float32 or bfloat16; factors are float32 on both sides, as both keep them by default.
+single record of LENGTH tokens. The second half of each record is trained. DTYPE, float32 or
+bfloat16: what is multiplied; factors are float32 on both sides, as both keep them by default.
 
 A side waits on its standard input; every line there asks for one optimizer step, and the answer is
 a JSON line with its processor time and the peak of the process' memory. Both sides train LoRA of

@@ -33,9 +33,9 @@ def tensors(*, queries=9, keys=9, heads_of_keys=4, mask=None):
     masks = {
         "window": (distance >= 0) & (distance < 4),
         "prefix": distance >= 0,
-        "padding": torch.arange(keys).expand(3, 1, 1, keys) < torch.tensor([9, 5, 1])[:, None, None, None],
+        "padding": (torch.arange(keys) < torch.tensor([9, 5, 1])[:, None])[:, None, None],
         None: None,
-    }  # fmt: skip
+    }
     return made, masks[mask]
 
 

@@ -47,8 +47,7 @@ def check_foreign(model: nn.Module) -> None:
         raise BaseModelError(
             "layers of bitsandbytes cannot be adapted as they are on this processor: they "
             + "; others ".join(faults),
-            mend="let lorica load the base, which reads the same bytes: lorica.load_model(PATH), or "
-            "with quantize='nf4'"
+            mend="let lorica read the same bytes: lorica.load_model(PATH), or with quantize='nf4'"
             + ("; or load it anew and attach before the first forward pass" if repacked else ""),
         )
 
