@@ -8,8 +8,9 @@ from transformers.activations import ACT2FN
 
 import lorica
 from architectures import ARCHITECTURES
+from exact.measured import threads
 from lorica.attach.attach import attach, detach
-from lorica.base.batch import beside
+from lorica.base.batch import beside, blocks
 from lorica.base.lean import Lean, lean_parts
 from lorica.config import TrainSettings
 from lorica.methods import Bottleneck, LoRA, Selective
@@ -210,7 +211,7 @@ def test_activations_are_given_the_rows_of_each_adapter_by_themselves(monkeypatc
     model, x = nn.Sequential(part), torch.randn(1, 96, 8)
     lean = lean_parts(model)
     assert bool(lean.activations) is apart
-    with lean.running(), beside(model, [(0, 32), (32, 96)]):
+    with threads(2), lean.running(), beside(model, [(0, 32), (32, 96)]):
         seen.clear()
         made = model(x.clone())
         assert seen == ([32, 64] if apart else [1])
@@ -218,6 +219,15 @@ def test_activations_are_given_the_rows_of_each_adapter_by_themselves(monkeypatc
         model(x[:, :64].clone())  # other rows than the pass has
         assert seen == [1]
     torch.testing.assert_close(made, own(part, x.clone()))
+
+
+def test_one_thread_needs_no_cuts_where_nothing_is_left_over():
+    model = nn.Sequential(nn.SiLU())
+    with beside(model, [(0, 32), (32, 96)]):
+        for number, width, sizes in ((1, 8, ()), (1, 7, (32, 64)), (2, 8, (32, 64))):
+            with threads(number):
+                assert blocks(model, torch.zeros(1, 96, width)) == sizes
+    assert blocks(model, torch.zeros(1, 96, 7)) == ()
 
 
 def test_hooks_still_run():

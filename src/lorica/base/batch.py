@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _BLOCKS = "_lorica_blocks"
@@ -53,6 +54,11 @@ def beside(model: nn.Module, *ranges: Sequence[tuple[int, int]] | None) -> Itera
 
 
 def blocks(model: nn.Module, x: Tensor) -> tuple[int, ...]:
-    """How many rows of `x`, (..., D), each adapter of the pass has; empty where it is one's own."""
+    """How many rows of `x`, (..., D), each adapter of the pass has; empty where all may be given to
+    a function at once: those of one adapter, or in one thread, which leaves nothing over of 32 rows
+    and an even number of features.
+    """
+    if torch.get_num_threads() == 1 and x.shape[-1] % 2 == 0:
+        return ()
     sizes = model.__dict__.get(_BLOCKS, {}).get(x.shape[:-1].numel(), ())
     return sizes if len(sizes) > 1 else ()
