@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers.activations import ACT2FN
 
 import lorica
 from architectures import ARCHITECTURES
+from exact.measured import threads
 from lorica.attach.attach import attach, detach
+from lorica.base.batch import beside, blocks
 from lorica.base.lean import Lean, lean_parts
 from lorica.config import TrainSettings
 from lorica.methods import Bottleneck, LoRA, Selective
@@ -162,6 +166,68 @@ def test_a_part_that_computes_something_else_is_left_alone_and_told():
     assert found.notes == [
         "OddRMSNorm computes otherwise than others of its form, so it trains as it is"
     ]
+
+
+def test_angles_of_another_dtype_are_turned_as_the_model_does():
+    """OLMo 2 makes them in float32 and turns in float32, whatever it computes in."""
+    config = transformers.Olmo2Config(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=53,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    model = transformers.Olmo2ForCausalLM(config).bfloat16().requires_grad_(False)
+    adapter = attach(model, LoRA(r=4, target_modules="all-linear"), name="a")
+    lean, ids = lean_parts(model), torch.arange(3, 30)[None]
+    assert lean.functions
+    with lorica.activate(model, adapter):
+        wanted = model(ids).logits
+        with lean.running():
+            found = model(ids).logits
+    assert found.dtype == torch.bfloat16
+    assert (found - wanted).norm() <= 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("part", "apart"),
+    [
+        (nn.GELU("tanh"), True),
+        (nn.SiLU(), True),
+        (ACT2FN["gelu"], True),
+        (nn.Softmax(-1), False),
+        (nn.Flatten(), False),
+        (nn.SiLU(inplace=True), False),
+        (nn.ReLU(), False),  # exact, so it has no need
+        (nn.Dropout(0.0), False),
+    ],
+    ids=str,
+)
+def test_activations_are_given_the_rows_of_each_adapter_by_themselves(monkeypatch, part, apart):
+    seen, own = [], type(part).forward
+    monkeypatch.setattr(type(part), "forward", lambda m, x: seen.append(len(x)) or own(m, x))
+    model, x = nn.Sequential(part), torch.randn(1, 96, 8)
+    lean = lean_parts(model)
+    assert bool(lean.activations) is apart
+    with threads(2), lean.running(), beside(model, [(0, 32), (32, 96)]):
+        seen.clear()
+        made = model(x.clone())
+        assert seen == ([32, 64] if apart else [1])
+        seen.clear()
+        model(x[:, :64].clone())  # other rows than the pass has
+        assert seen == [1]
+    torch.testing.assert_close(made, own(part, x.clone()))
+
+
+def test_one_thread_needs_no_cuts_where_nothing_is_left_over():
+    model = nn.Sequential(nn.SiLU())
+    with beside(model, [(0, 32), (32, 96)]):
+        for number, width, sizes in ((1, 8, ()), (1, 7, (32, 64)), (2, 8, (32, 64))):
+            with threads(number):
+                assert blocks(model, torch.zeros(1, 96, width)) == sizes
+    assert blocks(model, torch.zeros(1, 96, 7)) == ()
 
 
 def test_hooks_still_run():

@@ -111,8 +111,8 @@ def steps_of(way: Way) -> tuple[list[float], Trained]:
     model = lorica.load_model("embedded", dtype="float32").to(way.dtype)
     method = lorica.LoRA(r=4, target_modules="all-linear", lora_dropout=way.dropout)
     adapter = lorica.attach(model, method, name="a", seed=way.seed)
-    for parameter in adapter.parameters():
-        parameter.data = parameter.data.to(way.dtype)
+    for parameter in adapter.parameters():  # over a base in bfloat16 they are float32, as always
+        parameter.data = parameter.data.to(torch.promote_types(way.dtype, parameter.dtype))
     task = CausalLM.of(WordTokenizer(), packing=way.packing)
     engine = Engine(model, task, gradient_checkpointing=way.checkpointing)
     trainee = Trainee(adapter, SETTINGS.model_copy(update={"seed": way.seed}), way.steps)
@@ -129,11 +129,14 @@ def steps_of(way: Way) -> tuple[list[float], Trained]:
 
 DROPOUT = Way(dropout=0.1)
 EXACT = Way(dtype=torch.float64)
+NARROW = replace(DROPOUT, dtype=torch.bfloat16, steps=3)
 ONE, TWO = Way(steps=3), Way(steps=3, num_threads=2)  # few: two threads crawl on a busy machine
 SAME_BITS = {
     "the same again": (DROPOUT, DROPOUT),
     "gradient checkpointing": (DROPOUT, replace(DROPOUT, checkpointing=True)),
     "two threads twice": (TWO, TWO),
+    "the same again, bfloat16": (NARROW, NARROW),
+    "gradient checkpointing, bfloat16": (NARROW, replace(NARROW, checkpointing=True)),
 }
 CLOSE = {
     "threads, 1 and 2": (ONE, TWO),
@@ -174,7 +177,7 @@ def cut(records: list[Example], sizes: Sequence[int]) -> list[list[Example]]:
 INTERRUPTED_STEPS = 40
 
 
-def short_run(folder: Path, *, resume: bool = False) -> str:
+def short_run(folder: Path, *, resume: bool = False, dtype: torch.dtype = torch.float32) -> str:
     """A run of 40 steps of a tiny Llama with dropout; returns the digest of its adapter file."""
     settings = TrainSettings(
         max_steps=INTERRUPTED_STEPS,
@@ -185,7 +188,7 @@ def short_run(folder: Path, *, resume: bool = False) -> str:
         save_steps=INTERRUPTED_STEPS,
     )
     lorica.train(
-        model_with("a", target_modules=("q_proj", "v_proj")),
+        model_with("a", target_modules=("q_proj", "v_proj")).to(dtype),
         {"a": examples(1, 17, longest=9)},
         settings,
         output_dir=folder,
@@ -196,7 +199,7 @@ def short_run(folder: Path, *, resume: bool = False) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def interrupted_run(folder: Path, step: int) -> str:
+def interrupted_run(folder: Path, step: int, *, dtype: torch.dtype = torch.float32) -> str:
     """The same, stopped by a signal in a step and gone on with.
 
     Raises:
@@ -205,5 +208,5 @@ def interrupted_run(folder: Path, step: int) -> str:
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, step)
         with pytest.raises(Interrupted):
-            short_run(folder)
-    return short_run(folder, resume=True)
+            short_run(folder, dtype=dtype)
+    return short_run(folder, resume=True, dtype=dtype)

@@ -4,6 +4,7 @@ Every fourth step here; `benchmarks/exactness.py` takes all 40.
 """
 
 import pytest
+import torch
 
 from exact.measured import INTERRUPTED_STEPS, interrupted_run, short_run
 
@@ -16,3 +17,9 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("step", range(1, INTERRUPTED_STEPS + 1, 4))
 def test_stopped_and_gone_on_with(whole, tmp_path, step):
     assert interrupted_run(tmp_path / "run", step) == whole
+
+
+def test_in_bfloat16(tmp_path):
+    base = {"dtype": torch.bfloat16}
+    wanted = short_run(tmp_path / "whole", **base)
+    assert interrupted_run(tmp_path / "run", 23, **base) == wanted

@@ -5,8 +5,10 @@ import weakref
 
 import pytest
 import torch
+import transformers
 
 from architectures import ARCHITECTURES
+from exact.measured import threads
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach
 from lorica.config import TrainSettings
@@ -274,9 +276,11 @@ def test_clipping_is_each_adapters_own():
     assert all(torch.equal(v, both["a"][k]) for k, v in tame_alone["a"].items())
 
 
-def tried(names, *, dropout=0.0, dtype=torch.float32, together=True, steps=2, method=None):
+def tried(
+    names, *, dropout=0.0, dtype=torch.float32, together=True, steps=2, method=None, model=None
+):
     """Tensors of adapters of mixed rank after some steps, each with its own rate and seed."""
-    model = build(dtype=dtype)
+    model = model() if model else build(dtype=dtype)
     handles, trainees = {}, {}
     for i, n in enumerate(names):
         own = LoRA(r=(2, 5, 12, 4)[i % 4], target_modules="all-linear", lora_dropout=dropout)
@@ -320,6 +324,59 @@ def test_dropout_is_drawn_by_adapter_and_row(monkeypatch, number, dropout):
 @pytest.mark.slow
 def test_dropout_over_a_base_in_bfloat16():
     how = {"dropout": 0.3, "dtype": torch.bfloat16}
+    assert_equal_bits(tried("abc", **how), tried("abc", together=False, **how))
+
+
+def wide(name, dtype, **settings):
+    """One layer with 1,003 features inside: those of five adapters are more than torch gives to
+    one thread, and no multiple of what its vector loops take at once times threads.
+    """
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 1003,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    config = getattr(transformers, f"{name}Config")(
+        **{**sizes, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **settings}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
+
+
+STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+WIDE = {
+    "a gated layer": ("Llama", {}),
+    "one with GELU by its tanh": ("Gemma", {"head_dim": 32}),
+    "an activation by itself": ("Phi", {"hidden_act": "gelu_pytorch_tanh", **STILL}),
+}
+
+
+@pytest.mark.parametrize("number", [1, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", WIDE)
+def test_the_number_of_threads_does_not_let_neighbours_matter(monkeypatch, kind, dtype, number):
+    name, settings = WIDE[kind]
+    how = {"model": lambda: wide(name, dtype, **settings), "steps": 1}
+    calls = passes(monkeypatch)
+    with threads(number):
+        together = tried("abcde", **how)
+        assert calls == [5]
+        assert_equal_bits(together, tried("abcde", **how, together=False))
+
+
+def test_a_base_in_bfloat16_of_real_width():
+    """A processor that multiplies bfloat16 takes other kernels for other widths."""
+    sizes = {"hidden_size": 256, "intermediate_size": 690, "num_attention_heads": 4}
+    how = {
+        "model": lambda: wide("Llama", torch.bfloat16, initializer_range=0.02, **sizes),
+        "dropout": 0.2,
+    }
     assert_equal_bits(tried("abc", **how), tried("abc", together=False, **how))
 
 

@@ -6,6 +6,9 @@ a part is recognised by its form, and then tried: a small copy of it, with rando
 the same as the function of `lorica.ops` that is to stand in for it. While the block of `running`
 lasts, the function does its work; the modules, their parameters and the code of the model stay as
 they are, and everything else in the model runs as it always did.
+
+Activations by themselves are found here too: where adapters share a pass, they are given the rows
+of one after those of the other, because their last bits depend on the rows beside (`ops.glu`).
 """
 
 from __future__ import annotations
@@ -21,12 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.modules.dropout import _DropoutNd
 
+from lorica.base.batch import blocks
 from lorica.ops.glu import ACTIVATIONS, gated
 from lorica.ops.norm import rms_norm
 from lorica.ops.rope import rotate_both
 
 Forward = Callable[[Tensor], Tensor]
+Make = Callable[[nn.Module, nn.Module], Forward | None]
+"""From a part and the model that it is in."""
 
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "act_fn")
 _WIDTH, _INNER = 8, 24
@@ -40,11 +47,13 @@ class Lean:
     Attributes:
         forwards: modules, and what takes the place of their forward.
         functions: the namespaces of modelling code, names in them, and what takes their place.
+        activations: those by themselves, as `forwards`.
         notes: parts of a known form that compute something else, so that they run as they are.
     """
 
     forwards: list[tuple[nn.Module, Forward]] = field(default_factory=list)
     functions: list[tuple[dict[str, Any], str, Callable]] = field(default_factory=list)
+    activations: list[tuple[nn.Module, Forward]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -52,13 +61,13 @@ class Lean:
         """Let the functions do the work of the parts, forward and backward, inside the block."""
         before = [(space, name, space[name]) for space, name, _ in self.functions]
         try:
-            for module, forward in self.forwards:
+            for module, forward in [*self.forwards, *self.activations]:
                 module.__dict__["forward"] = forward
             for space, name, function in self.functions:
                 space[name] = function
             yield
         finally:
-            for module, _ in self.forwards:
+            for module, _ in [*self.forwards, *self.activations]:
                 module.__dict__.pop("forward", None)
             for space, name, function in before:
                 space[name] = function
@@ -71,15 +80,16 @@ def lean_parts(model: nn.Module) -> Lean:
     some other tool has replaced.
     """
     found, odd = Lean(), set()
+    model = getattr(model, "_orig_mod", model)
     for module in model.modules():
         make = _standing_in_for(module)
         if make is None or "forward" in module.__dict__ or hasattr(type(module), "_lorica_base"):
             continue
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             continue
-        if (forward := make(module)) is not None:
-            found.forwards.append((module, forward))
-        else:
+        if (forward := make(module, model)) is not None:
+            (found.activations if make is _apart else found.forwards).append((module, forward))
+        elif make is not _apart:
             odd.add(type(module).__name__)
     found.notes.extend(
         f"{name} computes otherwise than others of its form, so it trains as it is"
@@ -89,11 +99,11 @@ def lean_parts(model: nn.Module) -> Lean:
         space = vars(sys.modules.get(name, torch))
         own = space.get("apply_rotary_pos_emb")
         if own is not None and _turns_alike(own):
-            found.functions.append((space, "apply_rotary_pos_emb", rotate_both))
+            found.functions.append((space, "apply_rotary_pos_emb", partial(_run_turn, own)))
     return found
 
 
-def _standing_in_for(module: nn.Module) -> Callable[[nn.Module], Forward | None] | None:
+def _standing_in_for(module: nn.Module) -> Make | None:
     """What would make the forward that replaces this module's; None for one of no known form."""
     if not _takes_one(type(module)):
         return None
@@ -102,7 +112,9 @@ def _standing_in_for(module: nn.Module) -> Callable[[nn.Module], Forward | None]
     if "RMSNorm" in type(module).__name__ or type(module).__name__.endswith("T5LayerNorm"):
         weight = getattr(module, "weight", None)
         return _norm if isinstance(weight, Tensor) and weight.dim() == 1 else None
-    return None
+    plain = not any((module._parameters, module._buffers, module._modules))
+    exact = isinstance(module, (nn.Identity, nn.ReLU, _DropoutNd))
+    return _apart if plain and not exact and not getattr(module, "inplace", False) else None
 
 
 def _takes_one(kind: type[nn.Module]) -> bool:
@@ -113,7 +125,7 @@ def _takes_one(kind: type[nn.Module]) -> bool:
 # --- RMSNorm --------------------------------------------------------------------------------------
 
 
-def _norm(module: nn.Module) -> Forward | None:
+def _norm(module: nn.Module, model: nn.Module) -> Forward | None:
     """Weights are around 1, or, in some models, around 0 with 1 added to them."""
     eps = next((vars(module)[n] for n in ("variance_epsilon", "eps") if n in vars(module)), None)
     if not isinstance(eps, float):
@@ -144,12 +156,12 @@ def _run_norm(module: Any, eps: float, offset: float, x: Tensor) -> Tensor:
 # --- gated feed-forward layers --------------------------------------------------------------------
 
 
-def _feed_forward(module: nn.Module) -> Forward | None:
+def _feed_forward(module: nn.Module, model: nn.Module) -> Forward | None:
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.children()):
         return None
     for activation in ACTIVATIONS:
         if _known(module, "feed-forward", activation, lambda copy, a=activation: _fed(copy, a)):
-            return partial(_run_feed_forward, module, activation)
+            return partial(_run_feed_forward, module, model, activation)
     return None
 
 
@@ -161,14 +173,47 @@ def _fed(copy: Any, activation: str) -> bool:
     ):
         copy._modules[name] = nn.Linear(inner, outer)
     x = torch.randn(5, _WIDTH).mul(3)
-    return torch.allclose(copy(x), _run_feed_forward(copy, activation, x), 0, 1e-6)
+    return torch.allclose(copy(x), _run_feed_forward(copy, copy, activation, x), 0, 1e-6)
 
 
-def _run_feed_forward(module: Any, activation: str, x: Tensor) -> Tensor:
-    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x), activation))
+def _run_feed_forward(module: Any, model: nn.Module, activation: str, x: Tensor) -> Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    return module.down_proj(gated(gate, up, activation, sizes=blocks(model, gate)))
+
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+def _apart(module: nn.Module, model: nn.Module) -> Forward | None:
+    """Only what treats every number by itself; whoever reads other rows must see them."""
+    if _known(module, "activation", None, _single):
+        return partial(_run_apart, module, model)
+    return None
+
+
+def _single(copy: nn.Module) -> bool:
+    x = torch.randn(1, _WIDTH, _INNER)
+    made, turned = copy(x), copy(x[0].t().contiguous())
+    return made.shape == x.shape and torch.allclose(turned.t(), made[0], 0, 1e-6)
+
+
+def _run_apart(module: nn.Module, model: nn.Module, x: Tensor) -> Tensor:
+    own, sizes = type(module).forward, blocks(model, x)
+    if not sizes:
+        return own(module, x)
+    parts = x.flatten(0, -2).split(list(sizes))
+    return torch.cat([own(module, part) for part in parts]).view(x.shape)
 
 
 # --- rotary embedding -----------------------------------------------------------------------------
+
+
+def _run_turn(
+    own: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    if cos.dtype != q.dtype:
+        return own(q, k, cos, sin, unsqueeze_dim)  # rounded in an order of the model's own
+    return rotate_both(q, k, cos, sin, unsqueeze_dim)
 
 
 def _turns_alike(own: Callable) -> bool:
@@ -202,6 +247,9 @@ def _turned_alike(own: Callable, dtype: torch.dtype, angles: int) -> bool | None
 _PRECISIONS = (torch.float32, torch.bfloat16)
 """Those that training runs in."""
 
+_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+"""Of parts that want something else than they are tried with."""
+
 _TRIED: dict[tuple, bool] = {}
 _TURNS: dict[Callable, bool] = {}
 
@@ -232,6 +280,6 @@ def _known(module: nn.Module, form: str, variant: Any, same: Callable[[Any], boo
             torch.manual_seed(0)
             try:
                 _TRIED[key] = same(copy)
-            except (RuntimeError, TypeError, ValueError, AttributeError):
+            except _FAILURES:
                 _TRIED[key] = False
     return _TRIED[key]

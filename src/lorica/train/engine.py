@@ -31,6 +31,7 @@ from lorica.attach.handle import Adapter
 from lorica.attach.plates import Route, plates_of
 from lorica.attach.probe import unvisited
 from lorica.attach.site import is_site
+from lorica.base.batch import beside
 from lorica.base.lean import lean_parts
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
@@ -292,7 +293,8 @@ class Engine:
         shared = nullcontext()
         if len(trainees) > 1:
             shared = self.sharing(adapters, blocks, batch)
-        with skipped, self.running(), shared, Activation(self.model, route):
+        apart = beside(self.model, batch.rows, batch.kept and batch.kept.ranges)
+        with skipped, self.running(), apart, shared, Activation(self.model, route):
             losses = self.task.losses(self.model, batch)
             if new := set(route.names) - self._checked:
                 self._refuse_unvisited(new, batch)

@@ -19,6 +19,7 @@ from torch import nn
 from lorica.attach.activate import activate
 from lorica.attach.handle import Adapter
 from lorica.attach.middle import Middle, body_output, middle_of
+from lorica.base.batch import beside
 from lorica.data.encode import Example
 from lorica.tasks.task import Batch, Task, answering, device_of
 from lorica.train.beginnings import Beginnings, beginnings_of
@@ -55,7 +56,8 @@ class SharedLayers:
             yield
             return
         own = self.together.collate([a for a, _ in once.values()], [b for _, b in once.values()])
-        with torch.no_grad(), activate(self.model, None), middle.below() as caught:
+        apart = beside(self.model, own.rows)
+        with torch.no_grad(), activate(self.model, None), apart, middle.below() as caught:
             body_output(self.model, own.inputs)
         rows = dict(zip(once, own.rows or (), strict=True))
         states = torch.cat([caught[0][:, slice(*rows[key])] for key in keys], 1)
