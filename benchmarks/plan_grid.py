@@ -69,7 +69,7 @@ def base_folder(name: str, folder: Path) -> str:
         import torch
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-        from lorica.base.load import EMBEDDED
+        from lorica.base.locate import EMBEDDED
 
         torch.manual_seed(0)
         how = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 2048}

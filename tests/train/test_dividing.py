@@ -10,8 +10,9 @@ import torch
 import transformers as hf
 
 import lorica
-from lorica.base.load import load_model, load_tokenizer
+from lorica.base.load import load_model
 from lorica.base.processes import Processes
+from lorica.base.tokenizer import load_tokenizer
 from lorica.data.encode import Example
 from lorica.train.dividing import Divided, dealt_records, whole_adapters
 from lorica.train.engine import Trainee

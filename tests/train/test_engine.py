@@ -17,6 +17,7 @@ from lorica.methods.lora import LoRA
 from lorica.tasks.causal_lm import CausalLM
 from lorica.tasks.seq2seq import Seq2Seq
 from lorica.train.engine import Engine, Trainee
+from lorica.train.passes import passes_of
 from train.words import WordTokenizer, examples, fast_tokenizer
 
 
@@ -336,7 +337,7 @@ def test_an_adapter_that_cannot_share_a_pass_goes_alone(monkeypatch):
 def test_how_a_step_is_cut_into_passes_changes_no_bit(monkeypatch):
     whole = tried("abcd", dropout=0.2)
     calls = passes(monkeypatch)
-    monkeypatch.setitem(Engine.step.__globals__, "MOST_TOKENS", 40)
+    monkeypatch.setitem(passes_of.__globals__, "MOST_TOKENS", 40)
     assert_equal_bits(tried("abcd", dropout=0.2), whole)
     assert len(calls) > 2
     assert sum(calls) == 8
