@@ -21,7 +21,7 @@ from jobs import machine, versions, write_result
 from train_speed import e2e_texts, llama30m
 
 import lorica
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.data.pack import batches
 from lorica.tasks import CausalLM
 from lorica.train.engine import Engine, Trainee

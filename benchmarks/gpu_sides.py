@@ -180,7 +180,7 @@ class Lorica:
         from transformers import AutoTokenizer
 
         import lorica
-        from lorica.base.load import EMBEDDED
+        from lorica.base.locate import EMBEDDED
         from lorica.data.encode import Example
         from lorica.tasks import CausalLM
 

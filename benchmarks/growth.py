@@ -19,7 +19,7 @@ from jobs import machine, versions, write_result
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lorica
-from lorica.base.load import EMBEDDED
+from lorica.base.locate import EMBEDDED
 from lorica.data.encode import Example
 from lorica.tasks import CausalLM
 from lorica.train.engine import Engine, Trainee

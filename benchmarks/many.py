@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from train_speed import e2e_texts, llama30m
 
 import lorica
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.ops.lora import Segment, adapted_linear
 from lorica.tasks import CausalLM
 from lorica.train.engine import Engine, Trainee

@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorica.config.several import OF_THE_RUN
+
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs/many.md"
 
@@ -199,9 +201,8 @@ PARTS = {"bits": bits, "speed": speed, "prefix": prefix, "layouts": layouts}
 
 
 def page() -> str:
+    """The text of docs/many.md, from the figures that there are."""
     found = json.loads((HERE / "results/many.json").read_text(encoding="utf-8"))
-    from lorica.config.several import OF_THE_RUN
-
     head = HEAD.replace("{of_the_run}", ", ".join(f"`{key}`" for key in OF_THE_RUN))
     parts = [make(found[part]) for part, make in PARTS.items() if part in found]
     where = found["machine"]

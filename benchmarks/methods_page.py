@@ -41,12 +41,13 @@ def write_page() -> None:
     for task, figures in found.items():
         picture = ROOT / "docs/images" / f"methods-{task}.svg"
         picture.write_text(svg(figures), encoding="utf-8")
-    PAGE.write_text(page(found), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
     print(f"written {PAGE}")
 
 
-def page(found: Mapping[str, dict[str, Any]]) -> str:
-    """The whole page."""
+def page() -> str:
+    """The text of docs/methods.md, from the figures that there are."""
+    found = load()
     of_base = json.loads((RESULTS / "e2e.json").read_text(encoding="utf-8"))
     base_loss = of_base["sides"]["lorica"][0]["base_scores"]["loss"]["value"]
     parts = [HEAD, "\n".join(advice(found, base_loss)), "\n".join(properties())]

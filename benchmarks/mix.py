@@ -266,7 +266,8 @@ def _peft_side(folder: Path, counts: list[int], seconds: float, found: dict[str,
 
 SIDES = {
     "lorica, from disk to disk": """
-from lorica.base.load import empty_model, weight_files
+from lorica.base.empty import empty_model
+from lorica.base.locate import weight_files
 from lorica import load_adapter
 from lorica.mix.on_disk import merge_on_disk, plan_on_disk
 model = empty_model(base)

@@ -90,12 +90,13 @@ besides (norms, biases, embeddings) are named.
 """
 
 
-def main() -> None:
+def page() -> str:
+    """The text of docs/mix.md, from the figures that there are."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     parts = [HEAD, *_errors(found), *_switch(found), *_pipelines(found), MERGE, *_spectra(found)]
     parts += _merge(found)
     text = "\n".join(part.rstrip("\n") + "\n" for part in parts)
-    PAGE.write_text(text.rstrip() + "\n", encoding="utf-8")
+    return text.rstrip() + "\n"
 
 
 def _errors(found: dict[str, Any]) -> list[str]:
@@ -220,4 +221,5 @@ def _merge(found: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"written {PAGE}")

@@ -14,7 +14,9 @@ def spectra(steps: int = 120) -> dict[str, Any]:
     """What a full fine-tune of the embedded base on the facts changed, drawn as `lorica extract`
     draws it.
     """
-    from lorica.base.load import EMBEDDED, empty_model, load_model, weight_files
+    from lorica.base.empty import empty_model
+    from lorica.base.load import load_model
+    from lorica.base.locate import EMBEDDED, weight_files
     from lorica.mix.extract import extract
     from lorica.records.spectra import spectra_figure
 
@@ -32,7 +34,7 @@ def spectra(steps: int = 120) -> dict[str, Any]:
 
 def _tune_whole(model: Any, steps: int) -> None:
     """Plain training of all weights on the demo's facts."""
-    from lorica.base.load import base_of
+    from lorica.base.known import base_of
     from lorica.data.facts import facts
 
     tokenizer = base_of(model).tokenizer

@@ -20,7 +20,7 @@ from jobs import (
 )
 
 import lorica
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.config import Preset
 from lorica.methods import WORDS
 from lorica.methods.method import is_chosen

@@ -74,15 +74,14 @@ python benchmarks/page.py
 """
 
 
-def main() -> None:
+def page() -> str:
+    """The text of docs/real-input.md, from the figures that there are."""
     found = [HERE / "results" / f"{name}.json" for name in ORDER]
     found = [path for path in found if path.exists()]
     if not found:
         raise SystemExit("no result in benchmarks/results; run benchmarks/e2e.py and glue.py first")
     parts = [section(json.loads(path.read_text(encoding="utf-8"))) for path in found]
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(HEAD + "".join(parts) + TAIL, encoding="utf-8")
-    print(f"written {PAGE}")
+    return HEAD + "".join(parts) + TAIL
 
 
 def section(result: dict) -> str:
@@ -210,4 +209,5 @@ def machine(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"written {PAGE}")

@@ -17,7 +17,7 @@ def measure_and_write(
     name: str,
     words: str,
     parts: Mapping[str, Callable[[], Any]],
-    page: Callable[[Mapping[str, Any]], str],
+    page: Callable[[], str],
     file: Path,
 ) -> None:
     """Run a command line: `--only PART ...` measures these, `--page` none.
@@ -26,7 +26,7 @@ def measure_and_write(
         name: of the file of the figures in `results`.
         words: what the command says of itself.
         parts: name -> what measures it, on one thread.
-        page: the text of the page, from the figures.
+        page: the text of the page, from the figures in `results`.
         file: where it goes.
     """
     parser = argparse.ArgumentParser(description=words)
@@ -43,5 +43,5 @@ def measure_and_write(
             print(part, json.dumps(figures[part]), flush=True)
         figures |= {"machine": machine(1), "versions": versions()}
         write_result(name, figures)
-    file.write_text(page(figures), encoding="utf-8")
+    file.write_text(page(), encoding="utf-8")
     print(f"written {file}")

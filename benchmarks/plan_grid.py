@@ -69,7 +69,7 @@ def base_folder(name: str, folder: Path) -> str:
         import torch
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-        from lorica.base.load import EMBEDDED
+        from lorica.base.locate import EMBEDDED
 
         torch.manual_seed(0)
         how = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 2048}
@@ -149,7 +149,7 @@ def main() -> None:
     print(f"{'row':<20} {'planned':>10} {'measured':>10} {'error':>8} {'of the run alone':>17}")
     rows = measured_before()
     if asked.page:
-        write_table(list(rows.values()))
+        PAGE.write_text(page(), encoding="utf-8")
         return
     with tempfile.TemporaryDirectory() as made:
         for row in GRID:
@@ -164,19 +164,19 @@ def main() -> None:
             threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
             facts = {"machine": machine(threads), "versions": versions(), "goal": GOAL}
             write_result("plan", {**facts, "rows": kept})
-            write_table(kept)
+            PAGE.write_text(page(), encoding="utf-8")
     worst = max(abs(row["error"]) for row in rows.values())
     print(f"worst error {worst:.1%} of {len(rows)} rows; the goal is below {GOAL:.0%}")
     sys.exit(worst >= GOAL)
 
 
-def write_table(rows: list[dict]) -> None:
-    """The table of docs/plan.md, between its marks."""
+def page() -> str:
+    """The text of docs/plan.md, with the table of the figures that there are between its marks."""
     lines = [
         "| row | batch x tokens | r, places | planned | measured | error |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in measured_before().values():
         how = f"{row['batch_size']} x {row['max_length']}"
         how += ", checkpointing" * row["gradient_checkpointing"]
         how += f", {row['dtype']}" * (row["dtype"] != "float32")
@@ -185,11 +185,10 @@ def write_table(rows: list[dict]) -> None:
         lines.append(
             f"| {row['base']} | {how} | {where} | {' | '.join(sizes)} | {row['error']:+.1%} |"
         )
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(FIRST_MARK)
+    before, rest = PAGE.read_text(encoding="utf-8").split(FIRST_MARK)
     after = rest.split(LAST_MARK)[1]
     table = "\n".join(lines)
-    PAGE.write_text(f"{before}{FIRST_MARK}\n{table}\n{LAST_MARK}{after}", encoding="utf-8")
+    return f"{before}{FIRST_MARK}\n{table}\n{LAST_MARK}{after}"
 
 
 def measured_before() -> dict[str, dict]:

@@ -26,7 +26,7 @@ from train_speed import faster_dtype
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorica
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.base.quantize import QUANTIZERS, quantizable
 from lorica.base.quantized import quantized
 from lorica.base.storage import num_parameters

@@ -80,7 +80,8 @@ short.
 """
 
 
-def main() -> None:
+def page() -> str:
+    """The text of docs/qlora.md, from the figures that there are."""
     found = json.loads((RESULTS / "qlora.json").read_text(encoding="utf-8"))
     lines = [HEAD, "## Figures", ""]
     lines += [
@@ -127,9 +128,9 @@ def main() -> None:
         for word, values in found["sst2"].items():
             every = ", ".join(f"{value:.3f}" for value in values)
             lines.append(f"| {word} | {statistics.median(values):.3f} ({every}) |")
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"written {PAGE}")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"written {PAGE}")

@@ -26,7 +26,7 @@ R, ALPHA, RATE = 8, 16, 1e-4
 
 def lorica_side(folder: str, dtype: str) -> Callable[[list[list[int]]], None]:
     import lorica
-    from lorica.base.load import base_of
+    from lorica.base.known import base_of
     from lorica.data.encode import Example
     from lorica.tasks import CausalLM
     from lorica.train.engine import Engine, Trainee

@@ -32,7 +32,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import killing
 import torch
-from reliability_page import write_page
+from reliability_page import PAGE, page
 
 from faults import operations, powerloss, scenarios
 from faults.injection import Found, crash_again_and_again, sweep
@@ -241,7 +241,7 @@ def main() -> None:
             figures["machine"] = machine()
             figures["date"] = time.strftime("%Y-%m-%d", time.gmtime())
             _keep(name, figures)
-    write_page(ROOT / "docs/reliability.md", _known())
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 def _known() -> Figures:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from jobs import RESULTS
+
+PAGE = Path(__file__).resolve().parents[1] / "docs/reliability.md"
 
 Figures = Mapping[str, Any]
 
@@ -89,9 +94,10 @@ ROWS: tuple[tuple[str, str, str, str], ...] = (
 )  # fmt: skip
 
 
-def write_page(path: Path, figures: Figures) -> None:
-    """Write the page; parts that were not measured are left out."""
-    path.write_text(page(figures), encoding="utf-8")
+def page() -> str:
+    """The text of docs/reliability.md, from the figures that there are."""
+    file = RESULTS / "reliability.json"
+    return text_of(json.loads(file.read_bytes()) if file.exists() else {})
 
 
 def _machine(own: Figures) -> str:
@@ -103,8 +109,8 @@ def _machine(own: Figures) -> str:
     )
 
 
-def page(figures: Figures) -> str:
-    """The whole text."""
+def text_of(figures: Figures) -> str:
+    """The page with these figures; parts that were not measured are left out."""
     measured = [part for part in SECTIONS if part in figures]
     more = sorted(part for part in figures if part not in SECTIONS)
     lines = [HEAD, "## Measured", ""]

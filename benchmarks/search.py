@@ -466,9 +466,10 @@ def main() -> None:
     if options.part == "side":
         print(json.dumps(run_side(options.name, json.loads(options.job.read_text()))))
     elif options.part == "page":
-        from search_page import write_page
+        from search_page import PAGE, page
 
-        write_page()
+        PAGE.write_text(page(), encoding="utf-8")
+        print(f"written {PAGE}")
     else:
         {"speed": speed, "choice": choice}[options.part](options)
 

@@ -130,9 +130,10 @@ that adapter is cut by SVD to each smaller rank, without any training.
 """
 
 
-def write_page() -> None:
+def page() -> str:
+    """The text of docs/search.md, from the figures that there are."""
     parts = [HEAD, *_settings(), *_speed(), *_choice()]
-    PAGE.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def _settings() -> list[str]:

@@ -188,7 +188,8 @@ def startup(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def page() -> str:
+    """The text of docs/speed.md, from the figures that there are."""
     parts = [HEAD]
     for dtype in ("bfloat16", "float32"):
         if found := read(f"train_speed-{dtype}"):
@@ -202,9 +203,9 @@ def main() -> None:
     if found := read("startup"):
         parts.append("\n".join(startup(found)))
     parts.append(WHERE)
-    PAGE.write_text("\n".join(parts), encoding="utf-8")
-    print(f"written {PAGE}")
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"written {PAGE}")

@@ -30,8 +30,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PHASES = {
     "reading and checking the records": (("prepare", "gather"), ("prepare", "screen_quickly")),
-    "encoding the records": (("prepare", "encode"),),
-    "memory: the base without weights": (("prepare", "shadow_of"), ("forecast", "try_out")),
+    "encoding the records": (("forecast", "encode"), ("prepare", "encode")),
+    "memory: the base without weights": (("forecast", "shadow_of"), ("forecast", "try_out")),
     "memory: a step without numbers": (("forecast", "estimate"),),
     "loading the base": (("prepare", "load_base"),),
     "attaching the adapter": (("prepare", "begin"),),
@@ -147,7 +147,7 @@ def _medians(title: str, starts: list[dict]) -> dict[str, list[float]]:
 
 
 def _encoded_part(model: str, rows: list[dict]) -> list[tuple[list[int], list[int]]]:
-    from lorica.base.load import load_tokenizer
+    from lorica.base.tokenizer import load_tokenizer
     from lorica.tasks import CausalLM
 
     task = CausalLM.of(load_tokenizer(model), max_length=512)
@@ -156,7 +156,7 @@ def _encoded_part(model: str, rows: list[dict]) -> list[tuple[list[int], list[in
 
 def preparation(model: Path, rows: list[dict]) -> dict[str, list[float]]:
     """Encoding by the tokenizer's own threads, by processes, and from the cache."""
-    from lorica.base.load import load_tokenizer
+    from lorica.base.tokenizer import load_tokenizer
     from lorica.data.encoded_cache import EncodedCache
     from lorica.data.read import from_rows
     from lorica.tasks import CausalLM

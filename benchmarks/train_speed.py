@@ -36,7 +36,7 @@ from jobs import machine, read_table, versions, write_result
 from speed_sides import Workload
 
 import lorica
-from lorica.base.load import EMBEDDED
+from lorica.base.locate import EMBEDDED
 from lorica.tasks import CausalLM, TextClassification
 from lorica.train.loop import default_task
 

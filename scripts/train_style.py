@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 import lorica
-from lorica.base.load import EMBEDDED, base_of
+from lorica.base.known import base_of
+from lorica.base.locate import EMBEDDED
 from lorica.cli.demo import SETTINGS
 from lorica.cli.run import execute
 from lorica.config import Layer, resolve

@@ -6,7 +6,7 @@ import torch
 import lorica
 import tiny_pipelines as pipelines
 from lorica.attach.probe import unvisited
-from lorica.base.load import digest_of_tensors
+from lorica.base.digest import digest_of_tensors
 from lorica.errors import ActivationError
 from lorica.tasks.drawing import draw
 

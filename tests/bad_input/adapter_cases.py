@@ -25,7 +25,7 @@ from architectures import ARCHITECTURES
 from bad_input.case import Case
 from lorica.attach.attach import attach
 from lorica.attach.handle import adapters
-from lorica.base.load import Base
+from lorica.base.known import Base
 from lorica.errors import AdapterFileError, ConfigError, LoricaError, LoricaWarning
 from lorica.files.adapter import CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter
 from lorica.files.doubts import doubts

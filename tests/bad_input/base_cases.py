@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from bad_input.case import Case
 from data.chat_templates import byte_tokenizer
 from lorica.base import hub
-from lorica.base.load import base_of, load_model, load_tokenizer
+from lorica.base.known import base_of
+from lorica.base.load import load_model
+from lorica.base.tokenizer import load_tokenizer
 from lorica.data import budget
 from lorica.data.encode import CausalEncoder
 from lorica.data.template import ChatTemplate

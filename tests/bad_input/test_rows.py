@@ -1,6 +1,7 @@
 """Every row of the tables of bad input: what Lorica says to it, and that the page shows it."""
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -47,3 +48,5 @@ def test_the_page_has_every_case():
     sys.modules["bad_input_page"] = written
     spec.loader.exec_module(written)
     assert shown == [(case.row, written.cell(case.given)) for case in CASES]
+    figures = "\n".join(written.fuzzed(json.loads(written.FIGURES.read_bytes())))
+    assert figures in PAGE.read_text("utf-8")

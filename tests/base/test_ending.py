@@ -41,7 +41,8 @@ def test_an_unknown_end_token_is_refused_with_the_nearest():
 
 
 def test_the_stories_base_says_that_its_end_token_cannot_be_learned(shared_data):
-    from lorica.base.load import base_of, load_model
+    from lorica.base.known import base_of
+    from lorica.base.load import load_model
 
     model = load_model(shared_data / "models/stories260k")
     assert any("cannot learn to end" in note for note in base_of(model).notes)

@@ -8,8 +8,9 @@ import torch
 
 import lorica
 import tiny_pipelines as pipelines
+from lorica.base.empty import empty_model
 from lorica.base.image_pipeline import guided_paths, is_pipeline
-from lorica.base.load import base_of, empty_model
+from lorica.base.known import base_of
 from lorica.errors import BaseModelError
 
 

@@ -10,16 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from architectures import ARCHITECTURES
 from lorica.attach.attach import attach
-from lorica.base import load
-from lorica.base.load import (
-    base_of,
-    choose_dtype,
-    digest_of_files,
-    digest_of_tensors,
-    empty_model,
-    load_model,
-    missing_heads,
-)
+from lorica.base import choose
+from lorica.base.choose import choose_dtype
+from lorica.base.digest import digest_of_files, digest_of_tensors
+from lorica.base.empty import empty_model
+from lorica.base.known import base_of
+from lorica.base.load import load_model
+from lorica.base.missing import missing_heads
 from lorica.errors import BaseModelError
 from lorica.files.adapter import save_adapter
 from lorica.methods.lora import LoRA
@@ -205,10 +202,10 @@ def test_dtypes(tmp_path, causal, monkeypatch):
     assert dtype_of(half, "float32") is torch.float32
     assert base_of(load_model(half)).digest == base_of(load_model(half, dtype="float32")).digest
     for native, wanted in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(load, "_cpu_has_bfloat16", lambda native=native: native)
+        monkeypatch.setattr(choose, "_cpu_has_bfloat16", lambda native=native: native)
         assert choose_dtype("auto", torch.device("cpu")) is wanted
         told = base_of(load_model(causal, dtype="bfloat16", device="cpu")).notes
-        assert (load.SLOW_BFLOAT16 in told) is not native
+        assert (choose.SLOW_BFLOAT16 in told) is not native
 
 
 # --- digests --------------------------------------------------------------------------------------

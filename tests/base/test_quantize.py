@@ -13,7 +13,7 @@ from torch import nn
 
 import lorica
 from lorica.base.four_bit import FP4, NF4
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.base.quantize import (
     QUANTIZERS,
     dequantize_model,

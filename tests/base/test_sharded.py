@@ -6,9 +6,9 @@ import transformers as hf
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
-from lorica.base.load import load_tokenizer
 from lorica.base.processes import joined
 from lorica.base.sharded import _start_buffers, load_sharded
+from lorica.base.tokenizer import load_tokenizer
 from lorica.errors import BaseModelError
 
 SIZES = {

@@ -2,9 +2,8 @@
 those is an estimate of its own.
 """
 
-from lorica.cli.forecast import Forecast
+from lorica.cli.forecast import Forecast, foresee
 from lorica.cli.material import gather
-from lorica.cli.prepare import foresee
 from lorica.cli.voice import Voice
 from lorica.config import resolve
 from lorica.methods import WORDS

@@ -22,21 +22,11 @@ from lorica.records.crew import Crew
 from lorica.records.folder import RunFolder
 from lorica.train import loop
 from lorica.train.engine import Engine
+from several_processes import LORICA, dying, same_adapters, torchrun
+from train.runs import rows
 
 PLACES = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 SECTION = {"r": [2, 4, 5], "learning_rate": [3e-3, 3e-2]}
-CODE = """
-import os, sys
-from lorica.train.engine import Engine
-step, calls, last = Engine.step, [], int(sys.argv.pop(1))
-def dying(self, *a):
-    calls.append(1)
-    if len(calls) == last: os.kill(os.getpid(), 9)
-    return step(self, *a)
-Engine.step = dying
-from lorica.cli import main; main(sys.argv[1:])
-"""
-"""The command line, in a process that is killed at one of its steps."""
 
 
 @pytest.fixture(scope="module")
@@ -72,32 +62,16 @@ def several(settings):
     return file
 
 
-def torchrun(number, *line, folder):
-    words = ["--standalone", "--nproc-per-node", str(number), "-m", "lorica", *map(str, line)]
-    how = {"cwd": folder, "capture_output": True, "text": True}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], **how)
-
-
 def started(rank, size, *line, folder, dies_at=0, script=False):
     """A process as torchrun starts it, without a torchrun that ends all when one dies; or a script
     that starts it.
     """
     both = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     places = {"RANK": str(rank), "LOCAL_RANK": str(rank), **both}
-    words = [sys.executable, "-c", CODE, str(dies_at), *map(str, line)]
+    words = [sys.executable, "-c", dying(dies_at), *map(str, line)]
     words = [*(("sh", "-c", '"$@"; exit $?', "sh") if script else ()), *words]
     how = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(words, env={**os.environ, **places}, **how)
-
-
-def same_adapters(first, second):
-    """The files of the adapters are the same, to the last bit."""
-    folders = sorted((first / "adapters").iterdir())
-    assert folders and [f.name for f in folders] == sorted(os.listdir(second / "adapters"))
-    for folder in folders:
-        other = second / "adapters" / folder.name
-        for name in ("adapter_model.safetensors", "adapter_config.json", "lorica.json"):
-            assert (folder / name).read_bytes() == (other / name).read_bytes(), (folder, name)
 
 
 def same_search(first, second):
@@ -112,12 +86,6 @@ def same_search(first, second):
         assert (first / name).read_bytes() == (second / name).read_bytes()
     assert json.loads((second / "run.json").read_text())["status"] == "finished"
     assert (second / "report.html").is_file() and not (second / "workers").exists()
-
-
-def rows(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    timed = ("tokens_per_second", "memory_bytes")
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +110,7 @@ def by_one(command, file):
 
 def searched_by(number, settings, tmp_path, alone):
     line = ["search", settings, "--output-dir", "found"]
-    done = torchrun(number, *line, folder=tmp_path)
+    done = torchrun(number, *LORICA, *line, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("chosen   ") == 1  # one table, one answer
     assert f"{number} processes" in done.stdout
@@ -193,13 +161,10 @@ def test_the_first_process_takes_up_what_another_had(settings, tmp_path, alone):
 
 @pytest.mark.slow
 def test_torchrun_starts_the_same_line_again(settings, tmp_path, alone):
-    code = CODE.replace("int(sys.argv.pop(1))", "6 if os.environ['AGAIN'] == '0' else 0")
-    code = code.replace("'AGAIN'", "'TORCHELASTIC_RESTART_COUNT'")
-    (tmp_path / "dying.py").write_text(code)
+    once = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+    (tmp_path / "dying.py").write_text(dying(6, when=once))
     line = ["search", settings, "--output-dir", "found", "--resume", "found"]
-    words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "dying.py", *line]
-    run = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    done = torchrun(2, "--max-restarts", 1, "dying.py", *line, folder=tmp_path)
     assert done.returncode == 0 and "chosen   " in done.stdout, done.stderr
     same_search(alone, tmp_path / "found")
 
@@ -217,7 +182,7 @@ def test_when_all_are_killed_one_process_can_go_on(lorica, settings, tmp_path, a
 
 @pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_adapters_of_a_list_are_those_of_one_process(several, several_alone, tmp_path, number):
-    done = torchrun(number, "train", several, "--output-dir", "found", folder=tmp_path)
+    done = torchrun(number, *LORICA, "train", several, "--output-dir", "found", folder=tmp_path)
     assert done.returncode == 0 and done.stdout.count("\nreport ") == 1, done.stderr
     same_run(several_alone, tmp_path / "found")
 
@@ -449,7 +414,8 @@ def test_a_process_that_torchrun_did_not_start_speaks_at_once(lorica, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", [["--rank", "no number"], ["--data", "nowhere.jsonl"]])
 def test_torchrun_tells_an_error_once(settings, tmp_path, wrong):
-    done = torchrun(2, "search", settings, "--output-dir", "found", *wrong, folder=tmp_path)
+    line = ["search", settings, "--output-dir", "found", *wrong]
+    done = torchrun(2, *LORICA, *line, folder=tmp_path)
     assert done.returncode and done.stderr.count("lorica: ") == 1, done.stderr
 
 

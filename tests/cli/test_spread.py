@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,20 +14,11 @@ from lorica.base.processes import Processes, is_gone, joined
 from lorica.cli.spread_run import _others
 from lorica.config import load_yaml
 from lorica.errors import ConfigError, LoricaError
+from several_processes import LORICA, dying, line_of, same_adapters, torchrun
+from train.runs import rows
 
-DYING = """
-import os, sys
-from lorica.train.engine import Engine
-step, calls = Engine.step, []
-def dying(self, *words):
-    calls.append(1)
-    here = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-    if len(calls) == 5 and here == ("1", "0"): os.kill(os.getpid(), NUMBER)
-    return step(self, *words)
-Engine.step = dying
-from lorica.cli import main; main(sys.argv[1:])
-"""
-"""The command line, in processes of which one gets a signal at one of its steps."""
+SECOND_AT_FIRST = "(os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == ('1', '0')"
+"""Of the processes the second one, before it was started again."""
 
 
 @pytest.fixture(scope="module")
@@ -56,47 +46,29 @@ def several(stock, tmp_path_factory):
     return file
 
 
-def line_of(*words):
-    start = ["--standalone", "--nproc-per-node", "2", *map(str, words)]
-    return [sys.executable, "-m", "torch.distributed.run", *start]
-
-
-def torchrun(*words, folder):
-    return subprocess.run(line_of(*words), cwd=folder, capture_output=True, text=True)
-
-
 def status(folder):
     return json.loads((folder / "run.json").read_text())["status"]
 
 
-def rows(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    timed = ("tokens_per_second", "memory_bytes")
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
 def dies(number, several, folder, *, restarts=0):
-    (folder / "dying.py").write_text(DYING.replace("NUMBER", str(number)))
+    (folder / "dying.py").write_text(dying(5, number, when=SECOND_AT_FIRST))
     both = ["--output-dir", "found", "--resume", "found"]
     words = ["--max-restarts", restarts, "dying.py", "train", several, *both]
-    return torchrun(*words, folder=folder)
+    return torchrun(2, *words, folder=folder)
 
 
 def same_as_one(lorica, several, folder):
     """What processes made together is what one makes, to the last bit."""
     assert lorica("train", several, "--no-shard-base", "--output-dir", "alone").code == 0
     assert rows(folder / "alone") == rows(folder / "found")
-    for name in ("a", "b"):
-        one, other = (folder / run / "adapters" / name for run in ("alone", "found"))
-        for file in ("adapter_model.safetensors", "adapter_config.json", "lorica.json"):
-            assert (one / file).read_bytes() == (other / file).read_bytes()
+    same_adapters(folder / "alone", folder / "found")
     one, other = (folder / run / "samples.jsonl" for run in ("alone", "found"))
     assert one.read_bytes() == other.read_bytes()
     assert status(folder / "found") == "finished"
 
 
 def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(lorica, several, tmp_path):
-    done = dies(int(signal.SIGKILL), several, tmp_path, restarts=1)
+    done = dies(signal.SIGKILL, several, tmp_path, restarts=1)
     assert done.returncode == 0 and done.stdout.count("\nreport ") == 1, done.stderr
     # the other process finds it gone, or is ended by torchrun before
     assert done.stderr.count("mend: go on with: ") == 1, done.stderr
@@ -107,21 +79,21 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(lorica, se
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_with_the_state_saved(lorica, several, tmp_path):
-    done = dies(int(signal.SIGTERM), several, tmp_path)
+    done = dies(signal.SIGTERM, several, tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("stopped by SIGTERM: the state was saved") == 1, done.stderr
     assert status(tmp_path / "found") == "interrupted"
     assert (tmp_path / "found/checkpoints/step-00000005").is_dir()
     told = lorica("train", "--resume", "found")  # by itself it has no processes to spread it over
     assert told.code == 2 and "torchrun" in told.err
-    done = torchrun("-m", "lorica", "train", "--resume", "found", folder=tmp_path)
+    done = torchrun(2, *LORICA, "train", "--resume", "found", folder=tmp_path)
     assert done.returncode == 0 and done.stdout.count("\nreport ") == 1, done.stderr
     same_as_one(lorica, several, tmp_path)
 
 
 @pytest.mark.slow
 def test_one_process_that_has_room_goes_on_with_it(lorica, several, tmp_path):
-    assert dies(int(signal.SIGKILL), several, tmp_path).returncode != 0
+    assert dies(signal.SIGKILL, several, tmp_path).returncode != 0
     assert status(tmp_path / "found") == "failed"
     assert lorica("train", "--resume", "found", "--no-shard-base").code == 0
     same_as_one(lorica, several, tmp_path)
@@ -129,9 +101,9 @@ def test_one_process_that_has_room_goes_on_with_it(lorica, several, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_that_is_stopped_stops_all(several, tmp_path):
-    words = ["-m", "lorica", "train", several, "--output-dir", "found", "--max-steps", "5000"]
+    words = [*LORICA, "train", several, "--output-dir", "found", "--max-steps", "5000"]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(line_of(*words), cwd=tmp_path, **how)
+    process = subprocess.Popen(line_of(2, *words), cwd=tmp_path, **how)
     while not [*tmp_path.glob("found/checkpoints/step-*")]:
         assert process.poll() is None
         time.sleep(0.2)
@@ -145,8 +117,8 @@ def test_torchrun_that_is_stopped_stops_all(several, tmp_path):
 
 @pytest.mark.slow
 def test_what_all_find_wrong_is_said_once(several, tmp_path):
-    words = ["-m", "lorica", "train", several, "--output-dir", "found", "--target-modules", "no"]
-    done = torchrun(*words, folder=tmp_path)
+    words = [*LORICA, "train", several, "--output-dir", "found", "--target-modules", "no"]
+    done = torchrun(2, *words, folder=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("lorica: ") == 1, done.stderr
     assert not (tmp_path / "found").exists()

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lorica.base.load import EMBEDDED
+from lorica.base.locate import EMBEDDED
 from lorica.data.cat_sentences import CLOSINGS, MARKS, OPENINGS, SENTENCES, cat_sentences
 from lorica.data.facts import facts
 from lorica.errors import DataError

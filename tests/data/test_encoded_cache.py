@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lorica.base.load import EMBEDDED, load_tokenizer
+from lorica.base.locate import EMBEDDED
+from lorica.base.tokenizer import load_tokenizer
 from lorica.data import encoded_cache
 from lorica.data.encoded_cache import EncodedCache, user_folder
 from lorica.data.read import from_rows

@@ -1,33 +1,14 @@
-"""The figures of docs/methods.md and docs/parity.md, and the pages that are written from them."""
+"""The figures of docs/methods.md and docs/parity.md, and how they are made."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmark import BENCHMARKS, script
+
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
-
-if not BENCHMARKS.exists():
-    pytest.skip("the benchmarks are not part of this distribution", allow_module_level=True)
-
-
 _ERRORS = ("outputs", "gradients", "returned", "first")
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a script of benchmarks/, whose scripts import each other by name."""
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    yield importlib.import_module
-    for name in [n for n, m in sys.modules.items() if _lies_there(m)]:
-        del sys.modules[name]
-
-
-def _lies_there(module):
-    return str(getattr(module, "__file__", None) or "").startswith(str(BENCHMARKS))
 
 
 def side(*runs, method="lora", weight=1):
@@ -42,8 +23,8 @@ def side(*runs, method="lora", weight=1):
     }
 
 
-def test_scores_are_means_over_seeds_with_intervals_around_them(load):
-    figures = load("methods_score").figures
+def test_scores_are_means_over_seeds_with_intervals_around_them():
+    figures = script("methods_score").figures
     found = {
         "lora": {"lorica": side([1, 0, 1, 1] * 25, [1, 0, 1, 0] * 25)},
         "full": {"lorica": side([1] * 100, [1] * 100, method="full")},
@@ -63,14 +44,14 @@ def test_scores_are_means_over_seeds_with_intervals_around_them(load):
     )
 
 
-def test_a_loss_is_per_token(load):
+def test_a_loss_is_per_token():
     found = {"lora": {"lorica": side([2.0, 6.0], [4.0, 4.0], weight=2)}}
     found["lora"]["lorica"]["runs"][0]["records"][1][1] = 6
-    told = load("methods_score").figures(found)["lora"]["sides"]["lorica"]
+    told = script("methods_score").figures(found)["lora"]["sides"]["lorica"]
     assert told["by_seed"] == [8.0 / 8, 8.0 / 4]
 
 
-def test_a_selection_is_compared_with_chance_of_the_same_grain(load):
+def test_a_selection_is_compared_with_chance_of_the_same_grain():
     one, other = [[1, 0] * 8], [[1, 1] * 8]
     found = {
         "lora": {"lorica": side(*one)},
@@ -78,15 +59,15 @@ def test_a_selection_is_compared_with_chance_of_the_same_grain(load):
         "sparse: random": {"lorica": side(*one)},
         "sparse rows: fisher": {"lorica": side(*other)},
     }
-    told = load("methods_score").figures(found)
+    told = script("methods_score").figures(found)
     assert told["sparse: fisher"]["sides"]["lorica"]["against"]["random"]["difference"] == 0.5
     assert told["sparse: fisher"]["sides"]["peft"]["against"]["lorica"]["difference"] == -0.5
     assert "random" not in told["sparse: random"]["sides"]["lorica"]["against"]
     assert "random" not in told["sparse rows: fisher"]["sides"]["lorica"]["against"]
 
 
-def test_names_in_the_picture_lie_on_nothing(load, monkeypatch):
-    plot = load("methods_plot")
+def test_names_in_the_picture_lie_on_nothing(monkeypatch):
+    plot = script("methods_plot")
     boxes = []
     label = plot._label
     monkeypatch.setattr(plot, "_label", lambda *given: boxes.append(label(*given)))
@@ -112,27 +93,24 @@ def test_names_in_the_picture_lie_on_nothing(load, monkeypatch):
     assert text == plot.svg(figures)
 
 
-def test_the_page_is_that_of_the_figures(load):
-    page = load("methods_page")
-    found = page.load()
-    assert (ROOT / "docs/methods.md").read_text(encoding="utf-8") == page.page(found)
-    for task, figures in found.items():
+def test_every_set_of_figures_has_its_picture_and_what_others_are_held_against():
+    for task, figures in script("methods_page").load().items():
         assert (ROOT / f"docs/images/methods-{task}.svg").exists()
         assert {"lora", "full", "sparse: fisher", "sparse: random"} <= figures["methods"].keys()
 
 
-def test_the_parity_page_is_that_of_figures_within_the_tolerance(load):
-    page = load("parity_page")
+def test_the_figures_of_parity_are_within_the_tolerance():
+    if not BENCHMARKS.exists():
+        pytest.skip("the benchmarks are not part of this distribution")
     figures = json.loads((BENCHMARKS / "results/parity.json").read_bytes())
-    assert (ROOT / "docs/parity.md").read_text(encoding="utf-8") == page.page(figures)
     rows = [*figures["layers"], *figures["prompts"], *figures["tokens"]]
     errors = [row[key] for row in rows if "outputs" in row for key in _ERRORS]
     assert len(errors) > 200 and max(errors) <= 1e-5
 
 
-def test_lines_of_code_are_neither_blank_nor_words(load):
+def test_lines_of_code_are_neither_blank_nor_words():
     text = (
         '"""Head\nof two lines."""\n\nimport os  # why\n\n# a comment\ndef f(\n    x,  # it\n'
         '):\n    """Does."""\n    return """two\nlines"""\n'
     )
-    assert load("peft_parity").code_lines(text) == {4, 7, 8, 9, 11, 12}
+    assert script("peft_parity").code_lines(text) == {4, 7, 8, 9, 11, 12}

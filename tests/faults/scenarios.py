@@ -22,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from faults import rig
+from lorica.cli import forecast
 from lorica.cli import prepare as preparing
 from lorica.cli import run as running
 from lorica.config import TrainSettings
@@ -117,7 +118,7 @@ def _at(place: Any, name: str, send: Callable[[], None], *, when=lambda *argumen
 
 PHASES: dict[str, Callable[[Callable[[], None]], None]] = {
     "loading": lambda send: _at(preparing, "load_model", send),
-    "tokenising": lambda send: _at(preparing, "encode", send),
+    "tokenising": lambda send: _at(forecast, "encode", send),
     "beginning": lambda send: _at(running, "_begin", send),
     "scoring the base": lambda send: _at(running, "predictions", send),
     "generating": lambda send: _at(CausalLM, "predict", send),

@@ -13,7 +13,7 @@ from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach, detach
 from lorica.attach.handle import adapters
-from lorica.base.load import Base
+from lorica.base.known import Base
 from lorica.errors import AdapterFileError, ConfigError, LoricaWarning
 from lorica.files.adapter import CARD, CONFIG, PROVENANCE, WEIGHTS, load_adapter, save_adapter
 from lorica.methods.lora import LoRA

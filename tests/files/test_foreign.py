@@ -15,7 +15,8 @@ from torch import nn
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach
-from lorica.base.load import EMBEDDED, load_model
+from lorica.base.load import load_model
+from lorica.base.locate import EMBEDDED
 from lorica.errors import AdapterFileError
 from lorica.files import gguf_model, gguf_vocab, ollama, onnx_model
 from lorica.files.adapter import load_adapter, save_adapter

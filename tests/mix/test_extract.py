@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach
-from lorica.base.load import empty_model
+from lorica.base.empty import empty_model
 from lorica.errors import ConfigError, MergeError
 from lorica.files.adapter import load_adapter, save_adapter
 from lorica.methods import LoRA

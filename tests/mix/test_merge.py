@@ -12,7 +12,7 @@ from lorica.attach.activate import activate
 from lorica.attach.attach import attach
 from lorica.attach.handle import adapters
 from lorica.attach.site import is_site
-from lorica.base.load import Base, base_of
+from lorica.base.known import Base, base_of
 from lorica.errors import ConfigError, LoricaWarning, MergeError
 from lorica.files.whole import save_merged
 from lorica.methods.lora import LoRA

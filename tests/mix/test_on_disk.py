@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from architectures import ARCHITECTURES
 from lorica.attach.attach import attach
 from lorica.attach.handle import adapters
-from lorica.base.load import empty_model
+from lorica.base.empty import empty_model
 from lorica.errors import MergeError
 from lorica.files.adapter import load_adapter, save_adapter
 from lorica.methods import METHODS, LoRA
@@ -146,7 +146,7 @@ PEAK = """
 import resource, sys, json, torch, transformers as hf
 from pathlib import Path
 from lorica.attach.attach import attach
-from lorica.base.load import empty_model
+from lorica.base.empty import empty_model
 from lorica.methods import LoRA
 from lorica.mix.on_disk import merge_on_disk, plan_on_disk
 

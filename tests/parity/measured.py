@@ -1,4 +1,4 @@
-"""What the tests of this folder hold and `benchmarks/parity.py` measures: one code for both.
+"""What the tests of this folder hold and `benchmarks/peft_parity.py` measures: one code for both.
 
 An error is the largest difference of two tensors, divided by the largest entry of theirs where that
 is above 1.

@@ -7,7 +7,8 @@ import transformers as hf
 from architectures import ARCHITECTURES, CAUSAL
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach
-from lorica.base.load import base_of, load_model
+from lorica.base.known import base_of
+from lorica.base.load import load_model
 from lorica.data.encode import Example
 from lorica.errors import ConfigError
 from lorica.methods.lora import LoRA

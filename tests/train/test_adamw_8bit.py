@@ -8,7 +8,8 @@ import safetensors.torch
 import torch
 
 from lorica.attach.attach import attach
-from lorica.base.load import base_of, load_model
+from lorica.base.known import base_of
+from lorica.base.load import load_model
 from lorica.config import TrainSettings
 from lorica.data.facts import facts
 from lorica.errors import CheckpointError, ConfigError, Interrupted

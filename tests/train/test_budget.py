@@ -9,7 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from lorica.attach.attach import attach
 from lorica.attach.handle import adapters
-from lorica.base.load import base_of, load_model
+from lorica.base.known import base_of
+from lorica.base.load import load_model
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.data.facts import facts

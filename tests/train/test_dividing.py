@@ -1,8 +1,6 @@
 """A base that processes hold together: the shares, the bits of one process, the same for all."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +8,13 @@ import torch
 import transformers as hf
 
 import lorica
-from lorica.base.load import load_model, load_tokenizer
+from lorica.base.load import load_model
 from lorica.base.processes import Processes
+from lorica.base.tokenizer import load_tokenizer
 from lorica.data.encode import Example
 from lorica.train.dividing import Divided, dealt_records, whole_adapters
 from lorica.train.engine import Trainee
+from several_processes import torchrun
 from train import holding_together
 
 SOURCE = Path(holding_together.__file__)
@@ -43,9 +43,7 @@ def untied(tmp_path_factory):
 
 
 def check(number, bases, output):
-    words = ["--standalone", "--nproc-per-node", str(number), str(SOURCE), str(output), *bases]
-    line = [sys.executable, "-m", "torch.distributed.run", *words]
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = torchrun(number, SOURCE, output, *bases, folder=output)
     assert done.returncode == 0, done.stderr
     for n, base in enumerate(bases):
         model, every, one = holding_together.alone(base, output / str(n))

@@ -19,6 +19,7 @@ from lorica.methods.lora import LoRA
 from lorica.tasks.causal_lm import CausalLM
 from lorica.tasks.seq2seq import Seq2Seq
 from lorica.train.engine import Engine, Trainee
+from lorica.train.passes import draws, passes_of
 from train.words import WordTokenizer, examples, fast_tokenizer
 
 
@@ -393,7 +394,21 @@ def test_an_adapter_that_cannot_share_a_pass_goes_alone(monkeypatch):
 def test_how_a_step_is_cut_into_passes_changes_no_bit(monkeypatch):
     whole = tried("abcd", dropout=0.2)
     calls = passes(monkeypatch)
-    monkeypatch.setitem(Engine.step.__globals__, "MOST_TOKENS", 40)
+    monkeypatch.setitem(passes_of.__globals__, "MOST_TOKENS", 40)
     assert_equal_bits(tried("abcd", dropout=0.2), whole)
     assert len(calls) > 2
     assert sum(calls) == 8
+
+
+def test_dropout_of_a_head_that_the_model_has_not_does_not_keep_adapters_apart():
+    shape = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 32}
+
+    def made(**more):
+        config = transformers.GPTNeoXConfig(**shape, **more)
+        return transformers.GPTNeoXForCausalLM(config)
+
+    assert made().config.classifier_dropout > 0
+    assert not draws(made())
+    assert draws(made(attention_dropout=0.1))
+    assert draws(made(hidden_dropout=0.1))

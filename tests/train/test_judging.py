@@ -21,7 +21,7 @@ from lorica.train.shared import SharedLayers
 from tasks.test_beginnings import block
 from train.words import WordTokenizer, examples
 
-engine_file, judging = (import_module(f"lorica.train.{name}") for name in ("engine", "judging"))
+judging, passes = (import_module(f"lorica.train.{name}") for name in ("judging", "passes"))
 SETTINGS = TrainSettings(max_steps=4, batch_size=3, eval_batch_size=4)
 
 
@@ -41,7 +41,7 @@ def courses(model, task, methods, held_out):
 @pytest.mark.parametrize("most", [4096, 150, 1])
 @pytest.mark.parametrize("layers", [None, [1]])
 def test_the_losses_are_those_of_each_alone(monkeypatch, most, layers):
-    monkeypatch.setattr(engine_file, "MOST_TOKENS", most)
+    monkeypatch.setattr(passes, "MOST_TOKENS", most)
     model, task, held_out = (
         ARCHITECTURES["llama"].build(),
         CausalLM.of(WordTokenizer()),

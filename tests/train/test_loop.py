@@ -12,7 +12,7 @@ from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
 from lorica.attach.attach import attach
 from lorica.attach.handle import adapters
-from lorica.base.load import Base
+from lorica.base.known import Base
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import ConfigError, DataError, NonFiniteError, TrainingError
@@ -21,8 +21,9 @@ from lorica.records.read import read_manifest
 from lorica.tasks import CausalLM, TextClassification
 from lorica.train import evaluations
 from lorica.train.course import Course
-from lorica.train.engine import Engine, Trainee, derive_seed
+from lorica.train.engine import Engine, Trainee
 from lorica.train.loop import total_steps, train
+from lorica.train.seed import derive_seed
 from train.runs import model_with, outcome, rows, run
 from train.words import WordTokenizer, examples, fast_tokenizer
 

@@ -6,7 +6,7 @@ import torch
 import lorica
 from architectures import ARCHITECTURES
 from lorica.attach.activate import activate
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.base.quantize import dequantize_model, quantize_model, quantized_layers
 from lorica.config import TrainSettings
 from lorica.errors import CheckpointError, Interrupted

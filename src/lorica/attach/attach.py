@@ -18,7 +18,7 @@ from lorica.attach.stages import check_stack, check_stages, check_union, lay_on,
 from lorica.attach.survey import unwrap
 from lorica.base.foreign import check_foreign, hold, release
 from lorica.base.image_pipeline import guided_paths
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.errors import ConfigError
 from lorica.methods.copy import Copy
 from lorica.methods.method import Layer, Method, Tensors, is_chosen

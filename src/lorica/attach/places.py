@@ -15,7 +15,7 @@ from lorica.attach.probe import weight_read
 from lorica.attach.prompt import is_prompt, stacks_of
 from lorica.attach.targets import resolve
 from lorica.attach.tokens import SETTING, add_rows
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.errors import ConfigError, TargetError, folded, nearest
 from lorica.methods.copy import Copy
 from lorica.methods.method import Layer, Method

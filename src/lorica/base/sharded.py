@@ -23,16 +23,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.initialization import guard_torch_init_functions
 
+from lorica.base.choose import choose_dtype
+from lorica.base.digest import digest_of_files
+from lorica.base.empty import empty_model
 from lorica.base.ending import end_token_note, set_end_token
-from lorica.base.load import (
-    Base,
-    choose_dtype,
-    digest_of_files,
-    empty_model,
-    load_tokenizer,
-    weight_files,
-)
+from lorica.base.known import Base
+from lorica.base.locate import weight_files
 from lorica.base.processes import Processes, first_line, is_gone
+from lorica.base.tokenizer import load_tokenizer
 from lorica.errors import BaseModelError
 
 Where = Mapping[str, tuple[Path, str]]

@@ -279,10 +279,13 @@ def _read(settings: Resolved) -> tuple[dict[str, Dataset], list[Finding]]:
 
 def _look_at_tokens(settings: Resolved, parts: dict[str, Dataset], found: _Found) -> None:
     """Encode as training would, and add what that shows."""
-    from lorica.base.load import Base, empty_model, load_tokenizer
+    from lorica.base.empty import empty_model
+    from lorica.base.known import Base
+    from lorica.base.tokenizer import load_tokenizer
+    from lorica.cli.encoding import make_task, with_separator
     from lorica.cli.manifest import marked
     from lorica.cli.material import Material
-    from lorica.cli.prepare import check_effects, make_task, with_separator
+    from lorica.cli.screening import check_effects
     from lorica.data.findings import sorted_by_severity
     from lorica.data.screen_tokens import Sight, lengths_of, screen_tokens
     from lorica.tasks.task import num_positions

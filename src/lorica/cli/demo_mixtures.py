@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorica.base.load import EMBEDDED, load_model
+from lorica.base.load import load_model
+from lorica.base.locate import EMBEDDED
 from lorica.cli.judge import predictions
 from lorica.cli.opening import adapter_facts, task_of
 from lorica.cli.voice import Voice

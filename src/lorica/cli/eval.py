@@ -81,6 +81,7 @@ def command(
     import json as jsonlib
     import sys
 
+    from lorica.base.known import known
     from lorica.cli.judge import tell_of_chance
     from lorica.cli.material import (
         Material,
@@ -90,7 +91,6 @@ def command(
         with_system,
     )
     from lorica.cli.opening import open_subject
-    from lorica.cli.prepare import known
     from lorica.cli.together import join, others_of
     from lorica.cli.voice import Voice
     from lorica.config import known_settings

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lorica.attach.handle import Adapter
-from lorica.base.load import IMAGES, base_of, load_model
+from lorica.base.known import base_of
+from lorica.base.load import load_model
+from lorica.base.request import IMAGES
 from lorica.cli.kinds import checked_kind
 from lorica.cli.opening import adapter_facts, adapter_folder, configured_base
 from lorica.errors import AdapterFileError, ConfigError, nearest

@@ -49,9 +49,9 @@ def command(
 ) -> None:
     import sys
 
+    from lorica.base.known import known
     from lorica.cli.exchange import check_format, open_adapter, tell, written
     from lorica.cli.opening import open_subject
-    from lorica.cli.prepare import known
     from lorica.cli.voice import Voice
     from lorica.files.exports import MODELS
     from lorica.mix import merge

@@ -52,7 +52,9 @@ def command(
     import json as jsonlib
     import sys
 
-    from lorica.base.load import digest_of_files, empty_model, weight_files
+    from lorica.base.digest import digest_of_files
+    from lorica.base.empty import empty_model
+    from lorica.base.locate import weight_files
     from lorica.cli.kinds import checked_kind
     from lorica.cli.voice import Voice
     from lorica.errors import BaseModelError

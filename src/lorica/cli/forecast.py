@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from lorica.cli.encoding import encode
 from lorica.cli.material import Material
+from lorica.cli.start import lower_of
+from lorica.cli.voice import Voice
 from lorica.config import Resolved, TrainSettings
 from lorica.data.encode import Encoded, Example
 from lorica.errors import CheckRefused, LoricaError
@@ -343,3 +346,36 @@ def _cut(examples: Sequence[Example], limit: int, kind: str) -> list[Example]:
             changes["segments"] = example.segments[:limit]  # type: ignore[attr-defined]
         made.append(replace(example, **changes))
     return made
+
+
+def foresee(
+    settings: Resolved, material: Material, kind: str, voice: Voice, *, ignore_memory: bool
+) -> Forecast | None:
+    """What the run will need, told before the base is loaded; None where it cannot be known.
+
+    Raises:
+        CheckRefused: far more memory than the machine has.
+        LoricaError: records or settings with which no run can begin.
+    """
+    if settings.run.shard_base:
+        voice.say("the memory of a base that processes hold together is not estimated")
+        return None
+    lower = lower_of(settings)
+    try:
+        shadow = shadow_of(settings, material, kind)
+    except LoricaError:  # loading the base will say it in full
+        return None
+    encoded = encode(settings, material, shadow.model, voice)
+    try:
+        with voice.work("estimating the memory"):
+            found = forecast(settings, material, shadow, encoded, lower)
+    except (LoricaError, RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        text = next(iter(str(error).splitlines()), type(error).__name__)
+        if not isinstance(error, LoricaError):  # else attaching will say it in full
+            voice.say(f"the memory of this run could not be estimated: {text}")
+        return None
+    if not ignore_memory:
+        refuse_if_far_over(found)
+    if warning := warning_of(found):
+        voice.say(warning, "warning")
+    return found

@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from lorica.attach.handle import Adapter
-from lorica.base.load import empty_model, load_model
+from lorica.base.empty import empty_model
+from lorica.base.load import load_model
 from lorica.cli.kinds import checked_kind
 from lorica.cli.opening import adapter_facts, adapter_folder, configured_base, task_of
 from lorica.errors import AdapterFileError, ConfigError, nearest

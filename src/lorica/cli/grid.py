@@ -50,7 +50,8 @@ def command(
     import json as jsonlib
 
     from lorica.base.image_pipeline import ImagePipeline
-    from lorica.base.load import IMAGES, load_model
+    from lorica.base.load import load_model
+    from lorica.base.request import IMAGES
     from lorica.cli.images import png
     from lorica.cli.opening import adapter_folder
     from lorica.cli.picture_grid import cells_of, compose, drawn, numbers_of

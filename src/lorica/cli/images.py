@@ -5,12 +5,17 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorica.attach.activate import activate
 from lorica.base.image_pipeline import ImagePipeline, is_pipeline
-from lorica.base.load import IMAGES, load_model
+from lorica.base.known import known
+from lorica.base.load import load_model
+from lorica.base.request import IMAGES
 from lorica.cli.material import Material
+from lorica.cli.prepared import Prepared
+from lorica.cli.start import begun_on, check_start
+from lorica.cli.voice import Voice
 from lorica.config import Resolved, RunConfig
 from lorica.data.dataset import Dataset
 from lorica.data.images import chosen, pixels_of, read_image_splits, read_images
@@ -22,10 +27,6 @@ from lorica.records.phrases import count, parameters
 from lorica.tasks import TextToImage
 from lorica.tasks.drawing import draw
 from lorica.train.plan import courses_of
-
-if TYPE_CHECKING:
-    from lorica.cli.prepare import Prepared
-    from lorica.cli.voice import Voice
 
 OF_IMAGES = ("resolution", "num_inference_steps", "guidance_scale")
 """Settings that only a run on pictures has."""
@@ -46,8 +47,6 @@ def is_for_images(run: RunConfig) -> bool:
 
 def prepare_images(settings: Resolved, voice: Voice) -> Prepared:
     """What `prepare` does, for pictures. Raises LoricaError likewise."""
-    from lorica.cli.prepare import Prepared, begun_on, check_start, known
-
     source = check_start(settings)
     _check_settings(settings)
     with voice.work("reading the data"):

@@ -35,7 +35,7 @@ def command(
     from textwrap import wrap
 
     from lorica.attach.inspect import inspect
-    from lorica.base.load import empty_model
+    from lorica.base.empty import empty_model
     from lorica.base.quantize import bytes_by_storage
     from lorica.cli.kinds import checked_kind
     from lorica.records.phrases import size

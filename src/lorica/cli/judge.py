@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorica.attach.activate import Mixture, Stack, activate
-from lorica.base.load import Base
+from lorica.base.known import Base
 from lorica.cli.voice import Voice
 from lorica.data.secrets import hidden
 from lorica.tasks.task import Prediction, Task

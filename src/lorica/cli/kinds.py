@@ -8,7 +8,8 @@ from typing import Any
 
 from lorica.base.hub import hub_options
 from lorica.base.image_pipeline import is_pipeline
-from lorica.base.load import AUTO_CLASSES, EMBEDDED, IMAGES
+from lorica.base.locate import EMBEDDED
+from lorica.base.request import AUTO_CLASSES, IMAGES
 from lorica.errors import BaseModelError, ConfigError, nearest
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lorica.cli.prepare import Prepared, chosen_by_scored
+from lorica.cli.material import chosen_by_scored
+from lorica.cli.prepared import Prepared
 from lorica.data.encode import IGNORED
 from lorica.data.secrets import hidden
 from lorica.records.read import read_manifest

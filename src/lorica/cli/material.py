@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorica.cli.kinds import is_encoder, is_encoder_decoder, refuse_pictures
-from lorica.config import RunConfig
+from lorica.config import Resolved, RunConfig
 from lorica.data.dataset import Dataset, group_references
 from lorica.data.facts import facts
 from lorica.data.pack import order
@@ -254,3 +254,8 @@ def _hold_out(dataset: Dataset, number: int, seed: int) -> tuple[Dataset, Datase
     kept = [i for i in range(len(dataset)) if i not in chosen]
     why = f"{len(chosen):,} of {len(dataset):,} held out for evaluation, by input"
     return dataset.subset(kept, why), dataset.subset(sorted(chosen), why)
+
+
+def chosen_by_scored(settings: Resolved, material: Material) -> bool:
+    """Whether the records that are scored also choose which adapter is kept."""
+    return material.shared and settings.train.keep_best

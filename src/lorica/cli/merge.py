@@ -89,7 +89,7 @@ def command(
 
 def _lines(written: Any, folder: Path, requantize: bool) -> list[str]:
     """The damage of the rounding, the worst weights, and how the model is loaded."""
-    from lorica.base.load import AUTO_CLASSES
+    from lorica.base.request import AUTO_CLASSES
     from lorica.cli.writing import REPORT
     from lorica.records.lines import worst_table
 

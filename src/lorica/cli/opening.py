@@ -13,7 +13,10 @@ from torch import nn
 
 from lorica.attach.activate import Mixture, Stack, activate
 from lorica.attach.handle import Adapter
-from lorica.base.load import base_of, digest_of_files, load_model, weight_files
+from lorica.base.digest import digest_of_files
+from lorica.base.known import base_of
+from lorica.base.load import load_model
+from lorica.base.locate import weight_files
 from lorica.cli.kinds import checked_kind, names_classes, refuse_pictures
 from lorica.cli.material import class_names
 from lorica.config import load_yaml

@@ -117,9 +117,11 @@ def _runs(settings: Resolved) -> Iterator[tuple[str, Resolved, tuple[Lower, ...]
 def _forecast(settings: Resolved, voice: Any, lower: tuple[Lower, ...]) -> Forecast:
     import torch
 
+    from lorica.cli.encoding import encode
     from lorica.cli.forecast import forecast, shadow_of
     from lorica.cli.material import gather
-    from lorica.cli.prepare import check_effects, check_start, encode, sight, tell
+    from lorica.cli.screening import check_effects, sight, tell
+    from lorica.cli.start import check_start
     from lorica.data.screen import screen_quickly
     from lorica.data.screen_tokens import screen_tokens
 
@@ -146,7 +148,8 @@ def _forecast(settings: Resolved, voice: Any, lower: tuple[Lower, ...]) -> Forec
 def _pace(found: Forecast, *, probe: bool) -> Pace:
     """Measured where the base can be loaded, else by the law of 4 N."""
     from lorica.attach.survey import LINEAR
-    from lorica.base.load import load_model, weight_files
+    from lorica.base.load import load_model
+    from lorica.base.locate import weight_files
     from lorica.base.storage import weight_shape
     from lorica.cli.start import stacked
     from lorica.train.budget import chosen_batches

@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorica import __version__
-from lorica.base.load import IMAGES
+from lorica.base.request import IMAGES
+from lorica.cli.anchoring import anchored
+from lorica.cli.encoding import own_template
 from lorica.cli.images import picture_samples
 from lorica.cli.judge import predictions, samples, tell_of_chance
 from lorica.cli.manifest import manifest, marked, trial_of
 from lorica.cli.opening import adapter_facts
-from lorica.cli.prepare import Prepared, anchored, own_template, prepare
+from lorica.cli.prepare import prepare
+from lorica.cli.prepared import Prepared
 from lorica.cli.start import ADAPTER
 from lorica.cli.voice import Voice
 from lorica.config import Resolved, load_yaml, resolve

@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from lorica.base.known import known
+from lorica.cli.anchoring import anchored
 from lorica.cli.candidates import Candidates, label_of
+from lorica.cli.encoding import encode, encoded_statement
 from lorica.cli.forecast import (
     Forecast,
     for_each,
@@ -19,18 +22,9 @@ from lorica.cli.forecast import (
     warning_of,
 )
 from lorica.cli.material import Material, gather
-from lorica.cli.prepare import (
-    anchored,
-    check_effects,
-    check_start,
-    encode,
-    encoded_statement,
-    known,
-    load_base,
-    sight,
-    tell,
-)
-from lorica.cli.start import source_of
+from lorica.cli.prepare import load_base
+from lorica.cli.screening import check_effects, sight, tell
+from lorica.cli.start import check_start, source_of
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.encode import Encoded, Example

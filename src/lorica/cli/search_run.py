@@ -25,9 +25,10 @@ from lorica import __version__
 from lorica.attach.activate import activate
 from lorica.attach.attach import detach
 from lorica.attach.handle import Adapter
+from lorica.cli.anchoring import anchored
 from lorica.cli.candidates import Candidates
 from lorica.cli.manifest import manifest
-from lorica.cli.prepare import Prepared, anchored
+from lorica.cli.prepared import Prepared
 from lorica.cli.search_prepare import Ground, prepare_search
 from lorica.cli.search_winner import write_winner
 from lorica.cli.voice import Voice

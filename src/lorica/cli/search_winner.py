@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorica.cli.anchoring import anchored
+from lorica.cli.encoding import own_template
 from lorica.cli.opening import adapter_facts
-from lorica.cli.prepare import Prepared, anchored, own_template
+from lorica.cli.prepared import Prepared
 from lorica.cli.start import ADAPTER
 from lorica.config import Resolved
 from lorica.errors import AdapterFileError

@@ -21,22 +21,14 @@ import torch
 
 from lorica import __version__
 from lorica.attach.attach import Adapter, attach
+from lorica.base.known import known
+from lorica.cli.anchoring import anchored
+from lorica.cli.encoding import encode, encoded_statement
 from lorica.cli.judge import predictions, samples, tell_of_chance
 from lorica.cli.manifest import manifest
 from lorica.cli.material import Material, gather
-from lorica.cli.prepare import (
-    Prepared,
-    anchored,
-    check_effects,
-    check_start,
-    encode,
-    encoded_statement,
-    known,
-    load_base,
-    sight,
-    size_line,
-    tell,
-)
+from lorica.cli.prepare import load_base, size_line
+from lorica.cli.prepared import Prepared
 from lorica.cli.run import (
     Outcome,
     Signal,
@@ -47,7 +39,8 @@ from lorica.cli.run import (
     signals_raise,
     stopped,
 )
-from lorica.cli.start import waits_for_records
+from lorica.cli.screening import check_effects, sight, tell
+from lorica.cli.start import check_start, waits_for_records
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.data.screen import screen_quickly

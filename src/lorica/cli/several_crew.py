@@ -15,7 +15,7 @@ from typing import Any
 
 from lorica.attach.attach import detach
 from lorica.cli.crew import Together, mark, wait, whole
-from lorica.cli.prepare import Prepared
+from lorica.cli.prepared import Prepared
 from lorica.cli.ranks import Ranks
 from lorica.cli.run import Outcome, finished
 from lorica.cli.several import (

@@ -19,9 +19,10 @@ from typing import Any
 
 from lorica import __version__
 from lorica.attach.stages import check_methods
-from lorica.cli.prepare import anchored, check_start
+from lorica.cli.anchoring import anchored
 from lorica.cli.run import Outcome, dress, execute, finished
 from lorica.cli.seeds import over_saved
+from lorica.cli.start import check_start
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
 from lorica.errors import AdapterFileError, Interrupted, LoricaError

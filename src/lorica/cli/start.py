@@ -14,9 +14,10 @@ from lorica.attach.handle import Adapter
 from lorica.cli.opening import adapter_folder
 from lorica.cli.voice import Voice
 from lorica.config import Resolved
-from lorica.data.encode import Example
+from lorica.data.encode import Encoded, Example
 from lorica.errors import ConfigError
 from lorica.files.adapter import check_folder, load_adapter
+from lorica.files.transfer import begin_from
 from lorica.methods.method import is_chosen
 from lorica.tasks.task import Task
 from lorica.train.choice import Relevance
@@ -41,6 +42,20 @@ class Begun:
     adapter: Adapter
     relevance: Relevance | None = None
     trial: Trial | None = None
+
+
+def check_start(settings: Resolved) -> Path | None:
+    """Refuse what no run can begin with, before anything is read; returns `source_of`.
+
+    Raises:
+        ConfigError, AdapterFileError: a metric that there is not, or a start that is none.
+    """
+    if settings.run.metrics:
+        from lorica.evaluate.metrics import find_metrics  # scikit-learn takes its time
+
+        find_metrics(settings.run.metrics)
+    waits_for_records(settings)
+    return source_of(settings)
 
 
 def source_of(settings: Resolved) -> Path | None:
@@ -140,8 +155,9 @@ def stacked(model: nn.Module, method: Any, lower: Sequence[Lower], *, seed: int)
     return below
 
 
-def lay_below(settings: Resolved, model: nn.Module) -> Adapter | None:
-    """The adapter that this run trains on top of, read and put on `model`; None without one.
+def lay_below(settings: Resolved, model: nn.Module, voice: Voice) -> Adapter | None:
+    """The adapter that this run trains on top of, read, put on `model` and told of; None without
+    one.
 
     Raises:
         AdapterFileError: there is none, or it was made for another base.
@@ -150,7 +166,10 @@ def lay_below(settings: Resolved, model: nn.Module) -> Adapter | None:
     if path is None:
         return None
     folder = adapter_folder(Path(path)) or Path(path)
-    return load_adapter(model, folder, name=BELOW)
+    below = load_adapter(model, folder, name=BELOW)
+    kinds = ", then ".join(stage.method.kind for stage in below.stages)
+    voice.say(f"below: {kinds} of {path}, which stays as it is")
+    return below
 
 
 def begin(settings: Resolved, model: nn.Module, below: Adapter | None = None) -> Begun:
@@ -186,3 +205,23 @@ def begin_by_records(
     settings = settings.decided("reinit_top_layers", chosen.reinit_top_layers, str(trial))
     voice.say(f"trial: reinit_top_layers: {trial.best}, {trial}")
     return Begun(settings, begin(settings, model).adapter, trial=trial)
+
+
+def begun_on(
+    settings: Resolved,
+    model: nn.Module,
+    task: Task,
+    examples: Encoded,
+    held_out: list[Example],
+    voice: Voice,
+    source: Path | None,
+) -> Begun:
+    """The adapter of a run, on its base and whatever lies below, from its start."""
+    waits, below = waits_for_records(settings), lay_below(settings, model, voice)
+    if waits:
+        begun = begin_by_records(settings, model, task, examples, held_out, voice)
+    else:
+        begun = begin(settings, model, below)
+    for line in begin_from(begun.adapter, source) if source is not None else ():
+        voice.say(f"start: {line}")
+    return begun

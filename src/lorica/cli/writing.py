@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from lorica.base.load import empty_model, load_model, weight_files
+from lorica.base.empty import empty_model
+from lorica.base.known import known
+from lorica.base.load import load_model
+from lorica.base.locate import weight_files
 from lorica.base.quantize import quantization_of
 from lorica.cli.asking import precision_of, prompts_of
 from lorica.cli.opening import Subject, adapter_folder, open_subject
-from lorica.cli.prepare import known
 from lorica.cli.voice import Voice
 from lorica.errors import BaseModelError, CheckRefused
 from lorica.evaluate.requantized import how_far

@@ -24,7 +24,7 @@ from torch import nn
 from lorica.attach.attach import attach_tensors, detach
 from lorica.attach.handle import Adapter
 from lorica.attach.stages import check_stack, check_stages, check_union, lay_on
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.errors import AdapterFileError, LoricaWarning
 from lorica.files import native, peft, peft_kinds, peft_prompts
 from lorica.files.folder import MAX_JSON_BYTES, new_folder, open_regular, read_json

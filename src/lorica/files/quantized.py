@@ -13,7 +13,7 @@ from torch import nn
 
 from lorica.attach.handle import adapters
 from lorica.base.four_bit import FourBit
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.base.quantize import quantized_layers
 from lorica.base.quantizer import Quantizer
 from lorica.errors import BaseModelError

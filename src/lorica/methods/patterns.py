@@ -10,10 +10,9 @@ Three spellings, told apart by their characters (see `spelling`):
                                             A leading "regex:" forces this reading.
 
 Python's `re` backtracks: "(\w+\.?)+X" on a path of 49 characters runs for seconds, and adapter
-files come from strangers. Here a pattern becomes a nondeterministic automaton that is walked with
-the set of all its states (Thompson 1968, "Regular Expression Search Algorithm"), so that no pattern
-can be slow. What is not regular (back references, look-arounds but a leading negative look-ahead)
-is refused.
+files come from strangers. Here a pattern becomes an automaton (`methods.automaton`) that cannot be
+slow. What is not regular (back references, look-arounds but a leading negative look-ahead) is
+refused.
 """
 
 from __future__ import annotations
@@ -21,26 +20,22 @@ from __future__ import annotations
 import functools
 import string
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from lorica.errors import ConfigError
+from lorica.methods.automaton import WORD, Char, Choice, Edge, Machine, Node, Repeat, Sequence
 
 Value = TypeVar("Value")
 Spelling = Literal["name", "glob", "regex"]
 
 MAX_LENGTH = 4096
-MAX_STATES = 8192
-MAX_ACTIVE = 1024
-"""States that may be active at once: what bounds the cost of one character."""
 MAX_REPEATS = 256
 MAX_DEPTH = 40
 
 _FORCED = "regex:"
 _REGEX_MARKS = frozenset("\\()|^$+")
 _GLOB_MARKS = frozenset("*?[]{}")
-_WORD = frozenset(string.ascii_letters + string.digits + "_")
-_CLASSES = {"d": frozenset(string.digits), "w": _WORD, "s": frozenset(string.whitespace)}
+_CLASSES = {"d": frozenset(string.digits), "w": WORD, "s": frozenset(string.whitespace)}
 
 
 def spelling(text: str) -> Spelling:
@@ -50,45 +45,8 @@ def spelling(text: str) -> Spelling:
     return "glob" if _GLOB_MARKS & set(text) else "name"
 
 
-# --- the tree of a pattern -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Char:
-    """One character out of a set, or out of all others."""
-
-    chars: frozenset[str]
-    negated: bool = False
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    items: tuple[_Node, ...]
-
-
-@dataclass(frozen=True)
-class _Choice:
-    items: tuple[_Node, ...]
-
-
-@dataclass(frozen=True)
-class _Repeat:
-    item: _Node
-    low: int
-    high: int | None
-
-
-@dataclass(frozen=True)
-class _Edge:
-    """Holds between two characters: "^" the start, "$" the end, "b" a word boundary, "B" none."""
-
-    kind: str
-
-
-_Node = _Char | _Sequence | _Choice | _Repeat | _Edge
-
-_ANY = _Repeat(_Char(frozenset("\n"), negated=True), 0, None)
-_SUFFIX = _Choice((_Sequence(()), _Sequence((_ANY, _Char(frozenset("."))))))
+_ANY = Repeat(Char(frozenset("\n"), negated=True), 0, None)
+_SUFFIX = Choice((Sequence(()), Sequence((_ANY, Char(frozenset("."))))))
 
 
 class _Reader:
@@ -124,7 +82,7 @@ class _Reader:
         if self.depth > MAX_DEPTH:
             self.fail(f"more than {MAX_DEPTH} groups within each other")
 
-    def set_of_chars(self) -> _Char:
+    def set_of_chars(self) -> Char:
         """What follows "[", up to and with the "]"."""
         negated = self.accept("^") or self.accept("!")
         chars: set[str] = set()
@@ -140,7 +98,7 @@ class _Reader:
             chars |= low
             first = False
         self.take("]")
-        return _Char(frozenset(chars), negated)
+        return Char(frozenset(chars), negated)
 
     def _member(self) -> frozenset[str]:
         char = self.take()
@@ -157,14 +115,14 @@ class _Reader:
 # --- globs ---------------------------------------------------------------------------------------
 
 
-def _read_glob(reader: _Reader, ends: str = "") -> _Node:
-    items: list[_Node] = []
+def _read_glob(reader: _Reader, ends: str = "") -> Node:
+    items: list[Node] = []
     while (char := reader.peek()) and char not in ends:
         reader.take()
         if char == "*":
             items += [] if items[-1:] == [_ANY] else [_ANY]
         elif char == "?":
-            items.append(_Char(frozenset(".\n"), negated=True))
+            items.append(Char(frozenset(".\n"), negated=True))
         elif char == "[":
             items.append(_numbers(reader) or reader.set_of_chars())
         elif char == "{":
@@ -174,15 +132,15 @@ def _read_glob(reader: _Reader, ends: str = "") -> _Node:
                 choices.append(_read_glob(reader, ",}"))
             reader.take("}")
             reader.depth -= 1
-            items.append(_Choice(tuple(choices)))
+            items.append(Choice(tuple(choices)))
         elif char in "]}":
             reader.fail(f"an unmatched {char}")
         else:
-            items.append(_Char(frozenset(char)))
-    return _Sequence(tuple(items))
+            items.append(Char(frozenset(char)))
+    return Sequence(tuple(items))
 
 
-def _numbers(reader: _Reader) -> _Node | None:
+def _numbers(reader: _Reader) -> Node | None:
     """[0-13,20]: whole numbers; None where the brackets hold something else."""
     body, bracket, _ = reader.text[reader.position :].partition("]")
     if not bracket or not body or set(body) - set("0123456789-,"):
@@ -197,31 +155,31 @@ def _numbers(reader: _Reader) -> _Node | None:
             reader.fail(f"{part!r} holds no number, or more than {MAX_REPEATS}")
         numbers += range(first, last + 1)
     reader.position += len(body) + 1
-    return _Choice(tuple(_literal(str(n)) for n in numbers))
+    return Choice(tuple(_literal(str(n)) for n in numbers))
 
 
-def _literal(text: str) -> _Sequence:
-    return _Sequence(tuple(_Char(frozenset(c)) for c in text))
+def _literal(text: str) -> Sequence:
+    return Sequence(tuple(Char(frozenset(c)) for c in text))
 
 
 # --- regular expressions -------------------------------------------------------------------------
 
 
-def _read_choice(reader: _Reader) -> _Node:
+def _read_choice(reader: _Reader) -> Node:
     choices = [_read_sequence(reader)]
     while reader.accept("|"):
         choices.append(_read_sequence(reader))
-    return choices[0] if len(choices) == 1 else _Choice(tuple(choices))
+    return choices[0] if len(choices) == 1 else Choice(tuple(choices))
 
 
-def _read_sequence(reader: _Reader) -> _Node:
-    items: list[_Node] = []
+def _read_sequence(reader: _Reader) -> Node:
+    items: list[Node] = []
     while (char := reader.peek()) and char not in "|)":
         items.append(_read_quantified(reader, _read_atom(reader)))
-    return _Sequence(tuple(items))
+    return Sequence(tuple(items))
 
 
-def _read_atom(reader: _Reader) -> _Node:
+def _read_atom(reader: _Reader) -> Node:
     char = reader.take()
     if char == "(":
         if reader.peek() == "?" and not reader.accept("?:"):
@@ -234,30 +192,30 @@ def _read_atom(reader: _Reader) -> _Node:
     if char == "[":
         return reader.set_of_chars()
     if char == ".":
-        return _Char(frozenset("\n"), negated=True)
+        return Char(frozenset("\n"), negated=True)
     if char in "^$":
-        return _Edge(char)
+        return Edge(char)
     if char == "\\":
         return _read_escape(reader)
     if char in "*+?":
         reader.fail(f"nothing to repeat before {char}")
-    return _Char(frozenset(char))
+    return Char(frozenset(char))
 
 
-def _read_escape(reader: _Reader) -> _Node:
+def _read_escape(reader: _Reader) -> Node:
     char = reader.take()
     if char.lower() in _CLASSES:
-        return _Char(_CLASSES[char.lower()], negated=char.isupper())
+        return Char(_CLASSES[char.lower()], negated=char.isupper())
     if char in "bB":
-        return _Edge(char)
+        return Edge(char)
     if char in "AZz":
-        return _Edge("^" if char == "A" else "$")
+        return Edge("^" if char == "A" else "$")
     if char.isalnum():
         reader.fail(f"\\{char} is not supported")
-    return _Char(frozenset(char))
+    return Char(frozenset(char))
 
 
-def _read_quantified(reader: _Reader, item: _Node) -> _Node:
+def _read_quantified(reader: _Reader, item: Node) -> Node:
     bounds: tuple[int, int | None] | None = None
     if reader.accept("*"):
         bounds = 0, None
@@ -269,12 +227,12 @@ def _read_quantified(reader: _Reader, item: _Node) -> _Node:
         bounds = _counts(reader)
     if bounds is None:
         return item
-    if isinstance(item, _Edge):
+    if isinstance(item, Edge):
         reader.fail("an edge cannot be repeated")
     reader.accept("?")  # lazy or greedy: the same paths match as a whole
     if reader.peek() and reader.peek() in "*+?":
         reader.fail("a second quantifier")
-    return _Repeat(item, *bounds)
+    return Repeat(item, *bounds)
 
 
 def _counts(reader: _Reader) -> tuple[int, int | None] | None:
@@ -291,114 +249,20 @@ def _counts(reader: _Reader) -> tuple[int, int | None] | None:
     return least, most
 
 
-def _read_regex(text: str) -> tuple[_Node, list[_Node]]:
+def _read_regex(text: str) -> tuple[Node, list[Node]]:
     """The tree, and the trees of leading negative look-aheads."""
     reader, refused = _Reader(text), []
     if text.startswith("^(?!"):
         reader.take("^")
     while reader.accept("(?!"):
-        refused.append(_Sequence((_read_choice(reader), _ANY)))
+        refused.append(Sequence((_read_choice(reader), _ANY)))
         reader.take(")")
     tree = _read_choice(reader)
     if reader.peek():
         reader.fail("an unmatched )")
-    if refused and isinstance(tree, _Choice):
+    if refused and isinstance(tree, Choice):
         reader.fail("alternatives beside a look-ahead, which need a group,")
     return tree, refused
-
-
-# --- the automaton -------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Automaton:
-    """States that eat a character, and states that move on for free, perhaps only at an edge."""
-
-    eats: dict[int, tuple[_Char, int]] = field(default_factory=dict)
-    moves: dict[int, list[tuple[str, int]]] = field(default_factory=dict)
-    size: int = 1  # state 0 is the end
-
-    def add(self, node: _Node, then: int) -> int:
-        """Append the states of `node`, which go on to state `then`; returns their first state."""
-        if isinstance(node, _Sequence):
-            for item in reversed(node.items):
-                then = self.add(item, then)
-            return then
-        if isinstance(node, _Choice):
-            return self._free([("", self.add(item, then)) for item in node.items])
-        if isinstance(node, _Edge):
-            return self._free([(node.kind, then)])
-        if isinstance(node, _Repeat):
-            return self._repeat(node, then)
-        state = self._new()
-        self.eats[state] = node, then
-        return state
-
-    def _repeat(self, node: _Repeat, then: int) -> int:
-        if node.high is None:
-            loop = self._free([("", then)])
-            self.moves[loop].append(("", self.add(node.item, loop)))
-            then = loop
-        for _ in range((node.high or node.low) - node.low):
-            then = self._free([("", then), ("", self.add(node.item, then))])
-        for _ in range(node.low):
-            then = self.add(node.item, then)
-        return then
-
-    def _free(self, moves: list[tuple[str, int]]) -> int:
-        state = self._new()
-        self.moves[state] = moves
-        return state
-
-    def _new(self) -> int:
-        if self.size >= MAX_STATES:
-            raise ConfigError(f"a pattern is too large: more than {MAX_STATES} states")
-        self.size += 1
-        return self.size - 1
-
-
-class _Machine:
-    """Walks an automaton with the set of its states; steps already seen are remembered."""
-
-    def __init__(self, tree: _Node) -> None:
-        self.automaton = _Automaton()
-        self.first = self.automaton.add(tree, 0)
-        self.seen: dict[tuple[frozenset[int], str, str], frozenset[int]] = {}
-
-    def matches(self, path: str) -> bool:
-        states = self._close({self.first}, "", path[:1])
-        for i, char in enumerate(path):
-            states = self._step(states, char, path[i + 1 : i + 2])
-            if not states:
-                return False
-        return 0 in states
-
-    def _step(self, states: frozenset[int], char: str, following: str) -> frozenset[int]:
-        key = states, char, following
-        if key not in self.seen:
-            if len(self.seen) > 10_000:
-                self.seen.clear()
-            eats = self.automaton.eats
-            eaten = (eats[s] for s in states if s in eats)
-            moved = {then for test, then in eaten if (char in test.chars) != test.negated}
-            self.seen[key] = self._close(moved, char, following)
-        return self.seen[key]
-
-    def _close(self, states: set[int], before: str, after: str) -> frozenset[int]:
-        """All states reached without a character, between the characters `before` and `after`."""
-        boundary = (before in _WORD) != (after in _WORD)
-        holds = {"": True, "^": not before, "$": not after, "b": boundary, "B": not boundary}
-        reached, waiting = set(states), list(states)
-        while waiting:
-            for edge, then in self.automaton.moves.get(waiting.pop(), ()):
-                if holds[edge] and then not in reached:
-                    reached.add(then)
-                    waiting.append(then)
-        if len(reached) > MAX_ACTIVE:
-            raise ConfigError(
-                f"a pattern is too ambiguous: more than {MAX_ACTIVE} readings at once"
-            )
-        return frozenset(reached)
 
 
 # --- what others use -----------------------------------------------------------------------------
@@ -422,15 +286,15 @@ class Pattern:
         if not text or len(text) > MAX_LENGTH:
             raise ConfigError(f"a pattern holds 1 to {MAX_LENGTH} characters, not {len(text)}")
         self.text, self.spelling = text, spelling(text)
-        refused: list[_Node] = []
+        refused: list[Node] = []
         if self.spelling == "regex":
             tree, refused = _read_regex(text.removeprefix(_FORCED))
         else:
             tree = _read_glob(_Reader(text)) if self.spelling == "glob" else _literal(text)
         if suffix or self.spelling != "regex":
-            tree = _Sequence((_SUFFIX, tree))
-        self._machine = None if self.spelling == "name" else _Machine(tree)
-        self._refused = [_Machine(tree) for tree in refused]
+            tree = Sequence((_SUFFIX, tree))
+        self._machine = None if self.spelling == "name" else Machine(tree)
+        self._refused = [Machine(tree) for tree in refused]
 
     def matches(self, path: str) -> bool:
         """Whether the pattern takes this path."""

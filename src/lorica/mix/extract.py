@@ -125,7 +125,7 @@ def extract(
     """Make a LoRA adapter of what a full fine-tune changed.
 
     Args:
-        model: the base as `base.load.empty_model` makes it; the adapter is put on it.
+        model: the base as `base.empty.empty_model` makes it; the adapter is put on it.
         tuned, base: the *.safetensors of both models.
         r: rank at every layer, 16 where nothing is said; with an energy the largest rank.
         energy: share of the squared change that every layer's rank must hold.

@@ -21,7 +21,7 @@ from torch import nn
 from lorica.attach.activate import with_stages
 from lorica.attach.attach import detach
 from lorica.attach.handle import Adapter, adapters, find
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.base.quantize import dequantize_model, quantization_of
 from lorica.errors import ConfigError, LoricaWarning, MergeError, folded
 from lorica.methods.method import becomes_weight

@@ -63,7 +63,7 @@ def plan_on_disk(
     """How to merge adapters into the files of a base; or why it must be loaded for that.
 
     Args:
-        model: the base as `base.load.empty_model` makes it, with the adapters attached.
+        model: the base as `base.empty.empty_model` makes it, with the adapters attached.
         mixture: adapter -> weight.
         files: its *.safetensors.
         dtype: of the new files; None: that of the old ones.

@@ -23,7 +23,7 @@ from lorica.tasks.beginnings import Beginning, beginnings
 from lorica.tasks.causal_lm import CausalLM
 from lorica.tasks.task import Batch, Task
 from lorica.train.course import Course
-from lorica.train.engine import draws
+from lorica.train.passes import draws
 
 BATCHES_SEEN = 64
 """Batches of an adapter that are looked at for what is told."""

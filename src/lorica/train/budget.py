@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorica.attach.handle import Adapter
 from lorica.attach.middle import middle_of
 from lorica.attach.plates import plates_of
-from lorica.base.load import weight_files
+from lorica.base.locate import weight_files
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.data.pack import batches

@@ -24,7 +24,8 @@ from lorica.attach.site import is_site
 from lorica.base.processes import Processes
 from lorica.data.encode import Example
 from lorica.tasks.task import Task
-from lorica.train.engine import Engine, Losses, Trainee, Work, derive_seed
+from lorica.train.engine import Engine, Losses, Trainee, Work
+from lorica.train.seed import derive_seed
 
 Share = list[list[Sequence[Example]]]
 

@@ -14,23 +14,20 @@ and random numbers are each adapter's own.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lorica.attach.activate import Activation, activate
 from lorica.attach.handle import Adapter
-from lorica.attach.plates import Route, plates_of
+from lorica.attach.plates import Route
 from lorica.attach.probe import unvisited
-from lorica.attach.site import is_site
 from lorica.base.batch import beside
 from lorica.base.lean import lean_parts
 from lorica.config import TrainSettings
@@ -40,11 +37,8 @@ from lorica.methods.between import Between
 from lorica.tasks.task import Batch, Task, answering
 from lorica.train.checkpointing import Checkpointing, checkpoints, turn_off, turn_on
 from lorica.train.optim import learning_rate, make_optimizer
-
-MOST_TOKENS = 4096
-"""Of a pass that adapters share. A pass of more is no faster per token, and takes more memory; how
-a step is cut into passes changes no bit of any adapter.
-"""
+from lorica.train.passes import groups_of, named_ranges, passes_of, route_of
+from lorica.train.seed import derive_seed
 
 Skipping = Callable[[Sequence[Sequence[Example]], Batch], AbstractContextManager]
 Collating = Callable[[Sequence[Adapter], Sequence[Sequence[Example]]], Batch]
@@ -248,27 +242,14 @@ class Engine:
         for group in self.groups(trainees):
             for micro in range(max(len(work[i]) for i in group)):
                 present = [i for i in group if micro < len(work[i]) and work[i][micro]]
-                tokens = [_num_tokens(work[i][micro]) for i in present]
+                tokens = [sum(map(len, work[i][micro])) for i in present]
                 found += [(micro, chosen) for chosen in passes_of(present, tokens)]
         return found
 
     def groups(self, trainees: Sequence[Trainee]) -> list[list[int]]:
-        """Who may go through one pass with whom and still train to the same bits as alone.
-
-        Nobody where the base draws random numbers for the whole row, or where its output head is
-        adapted (it sees labelled rows only). Not an adapter whose method does not stack on linear
-        layers, or that lies on top of another one.
-        """
-        numbers = range(len(trainees))
-        if len(trainees) == 1 or not self._shares or draws(self.model):
-            return [[i] for i in numbers]
-        if is_site(self.model.get_output_embeddings()):  # type: ignore[operator]
-            return [[i] for i in numbers]
-        sharing = _sharing(self.model, [trainee.adapter for trainee in trainees])
-        together = [i for i in numbers if trainees[i].adapter.name in sharing]
-        return [
-            group for group in [together, *([i] for i in numbers if i not in together)] if group
-        ]
+        """Who may go through one pass with whom; see `passes.groups_of`."""
+        adapters = [trainee.adapter for trainee in trainees]
+        return groups_of(self.model, adapters, shares=self._shares)
 
     def _micro_step(
         self,
@@ -350,22 +331,6 @@ def _totals(batches: Sequence[Sequence[Example]], losses: Sequence[float], label
     return total
 
 
-def named_ranges(
-    ranges: Sequence[tuple[int, int]], names: Sequence[str]
-) -> tuple[tuple[int, int, str], ...]:
-    """Ranges of rows with the adapters that they belong to."""
-    return tuple((start, end, name) for (start, end), name in zip(ranges, names, strict=True))
-
-
-def route_of(adapter: Adapter, *, dropout_seed: int) -> Route:
-    """The route of an adapter that has a pass for itself, with what lies below it."""
-    names, weights = tuple(stage.name for stage in adapter.stages), None
-    if len(names) > 1:
-        weights = torch.ones(len(names), device=next(adapter.parameters()).device)
-    stacked = any(stage.stacked for stage in adapter.stages)
-    return Route(names, weights, dropout_seed=dropout_seed, stacked=stacked)
-
-
 def between_of(adapter: Adapter, total: int, seed: int) -> Between:
     """What the method of an adapter does between the steps of a run."""
     make = getattr(adapter.method, "between", None)
@@ -399,48 +364,6 @@ def resting(tensors: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for tensor in tensors:
             tensor.requires_grad_(True)
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A seed that depends on all parts, for one draw and no other."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
-def _sharing(model: nn.Module, adapters: Sequence[Adapter]) -> set[str]:
-    """Names of the adapters whose arithmetic is that of segments of rows."""
-    elsewhere = {
-        name
-        for module in model.modules()
-        if is_site(module)
-        for plates in plates_of(module)
-        if plates.layer.kind != "linear"
-        for name in plates.slots
-    }
-    return {
-        adapter.name
-        for adapter in adapters
-        if adapter.name not in elsewhere
-        and not adapter.on
-        and all(slot.method.stacks for slot in adapter.slots.values())
-    }
-
-
-def passes_of(present: Sequence[int], tokens: Sequence[int]) -> list[list[int]]:
-    """Those who share, cut into passes of at most `MOST_TOKENS`, or of one adapter."""
-    passes: list[list[int]] = []
-    room = 0
-    for index, size in zip(present, tokens, strict=True):
-        if size > room or not passes:
-            passes.append([])
-            room = MOST_TOKENS
-        passes[-1].append(index)
-        room -= size
-    return passes
-
-
-def _num_tokens(block: Sequence[Example]) -> int:
-    return sum(len(example) for example in block)
 
 
 def _num_labels(block: Sequence[Example]) -> int:
@@ -488,13 +411,3 @@ def _update(trainee: Trainee, total: _Totals, norm: float) -> StepResult:
     trainee.between.after(trainee.step)
     trainee.optimizer.zero_grad(set_to_none=True)
     return StepResult(total.loss, norm, rate, total.tokens, total.labels)
-
-
-def draws(model: nn.Module) -> bool:
-    """Whether the base itself uses dropout in training."""
-    layers = any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules())
-    config: Any = getattr(model, "config", None)
-    values = vars(config.get_text_config()) if config is not None else {}
-    return layers or any(
-        "drop" in name and isinstance(value, float) and value > 0 for name, value in values.items()
-    )

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorica.attach.activate import activate
 from lorica.attach.handle import Adapter
-from lorica.base.load import processes_of
+from lorica.base.known import processes_of
 from lorica.tasks.task import answering
 from lorica.train.course import Course
 from lorica.train.engine import Engine

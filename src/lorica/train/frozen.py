@@ -28,11 +28,11 @@ from torch.nn import functional as F
 from lorica.attach.activate import activate
 from lorica.attach.handle import Adapter
 from lorica.attach.middle import Middle, body_output, middle_of
-from lorica.base.load import digest_of
+from lorica.base.digest import digest_of
 from lorica.data.encode import Example
 from lorica.tasks.task import Batch, Task, answering, device_of, filler
-from lorica.train.engine import draws
 from lorica.train.measure import versions
+from lorica.train.passes import draws
 from lorica.train.states import Key, States
 
 MULTIPLE = 32

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from lorica.attach.handle import Adapter
-from lorica.base.load import digest_of, processes_of
+from lorica.base.digest import digest_of
+from lorica.base.known import processes_of
 from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.tasks.task import Task, device_of

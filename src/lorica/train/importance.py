@@ -31,9 +31,9 @@ from lorica.methods.method import Tensors
 from lorica.methods.sparse import Sparse
 from lorica.methods.update import as_matrix, matrix_shape
 from lorica.train.choice import Answer, Question, Relevance
-from lorica.train.engine import derive_seed
 from lorica.train.gradients import each_gradient, refuse_broken
 from lorica.train.groups import Grouping, grouping_of
+from lorica.train.seed import derive_seed
 
 
 def choose(question: Question) -> Answer:

@@ -15,7 +15,8 @@ from lorica.attach.plates import Route
 from lorica.data.encode import Example
 from lorica.tasks.task import answering, by_length
 from lorica.train.course import Course
-from lorica.train.engine import Engine, named_ranges, passes_of
+from lorica.train.engine import Engine
+from lorica.train.passes import named_ranges, passes_of
 
 
 def judged_together(engine: Engine, courses: Sequence[Course]) -> list[list[Course]]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorica.attach.handle import Adapter
-from lorica.base.load import base_of, processes_of
+from lorica.base.known import base_of, processes_of
 from lorica.errors import ConfigError, Interrupted, LoricaError, NonFiniteError, TrainingError
 from lorica.files.adapter import save_adapter
 from lorica.records.folder import RunFolder, how_to_resume

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 
-from lorica.base.load import processes_of
+from lorica.base.known import processes_of
 from lorica.data.encode import Example
 from lorica.tasks.task import Batch, Task, answering, by_length
 

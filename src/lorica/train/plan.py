@@ -11,7 +11,7 @@ from torch import nn
 from lorica.attach.activate import activate
 from lorica.attach.handle import Adapter, adapters, find
 from lorica.base.image_pipeline import ImagePipeline
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.config import TrainSettings
 from lorica.data.encode import Example, separator_of
 from lorica.errors import ConfigError, DataError

@@ -20,9 +20,10 @@ from lorica.config import TrainSettings
 from lorica.data.encode import Example
 from lorica.errors import ConfigError
 from lorica.tasks.task import Batch, answering, by_length
-from lorica.train.engine import Engine, at_rest, between_of, resting, route_of
+from lorica.train.engine import Engine, at_rest, between_of, resting
 from lorica.train.ledger import Event, Ledger, most_alive, renumbered, resident
 from lorica.train.optim import moment_sizes
+from lorica.train.passes import route_of
 from lorica.train.shadow import Shadow
 
 

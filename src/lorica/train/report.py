@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lorica.attach.handle import Adapter
-from lorica.base.load import base_of
+from lorica.base.known import base_of
 from lorica.base.storage import num_parameters
 from lorica.config.settings import method_values
 from lorica.methods.method import becomes_weight

@@ -19,16 +19,14 @@ from torch import nn
 
 from lorica.attach.attach import attach, detach
 from lorica.attach.handle import Adapter
-from lorica.base.load import (
-    Base,
-    choose_dtype,
-    empty_model,
-    load_tokenizer,
-    missing_heads,
-    weight_files,
-)
+from lorica.base.choose import choose_dtype
+from lorica.base.empty import empty_model
+from lorica.base.known import Base
+from lorica.base.locate import weight_files
+from lorica.base.missing import missing_heads
 from lorica.base.quantize import check, make_room, quantizable, quantize_model, quantizer_of
 from lorica.base.stored import OWN, method_of, quantizers_of, read_stored
+from lorica.base.tokenizer import load_tokenizer
 from lorica.config import TrainSettings
 from lorica.data.encode import IGNORED, Example
 from lorica.errors import LoricaError

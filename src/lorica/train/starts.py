@@ -26,7 +26,7 @@ from lorica.methods.sparse import Sparse
 from lorica.tasks.task import Task
 from lorica.train import eva, importance, lora_ga
 from lorica.train.choice import Answer, Question, Relevance
-from lorica.train.engine import derive_seed
+from lorica.train.seed import derive_seed
 
 CHOOSERS: dict[str, Callable[[Question], Answer]] = {
     "sparse": importance.choose,
