@@ -225,7 +225,7 @@ def _perplexity(model: Any, ids: list[torch.Tensor]) -> float:
     return math.exp(float(sum(losses)) / sum(row.shape[1] - 1 for row in ids))
 
 
-def sst2(seeds: int = 5, records: int = 1600) -> dict[str, list[float]]:
+def sst2(seeds: int = 5, records: int = 3200) -> dict[str, list[float]]:
     """Accuracy on SST-2 of MiniLM with LoRA on each base, a run for each seed."""
     import csv
 
@@ -252,7 +252,8 @@ def sst2(seeds: int = 5, records: int = 1600) -> dict[str, list[float]]:
                 )
                 adapter = lorica.attach(model, method, seed=seed)
                 settings = lorica.TrainSettings(
-                    learning_rate=5e-3,
+                    learning_rate=2e-3,
+                    warmup_steps=10,
                     batch_size=32,
                     max_steps=records // 32,
                     seed=seed,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorica.ops import four_bit
+from lorica.ops import compiled, four_bit
 
 GOLDEN = "000001111111122222333344455566677788999aaabbbccccddddeeeeeeeffff"
 BOOKS = pytest.mark.parametrize("book", ["nf4", "fp4"])
@@ -49,6 +49,68 @@ def _by_hand(packed, absmax, values, block, shape):
     number = torch.Size(shape).numel()
     scales = absmax.repeat_interleave(block)[:number]
     return (values[places[:number].long()] * scales).view(shape)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@BOOKS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [64, 128, 1024])
+@pytest.mark.parametrize("shape", [(16, 64), (160, 160), (3, 1024), (129, 1000), (1024, 1408)])
+def test_the_compiled_kernel_and_the_table_give_the_same_bits(book, dtype, block, shape):
+    torch.manual_seed(2)
+    packed, absmax = four_bit.quantize(torch.randn(shape) * 0.02, book, block)
+    made, right = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+    four_bit.dequantize(packed, absmax, book, block, made)
+    four_bit._by_table(packed, absmax, book, block, right)
+    assert torch.equal(made, right)
+
+
+@pytest.fixture
+def untried():
+    four_bit._tried.cache_clear()
+    compiled._library.cache_clear()
+    yield
+    four_bit._tried.cache_clear()
+    compiled._library.cache_clear()
+
+
+def test_the_kernel_is_called_where_it_can_be(monkeypatch, untried):
+    calls = []
+
+    def kernel_of(book, dtype):
+        def unpack(packed, absmax, block, out):
+            calls.append(out.shape)
+            four_bit._by_table(packed, absmax, book, block, out)
+
+        return unpack
+
+    monkeypatch.setattr(four_bit, "kernel_of", kernel_of)
+    packed, absmax = four_bit.quantize(torch.randn(6, 64), "nf4", 64)
+    four_bit.dequantize(packed, absmax, "nf4", 64, torch.empty(6, 64))
+    assert calls == [(512,), (6, 64)]  # the trial first
+    packed, absmax = four_bit.quantize(torch.randn(3, 50), "nf4", 64)  # the last block is shorter
+    four_bit.dequantize(packed, absmax, "nf4", 64, torch.empty(3, 50))
+    assert len(calls) == 2
+
+
+def test_a_kernel_that_gives_other_bits_is_left_alone(monkeypatch, untried):
+    monkeypatch.setattr(four_bit, "kernel_of", lambda *_: lambda *given: given[3].zero_())
+    packed, absmax = four_bit.quantize(torch.randn(6, 64), "nf4", 64)
+    made, right = torch.empty(6, 64), torch.empty(6, 64)
+    four_bit.dequantize(packed, absmax, "nf4", 64, made)
+    assert torch.equal(made, four_bit._by_table(packed, absmax, "nf4", 64, right))
+
+
+def test_versions_that_were_not_tested_are_left_alone(monkeypatch, untried):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.51.0")
+    assert compiled.kernel_of("nf4", torch.float32) is None
+    monkeypatch.undo()
+    compiled._library.cache_clear()
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    assert compiled.kernel_of("nf4", torch.float32) is None
 
 
 def test_many_scales_are_rounded_as_bitsandbytes_rounds_them():
