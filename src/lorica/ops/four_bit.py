@@ -196,8 +196,9 @@ def compress(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def expand(places: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
     """The magnitudes (n,), float32, that `compress` stored."""
     values = _signed(places.device).values.index_select(0, places.int())
-    blocks = F.pad(values, (0, -len(values) % NEST)).view(-1, NEST) * scales[:, None]
-    return blocks.view(-1)[: len(values)] + offset
+    whole = values if len(values) % NEST == 0 else F.pad(values, (0, -len(values) % NEST))
+    whole.view(-1, NEST).mul_(scales[:, None])
+    return whole.add_(offset)[: len(values)]
 
 
 def nested_map(device: torch.device) -> Tensor:
