@@ -32,6 +32,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "peft",
+    "bitsandbytes",
     "accelerate",
     "sacrebleu",
     "scikit-learn",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import RESULTS
+from jobs import RESULTS, machine, versions
 from qlora_sides import peak_bytes
 from torch import nn
 from train_speed import faster_dtype
@@ -189,8 +189,10 @@ def quality() -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [tokenizer(t.strip(), return_tensors="pt").input_ids[:, :256] for t in text if t.strip()]
     found = {}
-    for word in ("float32", "bfloat16", "int8", "nf4", "fp4", PEER):
+    for word in ("float32", "bfloat16", "int8", "nf4", "fp4"):
         found[word] = _perplexity(_loaded(word, folder), ids)
+    kernel = torch.backends.cpu.get_cpu_capability()
+    found[f"{PEER}, {kernel}"] = _perplexity(_loaded(PEER, folder), ids)
     return found
 
 
@@ -216,6 +218,7 @@ def _quantize_by_peer(model: nn.Module) -> None:
         new.weight = bitsandbytes.nn.Params4bit(old.weight.data, False, quant_type="nf4").to("cpu")
         if biased:
             new.bias = old.bias
+        new.support_avx512bf16_for_cpu = False  # else it computes in bfloat16 outside of training
         model.set_submodule(path, new)
 
 
@@ -293,8 +296,12 @@ def main() -> None:
     for part in sys.argv[1:] or PARTS:
         name, _, which = part.partition("=")
         made = steps(which.split(",")) if which else PARTS[name]()
-        found[name] = {**found.get(name, {}), **made} if which else made
+        kept = found.get(name, {}) if which or name == "quality" else {}  # of other processors too
+        found[name] = {**kept, **made}
         found["threads"] = torch.get_num_threads()
+        found["machine"], found["versions"] = machine(found["threads"]), versions()
+        narrow = " and bfloat16 products" * (faster_dtype() == "bfloat16")
+        found["kernels"] = torch.backends.cpu.get_cpu_capability() + narrow
         FILE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(name, found[name], flush=True)
 
