@@ -53,7 +53,8 @@ save_base(model, "PATH-nf4")  # lorica.load_model("PATH-nf4") takes seconds
   refused. On CPUs with AVX-512 and bfloat16 products bitsandbytes packs 4-bit layers anew at a pass
   without gradients, and no gradient goes through them from then on: adapted bases are kept from
   that, and layers that were packed so before are refused, as are those that its kernel misreads
-  (rows that are no multiple of a block). Lorica reads the same folders by itself. GPTQ, AWQ and HQQ are refused with what is missing.
+  (rows that are no multiple of a block). Lorica reads the same folders by itself.
+- GPTQ, AWQ and HQQ are refused with what is missing.
 
 ## How it computes
 
