@@ -52,6 +52,9 @@ def peft_side(
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # bnb_4bit_compute_dtype
+            module.compute_dtype = getattr(torch, dtype)
     config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]

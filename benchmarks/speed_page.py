@@ -50,8 +50,8 @@ How it is done (`benchmarks/train_speed.py`):
 - Before that, PEFT trains from Lorica's start on Lorica's batches; a workload whose loss curves do
   not coincide in float32 ends with an error. In bfloat16 both curves are held against that one.
 - In bfloat16 the base lies so in Lorica, which `dtype: auto` chooses where the processor multiplies
-  it, and in the sides that were tuned by hand, under autocast; length groups are the Trainer's with
-  `bf16=True`, and its defaults stay float32. Factors are float32 on every side.
+  it, and in every side of PEFT but the defaults, which stay float32: under autocast by hand, with
+  `bf16=True` in the Trainer. Factors are float32 on every side.
 """
 
 WHERE = """## Where the speed comes from

@@ -28,7 +28,7 @@ SEED = 0
 
 @dataclass
 class Workload:
-    """What all sides do alike; see `train_speed.WORKLOADS`."""
+    """What all sides do alike; see `train_speed.workloads`."""
 
     name: str
     task: str
@@ -213,7 +213,7 @@ def trainer_side(work: Workload, *, grouped: bool) -> None:
     )
     rows: Any = work.records()
     Trainer(
-        model=peft_model(work),
+        model=peft_model(work, getattr(torch, work.dtype) if grouped else torch.float32),
         args=arguments,
         train_dataset=rows,
         data_collator=collate,

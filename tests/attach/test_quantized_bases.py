@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lorica
+from lorica.attach.attach import put_back
 from lorica.attach.layers import describe
 from lorica.base.quantize import quantization_of, quantize_model, quantized_layers
 from lorica.base.quantized import QuantizedLinear
@@ -14,6 +15,9 @@ from lorica.base.storage import read_weight
 from lorica.errors import BaseModelError, LoricaWarning, MergeError, TargetError
 from lorica.evaluate.requantized import how_far
 from lorica.methods.dora import DoRA
+from lorica.tasks.causal_lm import CausalLM
+from lorica.train.starts import attach_by_records
+from train.words import WordTokenizer, examples
 
 IDS = torch.arange(24)[None]
 SWITCH = "support_avx512bf16_for_cpu"
@@ -119,8 +123,10 @@ def test_pissa_begins_as_the_quantized_base(nf4):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_base_that_transformers_quantized_by_bitsandbytes(bits, tmp_path):
     model = quantized_by_bitsandbytes(tmp_path, bits, hidden=128)
-    trained(model, lorica.LoRA(r=4, target_modules="attention"))
+    model.train()  # else a 4-bit layer is packed anew for inference; nothing in it draws
     before = logits(model)
+    trained(model, lorica.LoRA(r=4, target_modules="attention"))
+    torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=2e-2)
     assert not torch.equal(logits_of(model, "a"), before)
     with pytest.raises(MergeError) as caught:
         lorica.merge(model, "a")
@@ -188,6 +194,39 @@ def test_layers_that_bitsandbytes_packed_anew_are_refused(tmp_path):
     assert "model.layers.0.self_attn.q_proj" in str(caught.value)
     assert "attach before the first forward pass" in caught.value.mend
     assert not lorica.adapters(model)
+
+
+def test_a_base_that_was_packed_meanwhile_does_not_get_its_adapter_back(tmp_path):
+    model = quantized_by_bitsandbytes(tmp_path, 4, hidden=128)
+    adapter = lorica.attach(model, lorica.LoRA(r=4, target_modules=["lm_head"]), name="a")
+    report = lorica.merge(model, adapter)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight.quant_state.packing_format_for_cpu = True  # as a pass without gradients has it
+    merged = model.lm_head.weight.clone()
+    with pytest.raises(BaseModelError, match="packed for inference"):
+        report.undo()
+    assert torch.equal(model.lm_head.weight, merged)
+    with pytest.raises(BaseModelError, match="packed for inference"):
+        put_back(adapter)
+    assert not lorica.adapters(model)
+    layer.weight.quant_state.packing_format_for_cpu = False
+    report.undo()
+    assert list(lorica.adapters(model)) == ["a"]
+
+
+def test_choosing_by_records_does_not_have_a_base_of_bitsandbytes_packed(tmp_path):
+    model = quantized_by_bitsandbytes(tmp_path, 4, hidden=128)
+    held = []
+    layer = model.model.layers[0].self_attn.q_proj
+    setattr(layer, SWITCH, True)
+    layer.register_forward_pre_hook(lambda *_: held.append(not getattr(layer, SWITCH)))
+    method = lorica.LoRA(r=2, target_modules=["q_proj"], init_lora_weights="eva")
+    adapter, _ = attach_by_records(model, method, CausalLM.of(WordTokenizer()), examples(0, 8))
+    assert held
+    assert all(held)
+    assert not getattr(layer, SWITCH)
+    lorica.detach(model, adapter)
+    assert getattr(layer, SWITCH)
 
 
 @pytest.mark.parametrize("wrong", [True, False])

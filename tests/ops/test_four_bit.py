@@ -103,6 +103,33 @@ def test_a_kernel_that_gives_other_bits_is_left_alone(monkeypatch, untried):
     assert torch.equal(made, four_bit._by_table(packed, absmax, "nf4", 64, right))
 
 
+def test_the_trial_is_made_in_memory_of_the_cpu_whatever_the_defaults(untried):
+    packed, absmax = four_bit.quantize(torch.randn(6, 64), "nf4", 64)
+    made, right = torch.empty(6, 64), torch.empty(6, 64)
+    with torch.device("meta"):
+        four_bit.dequantize(packed, absmax, "nf4", 64, made)
+    assert torch.equal(made, four_bit._by_table(packed, absmax, "nf4", 64, right))
+    found = four_bit._tried("nf4", torch.float32)
+    four_bit._tried.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = four_bit._tried("nf4", torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (again is None) == (found is None)
+
+
+def test_tensors_of_other_types_do_not_go_to_the_kernel(monkeypatch, untried):
+    packed, absmax = four_bit.quantize(torch.randn(6, 64), "nf4", 64)
+    out = torch.empty(6, 64)
+    assert four_bit._whole(packed, absmax, 64, out)
+    assert not four_bit._whole(packed, absmax.half(), 64, out)
+    assert not four_bit._whole(packed.int(), absmax, 64, out)
+    assert not four_bit._whole(packed, absmax, 64, out.t())
+    assert not four_bit._whole(packed, absmax, 64, out[:5, :63])
+    assert not four_bit._whole(packed, absmax, 64, torch.empty(6, 64, device="meta"))
+
+
 def test_versions_that_were_not_tested_are_left_alone(monkeypatch, untried):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.51.0")

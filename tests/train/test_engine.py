@@ -329,14 +329,14 @@ def test_dropout_over_a_base_in_bfloat16():
 
 
 def wide(name, dtype, **settings):
-    """One layer with 1,003 features inside: those of five adapters are more than torch gives to
+    """Layers with 1,003 features inside: those of five adapters are more than torch gives to
     one thread, and no multiple of what its vector loops take at once times threads.
     """
     sizes = {
         "vocab_size": 97,
         "hidden_size": 64,
         "intermediate_size": 1003,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": 2,  # the first one's activations see all rows, the last one's some
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
@@ -363,11 +363,11 @@ WIDE = {
 @pytest.mark.parametrize("kind", WIDE)
 def test_the_number_of_threads_does_not_let_neighbours_matter(monkeypatch, kind, dtype, number):
     name, settings = WIDE[kind]
-    how = {"model": lambda: wide(name, dtype, **settings), "steps": 1}
+    how = {"model": lambda: wide(name, dtype, **settings), "steps": 3}
     calls = passes(monkeypatch)
     with threads(number):
         together = tried("abcde", **how)
-        assert calls == [5]
+        assert calls == [5] * 3
         assert_equal_bits(together, tried("abcde", **how, together=False))
 
 
@@ -412,3 +412,5 @@ def test_dropout_of_a_head_that_the_model_has_not_does_not_keep_adapters_apart()
     assert not draws(made())
     assert draws(made(attention_dropout=0.1))
     assert draws(made(hidden_dropout=0.1))
+    with_the_head = transformers.GPTNeoXForTokenClassification(transformers.GPTNeoXConfig(**shape))
+    assert draws(with_the_head)

@@ -1,10 +1,13 @@
 """Frozen layers run once for adapters that see the same records: the same bits, fewer rows."""
 
+import itertools
+
 import pytest
 import torch
 
 from architectures import ARCHITECTURES
 from lorica.attach.attach import attach
+from lorica.base import batch
 from lorica.config import TrainSettings
 from lorica.methods.lora import LoRA
 from lorica.tasks.causal_lm import CausalLM
@@ -59,3 +62,18 @@ def test_nothing_is_shared_where_an_adapter_acts_from_the_first_layer_on():
 
 def test_other_records_go_through_by_themselves():
     assert trained((1, 1), same=False)[2] == 0
+
+
+def test_activations_below_are_given_the_rows_of_each_set_of_records(monkeypatch):
+    """With three threads and more their bits depend on the rows beside; see `ops.glu`."""
+    told = []
+
+    def beside(model, *ranges):
+        told.append(ranges)
+        return batch.beside(model, *ranges)
+
+    monkeypatch.setitem(SharedLayers.__init__.__globals__, "beside", beside)
+    trained((1, 1, 1), steps=1)
+    ((rows,),) = told
+    assert rows[0][0] == 0
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(rows))

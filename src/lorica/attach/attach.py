@@ -202,8 +202,10 @@ def put_back(adapter: Adapter) -> None:
 
     Raises:
         ConfigError: its name was taken meanwhile.
+        BaseModelError: as `attach`.
     """
     model = adapter.model
+    check_foreign(model)
     attached = attached_to(model)
     check_name(adapter.name, attached)
     modules = dict(model.named_modules(remove_duplicate=False))

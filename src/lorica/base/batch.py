@@ -55,9 +55,11 @@ def beside(model: nn.Module, *ranges: Sequence[tuple[int, int]] | None) -> Itera
 
 def blocks(model: nn.Module, x: Tensor) -> tuple[int, ...]:
     """How many rows of `x`, (..., D), each adapter of the pass has; empty where all may be given to
-    a function at once: those of one adapter, or in one thread, which leaves nothing over of 32 rows
-    and an even number of features.
+    a function at once: those of one adapter, in one thread, which leaves nothing over of 32 rows
+    and an even number of features, or on a GPU, where no bits are promised.
     """
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return ()
     if torch.get_num_threads() == 1 and x.shape[-1] % 2 == 0:
         return ()
     sizes = model.__dict__.get(_BLOCKS, {}).get(x.shape[:-1].numel(), ())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ def check_foreign(model: nn.Module) -> None:
     repacked, misread = [], []
     judged: dict[tuple, bool] = {}
     for path, module, state in _layers(model):
+        if module.weight.device.type != "cpu":
+            continue
         if getattr(state, "packing_format_for_cpu", False):
             repacked.append(path)
         elif state.shape[-1] % state.blocksize:  # else no block goes over the end of a row
@@ -37,16 +40,14 @@ def check_foreign(model: nn.Module) -> None:
             if kind not in judged:
                 judged[kind] = _is_misread(module, state)
             misread += [path] * judged[kind]
-    faults = [
-        *(["were packed for inference, which ends gradients: " + _some(repacked)] * bool(repacked)),
-        *(
-            ["are misread, since rows are no multiple of a block: " + _some(misread)]
-            * bool(misread)
-        ),
-    ]
+    words = {
+        "were packed for inference, which ends gradients": repacked,
+        "are misread, since rows are no multiple of a block, and give wrong outputs": misread,
+    }
+    faults = [f"{fault}: {_some(paths)}" for fault, paths in words.items() if paths]
     if faults:
         raise BaseModelError(
-            "layers of bitsandbytes cannot be adapted as they are on this processor: they "
+            "layers of bitsandbytes in this base cannot be trained through on this processor: they "
             + "; others ".join(faults),
             mend="let lorica read the same bytes: lorica.load_model(PATH), or with quantize='nf4'"
             + ("; or load it anew and attach before the first forward pass" if repacked else ""),
@@ -61,6 +62,17 @@ def hold(model: nn.Module) -> list[nn.Module]:
     return held
 
 
+@contextmanager
+def as_stored(model: nn.Module) -> Iterator[None]:
+    """Check the layers of bitsandbytes, and have them stay as they are inside the block."""
+    check_foreign(model)
+    held = hold(model)
+    try:
+        yield
+    finally:
+        release(held)
+
+
 def release(held: list[nn.Module]) -> None:
     """Undo `hold`."""
     for module in held:
@@ -68,11 +80,11 @@ def release(held: list[nn.Module]) -> None:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """Paths, layers and states of the 4-bit layers of bitsandbytes on a CPU."""
+    """Paths, layers and states of the 4-bit layers of bitsandbytes."""
     for path, module in model.named_modules():
         weight: Any = module._parameters.get("weight")
         state = getattr(weight, "quant_state", None)
-        if state is not None and weight.device.type == "cpu":
+        if state is not None:
             yield path, module, state
 
 

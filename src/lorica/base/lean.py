@@ -192,9 +192,15 @@ def _apart(module: nn.Module, model: nn.Module) -> Forward | None:
 
 
 def _single(copy: nn.Module) -> bool:
+    """Whether no number depends on another, on its place, or on chance."""
     x = torch.randn(1, _WIDTH, _INNER)
+    larger = x.clone()
+    larger[0, 0, 0] = 9.0
+    copy.train()
     made, turned = copy(x), copy(x[0].t().contiguous())
-    return made.shape == x.shape and torch.allclose(turned.t(), made[0], 0, 1e-6)
+    if made.shape != x.shape or not torch.allclose(turned.t(), made[0], 0, 1e-6):
+        return False
+    return torch.allclose(copy(larger).flatten()[1:], made.flatten()[1:], 0, 1e-6)
 
 
 def _run_apart(module: nn.Module, model: nn.Module, x: Tensor) -> Tensor:

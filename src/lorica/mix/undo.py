@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorica.attach.attach import put_back
 from lorica.attach.handle import Adapter, attached_to
+from lorica.base.foreign import check_foreign
 from lorica.base.quantize import quantized_layers
 from lorica.base.quantized import QuantizedLinear, quantized
 from lorica.base.quantizer import Quantizer, Stored
@@ -98,6 +99,8 @@ class Undo:
                 f"adapters sit on layers that would be quantized again: {', '.join(here)}",
                 mend="detach them first",
             )
+        if self.taken_off:
+            check_foreign(self.model)
         if taken := [a.name for a in self.taken_off if a.name in here]:
             raise MergeError(
                 f"adapters of the names {', '.join(taken)} were attached since",

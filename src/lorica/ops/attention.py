@@ -5,9 +5,10 @@ text has a dozen tokens: 32 texts of 16 tokens and 12 heads take 5.6 ms there, f
 and 2.2 ms as batched products. Those pay up to some thirty tokens; then there are as many
 probabilities to keep as features.
 
-In bfloat16 its backward pass takes 2 to 6 times as long as in float32 for texts of a few hundred
-tokens and less (a processor with AVX-512 and bfloat16 products; see the lab book), and no less for
-longer ones. So what is narrow is widened for the kernel, and narrow again where it is kept.
+In bfloat16 its backward pass takes up to 6 times as long as in float32 for texts of less than 100
+tokens, 1.5 to 2 times at a few hundred, and no less for longer ones (a processor with AVX-512 and
+bfloat16 products; see the lab book). So what is narrow is widened for the kernel, and narrow again
+where it is kept.
 
 Legend: N texts, L tokens of the longest, H heads, D features of a head, B = N H.
 """
@@ -23,15 +24,17 @@ from torch.autograd.function import once_differentiable
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
+_AMX = torch.cpu._is_amx_tile_supported()
+
 SHORT = 32
 """Tokens up to which batched products are the faster way."""
 
 
-def is_short(q: Tensor, k: Tensor) -> bool:
+def is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `short_attention` is the way for these, (N, H, L, D): few tokens, and as many heads
     of keys as of queries, on a CPU.
     """
-    return q.device.type == "cpu" and q.shape == k.shape and q.shape[2] <= SHORT
+    return q.device.type == "cpu" and q.shape == k.shape == v.shape and q.shape[2] <= SHORT
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scale: float) -> Tensor:
@@ -41,7 +44,8 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scale:
 
     Args:
         q, k, v: (N, H, L, D).
-        real: (N, 1, 1, L) or (N, 1, L, L), bool: which tokens are seen; None: all.
+        real: (N, 1, 1, L) or (N, 1, L, L), bool: which tokens are seen, at least one by each; None:
+            all.
     """
     return _ShortAttention.apply(q, k, v, real, scale)
 
@@ -50,6 +54,7 @@ class _ShortAttention(torch.autograd.Function):
     """Saves queries, keys, values and the probabilities, which are float32 or wider."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # which would narrow the scores
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scale: float
     ) -> Tensor:
@@ -66,6 +71,7 @@ class _ShortAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, g: Tensor) -> tuple:
         # with p = softmax(s): ds = p (dp - sum(p dp))
         *narrow_BLD, p_BLL = ctx.saved_tensors
@@ -79,12 +85,17 @@ class _ShortAttention(torch.autograd.Function):
 
 
 def is_narrow(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `narrow_attention` is the way for these, (N, H, L, D): half precision on a CPU. How
-    the kernel does with AMX was not measured, so there it is left as it is.
+    """Whether `narrow_attention` is the way for these, (N, H, L, D): half precision on a CPU, in
+    shapes that its kernel takes, which it does not check. How it does with AMX was not measured,
+    so there it is left as it is.
     """
-    half = q.device.type == "cpu" and q.element_size() == 2
-    usual = q.shape[-1] == k.shape[-1] == v.shape[-1] and q.numel() > 0
-    return half and usual and not torch.cpu._is_amx_tile_supported()
+    if _AMX or q.device.type != "cpu" or q.element_size() != 2 or q.dim() != 4 or k.dim() != 4:
+        return False
+    given = q, k, v
+    if any(not t.numel() or t.stride(-1) != 1 for t in given):
+        return False
+    alike = k.shape == v.shape and (q.shape[0], q.shape[3]) == (k.shape[0], k.shape[3])
+    return alike and q.shape[1] % k.shape[1] == 0
 
 
 def narrow_attention(
@@ -101,12 +112,14 @@ def narrow_attention(
         mask: what a query sees, bool, broadcast against (N, H, L, keys); None with `causal`.
     """
     if mask is not None:
-        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
+        mask = mask.view((1,) * (4 - mask.dim()) + mask.shape)
     return _NarrowAttention.apply(q, k, v, mask, scale, causal)
 
 
 class _NarrowAttention(torch.autograd.Function):
-    """Saves queries, keys, values and the output in half precision, and a number per query."""
+    """Saves queries, keys, values and the output in half precision, the mask as it is, and a number
+    per query.
+    """
 
     @staticmethod
     def forward(
@@ -119,7 +132,7 @@ class _NarrowAttention(torch.autograd.Function):
         causal: bool,
     ) -> Tensor:
         wide, logsumexp = _forward(
-            q.float(), k.float(), v.float(), 0.0, causal, attn_mask=mask, scale=scale
+            q.float(), k.float(), v.float(), 0.0, causal, attn_mask=_added(mask), scale=scale
         )
         out = wide.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, logsumexp, mask)
@@ -132,8 +145,15 @@ class _NarrowAttention(torch.autograd.Function):
         q, k, v, out, logsumexp, mask = ctx.saved_tensors
         scale, causal = ctx.how
         wide = (t.float() for t in (g, q, k, v, out))
-        made = _backward(*wide, logsumexp, 0.0, causal, attn_mask=mask, scale=scale)
+        made = _backward(*wide, logsumexp, 0.0, causal, attn_mask=_added(mask), scale=scale)
         return *(d.to(g.dtype) for d in made), None, None, None
+
+
+def _added(mask: Tensor | None) -> Tensor | None:
+    """A mask as the kernel wants it: what is added to scores."""
+    if mask is None:
+        return None
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
 
 
 def _wide(x: Tensor) -> Tensor:

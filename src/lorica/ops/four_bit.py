@@ -120,8 +120,12 @@ def dequantize(packed: Tensor, absmax: Tensor, book: str, block: int, out: Tenso
 
 
 def _whole(packed: Tensor, absmax: Tensor, block: int, out: Tensor) -> bool:
-    """Whether these are tensors in memory of the CPU, of whole blocks that are not very long."""
+    """Whether these are tensors in memory of the CPU, of whole blocks that are not very long, in
+    the types that the compiled kernel reads.
+    """
     if torch.compiler.is_compiling() or block > _LONGEST or out.numel() % block:
+        return False
+    if packed.element_size() > 1 or absmax.dtype != torch.float32:
         return False
     return all(type(t.data) is Tensor and t.is_cpu for t in (packed, absmax, out)) and all(
         t.is_contiguous() for t in (packed, absmax, out)
@@ -134,9 +138,9 @@ def _tried(book: str, dtype: torch.dtype) -> Kernel | None:
     kernel = kernel_of(book, dtype)
     if kernel is None:
         return None
-    packed = torch.arange(256, dtype=torch.uint8)
-    absmax = torch.linspace(0.01, 3, 512 // 64)
-    right, made = torch.empty(512, dtype=dtype), torch.empty(512, dtype=dtype)
+    packed = torch.arange(256, dtype=torch.uint8, device="cpu")
+    absmax = torch.linspace(0.01, 3, 512 // 64, dtype=torch.float32, device="cpu")
+    right, made = (torch.empty(512, dtype=dtype, device="cpu") for _ in range(2))
     _by_table(packed, absmax, book, 64, right)
     kernel(packed, absmax, 64, made)
     return kernel if torch.equal(right, made) else None

@@ -176,7 +176,7 @@ def _rectangle(
         own = torch.eye(longest, dtype=torch.bool, device=q.device)  # no query sees nothing
         own = F.pad(own, (front, 0), value=False)
         mask = real if mask is None else mask & real | own
-    if how.both and not how.dropout and is_short(q, k):
+    if how.both and not how.dropout and is_short(q, k, v):
         scale = q.shape[-1] ** -0.5 if how.scaling is None else how.scaling
         return short_attention(q, k, v, mask, scale).transpose(1, 2).flatten(0, 1)
     causal = mask is None and longest > 1 and not how.both

@@ -18,6 +18,7 @@ from lorica.attach.handle import Adapter
 from lorica.attach.layers import describe
 from lorica.attach.places import Places, places_of
 from lorica.attach.survey import unwrap
+from lorica.base.foreign import as_stored
 from lorica.data.encode import Example
 from lorica.errors import ConfigError
 from lorica.methods.lora import LoRA
@@ -62,19 +63,21 @@ def attach_by_records(
         ConfigError: there are no records, or too few; the settings leave nothing to choose; or
             nothing about this method is chosen from records.
         NonFiniteError: a gradient or an input is NaN or infinite.
+        BaseModelError: as `attach`.
     """
     model = unwrap(model)
     chooser = CHOOSERS[_word(method)]
-    places, whole, reason = places_of(model, method)
-    own = {path: place for path, place in places.items() if place[2].kind == whole.kind}
-    settings: Any = whole
-    drawn = _draw(examples, settings.num_records, seed) if settings.needs_records else []
-    if settings.needs_records and not drawn:
-        raise ConfigError(
-            f"these settings of {whole.kind} need records to choose by, and there are none"
-        )
-    layers = {path: describe(module, parameter) for path, (module, parameter, _) in own.items()}
-    answer = chooser(Question(model, own, layers, whole, task, drawn, seed, between))
+    with as_stored(model):
+        places, whole, reason = places_of(model, method)
+        own = {path: place for path, place in places.items() if place[2].kind == whole.kind}
+        settings: Any = whole
+        drawn = _draw(examples, settings.num_records, seed) if settings.needs_records else []
+        if settings.needs_records and not drawn:
+            raise ConfigError(
+                f"these settings of {whole.kind} need records to choose by, and there are none"
+            )
+        layers = {path: describe(module, parameter) for path, (module, parameter, _) in own.items()}
+        answer = chooser(Question(model, own, layers, whole, task, drawn, seed, between))
     tensors: dict[str, Tensors] = {}
     final: Places = {}
     for path, (module, parameter, at_place) in places.items():
