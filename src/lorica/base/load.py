@@ -79,46 +79,29 @@ def load_model(
     if task == IMAGES:
         return _load_pipeline(name, path, choose_dtype(dtype, target), target, revision)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    local = hub_options(path, revision)
-    base = Base(lasting_name(name, path), task, digest="")
     kind = quantizer_of(quantize) if quantize is not None else None
     way = OnTheWay(kind, head=quantize_head) if kind is not None else None
-    layers: dict[str, dict[str, torch.Tensor]] = {}
+    chosen = choose_dtype(dtype, target)
     with reading(name, task), _seeded(seed):
+        local = hub_options(path, revision)
         config = transformers.AutoConfig.from_pretrained(path, **options, **local)
         if stored := method_of(config):
             _refuse_twice(name, stored, kind)
-        if stored == OWN and (files := weight_files(path, revision=revision)):
-            vars(config).pop("quantization_config")
-            weights, layers = read_stored(files)
-            way, local = OnTheWay(stored=quantizers_of(layers)), {}
-            options = {"state_dict": weights}
-        if way is not None:
-            options["quantization_config"] = way
-        auto_class = getattr(transformers, AUTO_CLASSES[task])
         classes = set_labels(config, labels) if task == "text-classification" else Classes(())
-        found: Any = auto_class._model_mapping[type(config)] if layers else auto_class
-        model, info = found.from_pretrained(
-            None if layers else path,
-            config=config,
-            dtype=choose_dtype(dtype, target),
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # judged below, by name
-            output_loading_info=True,
-            **options,
-            **local,
-        )
+        auto_class = getattr(transformers, AUTO_CLASSES[task])
+        files = weight_files(path, revision=revision) if stored == OWN else []
+        if files:
+            model, info = _read_quantized(auto_class, path, config, chosen, files)
+        else:
+            more = {**local, **({} if way is None else {"quantization_config": way})}
+            model, info = _from_pretrained(auto_class, path, config, chosen, **options, **more)
         if way is not None:
             way.finish()
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        if layers and way is not None:
-            fill(model, layers, way.stored, model.dtype)
-            info["missing_keys"] = {*info["missing_keys"]} - {f"{p}.weight" for p in layers}
         if classes.contradict:
             foreign = output_tensors(config, auto_class)
             restart(model, foreign)
             info["missing_keys"] = {*info["missing_keys"], *foreign}
-    base.labels = classes.names
+    base = Base(lasting_name(name, path), task, digest="", labels=classes.names)
     base.notes += [classes.note] if classes.note else []
     base.tokenizer = load_tokenizer(name, task=task, eos_token=eos_token, **options)
     if eos_token is not None:
@@ -140,6 +123,51 @@ def load_model(
         _leave_files(model)
     model.__dict__["_lorica_base"] = base
     return model.to(target).eval()
+
+
+def _from_pretrained(
+    made_by: Any,
+    path: str | Path | None,
+    config: Any,
+    dtype: torch.dtype | Literal["auto"],
+    **options: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers found missing or of another size; that is judged by name."""
+    return made_by.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+
+
+def _read_quantized(
+    auto_class: Any,
+    path: str | Path,
+    config: Any,
+    dtype: torch.dtype | Literal["auto"],
+    files: list[Path],
+) -> tuple[Any, dict[str, Any]]:
+    """A base whose files hold layers in the format of bitsandbytes, which is not asked for them."""
+    vars(config).pop("quantization_config")
+    weights, layers = read_stored(files)
+    way = OnTheWay(stored=quantizers_of(layers))
+    made_by = auto_class._model_mapping[type(config)] if layers else auto_class
+    model, info = _from_pretrained(
+        made_by,
+        None if layers else path,
+        config,
+        dtype,
+        state_dict=weights,
+        quantization_config=way,
+    )
+    way.finish()
+    fill(model, layers, way.stored, model.dtype)
+    info["missing_keys"] = {*info["missing_keys"]} - {f"{p}.weight" for p in layers}
+    return model, info
 
 
 def _load_pipeline(
