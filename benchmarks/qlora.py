@@ -39,7 +39,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "heads": 32},
 }
 VOCABULARY = {"30M": 8192, "350M": 16384, "1B": 32000, "7B": 32000}
-BATCH, LENGTH, STEPS = 8, 96, 4
+BATCH, LENGTH = 8, 96
+STEPS = {"one": 10, "mixed": 5, "full": 4}
+"""Of a side, the first of which does not count; more where they are short."""
 PEER = "nf4 of bitsandbytes"
 SIDES_OF = {
     "float32": ["lorica", "peft+bitsandbytes"],
@@ -117,7 +119,7 @@ def _rounds(folder: str, kind: str, dtype: str) -> dict[str, dict]:
     """The least of the steps that the sides take in turn, the first of each left out."""
     sides = {side: _start(side, folder, kind, dtype) for side in SIDES_OF[dtype]}
     rounds: dict[str, list[dict]] = {side: [] for side in sides}
-    for _ in range(STEPS):
+    for _ in range(STEPS[kind]):
         for side, process in sides.items():
             rounds[side].append(_ask(process))
     for process in sides.values():
