@@ -116,11 +116,14 @@ def steps(names: list[str]) -> dict[str, dict]:
 
 
 def _rounds(folder: str, kind: str, dtype: str) -> dict[str, dict]:
-    """The least of the steps that the sides take in turn, the first of each left out."""
+    """The least of the steps that the sides take in turn, the first of each left out. A side takes
+    two each time, and the second counts: one that has waited finds its memory and caches taken.
+    """
     sides = {side: _start(side, folder, kind, dtype) for side in SIDES_OF[dtype]}
     rounds: dict[str, list[dict]] = {side: [] for side in sides}
     for _ in range(STEPS[kind]):
         for side, process in sides.items():
+            _ask(process)
             rounds[side].append(_ask(process))
     for process in sides.values():
         process.stdin.close()  # type: ignore[union-attr]

@@ -53,7 +53,8 @@ save_base(model, "PATH-nf4")  # lorica.load_model("PATH-nf4") takes seconds
   refused. On CPUs with AVX-512 and bfloat16 products bitsandbytes packs 4-bit layers anew at a pass
   without gradients, and no gradient goes through them from then on: adapted bases are kept from
   that, and layers that were packed so before are refused, as are those that its kernel misreads
-  (rows that are no multiple of a block). Lorica reads the same folders by itself.
+  (some rows that are no multiple of a block, such as 160 numbers). Lorica reads the same folders by
+  itself.
 - GPTQ, AWQ and HQQ are refused with what is missing.
 
 ## How it computes
@@ -168,11 +169,6 @@ def page() -> str:
     if "quality" in found:
         lines += ["", "| perplexity of the real small Llama (260 k) on 60 stories | |", "|---|---|"]
         lines += [f"| {word} | {value:.4f} |" for word, value in found["quality"].items()]
-        lines += [
-            "",
-            "With AVX-512 bitsandbytes 0.50 reads rows of 172 features, which are no whole blocks, "
-            "with the scales of others.",
-        ]
     if "sst2" in found:
         lines += accuracy(found["sst2"])
     return "\n".join(lines) + "\n"

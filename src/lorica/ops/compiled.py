@@ -2,7 +2,7 @@
 
 It is called in its shared library, into memory of ours. The Python package is not imported, which
 takes a second and may ask a hub for further kernels. Every block is given to it as a row of its
-own: of rows that are no multiple of a block it reads the scales wrongly.
+own: in some rows that are no multiple of a block, such as 160 numbers, it reads the scales wrongly.
 
 Other versions than those tested here may want other arguments, so they are left alone.
 """
