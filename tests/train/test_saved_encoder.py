@@ -23,10 +23,8 @@ SHORT, LONG = 16, 41
 
 
 def kept(T: int, length: int, dtype: torch.dtype) -> list[Kept]:
-    """With LoRA on all linear layers; texts are attended to as products up to 32 tokens on a CPU
-    in full precision.
-    """
-    products = length <= 32 and dtype == torch.float32
+    """With LoRA on all linear layers; texts are attended to as products up to 32 tokens on a CPU."""
+    products = length <= 32
     rectangle = (TEXTS * HEADS, length, D // HEADS)
     whole = (TEXTS, HEADS, length, D // HEADS)
     number = (1, T, 1)
@@ -39,7 +37,8 @@ def kept(T: int, length: int, dtype: torch.dtype) -> list[Kept]:
     ]
     if products:
         table.append(Kept("attention: queries, keys and values", rectangle, dtype, 3))
-        table.append(Kept("attention: probabilities", (TEXTS * HEADS, length, length), dtype, 1))
+        probabilities = (TEXTS * HEADS, length, length)
+        table.append(Kept("attention: probabilities", probabilities, torch.float32, 1))
     else:
         table.append(Kept("attention: queries, keys, values, outputs", whole, dtype, 4))
         table.append(Kept("attention: one number for each row", whole[:3], torch.float32, 1))
