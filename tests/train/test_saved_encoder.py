@@ -23,7 +23,7 @@ SHORT, LONG = 16, 41
 
 
 def kept(T: int, length: int, dtype: torch.dtype) -> list[Kept]:
-    """With LoRA on all linear layers; texts are attended to as products up to 32 tokens on a CPU."""
+    """With LoRA on all linear layers; texts up to 32 tokens are attended to as products."""
     products = length <= 32
     rectangle = (TEXTS * HEADS, length, D // HEADS)
     whole = (TEXTS, HEADS, length, D // HEADS)
