@@ -495,3 +495,16 @@ def inputs_of(name: str, model: nn.Module, batch: int = 3, length: int = 7) -> d
     inputs = ARCHITECTURES[name].sample(model, batch, length)
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     return inputs
+
+
+def llama_of_width(hidden: int) -> hf.LlamaForCausalLM:
+    """A Llama of a chosen width: bitsandbytes is particular about it, the models above are odd."""
+    config = hf.LlamaConfig(
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(config)

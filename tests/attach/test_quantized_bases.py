@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lorica
+from architectures import llama_of_width
 from lorica.attach.attach import put_back
 from lorica.attach.layers import describe
 from lorica.base.quantize import quantization_of, quantize_model, quantized_layers
@@ -139,17 +140,9 @@ def test_a_base_that_transformers_quantized_by_bitsandbytes(bits, tmp_path):
 
 def quantized_by_bitsandbytes(folder: Path, bits: int, hidden: int) -> nn.Module:
     pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    shape = LlamaConfig(
-        vocab_size=512,
-        hidden_size=hidden,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(shape).save_pretrained(folder)
+    llama_of_width(hidden).save_pretrained(folder)
     how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=how, dtype=torch.float32

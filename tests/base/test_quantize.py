@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorica
+from architectures import llama_of_width
 from lorica.base.four_bit import FP4, NF4
 from lorica.base.known import base_of
 from lorica.base.quantize import (
@@ -247,19 +248,11 @@ def test_saved_and_loaded_it_is_the_same_base(word, tmp_path):
 
 def test_transformers_with_bitsandbytes_reads_the_folder(tmp_path):
     pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     # rows are whole blocks, and the model trains: else, on processors with AVX-512, bitsandbytes
     # misreads them, and computes in bfloat16
-    shape = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(shape).save_pretrained(tmp_path / "plain")
+    llama_of_width(128).save_pretrained(tmp_path / "plain")
     base_of(lorica.load_model("embedded")).tokenizer.save_pretrained(tmp_path / "plain")
     ours = lorica.load_model(tmp_path / "plain", dtype="float32", quantize="nf4")
     save_base(ours, tmp_path / "q")
