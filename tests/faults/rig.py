@@ -155,8 +155,8 @@ def fork(work: Callable[[], object], output: Path) -> Run:
         warnings.resetwarnings()  # as in a process of its own, not as in a test
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
-        # torch makes the pool of its threads anew in a fork, at first use and without a lock: of two
-        # threads that load weights at once, one would find no pool. So it is made here.
+        # torch makes the pool of its threads anew in a fork, at first use and without a lock: of
+        # two threads that load weights at once, one would find no pool. So it is made here.
         torch.set_num_threads(torch.get_num_threads())
         try:
             work()

@@ -231,5 +231,10 @@ def test_signals_wait_for_work_that_must_not_be_left():
             reached.append("work")
         assert reached == ["work", "handler"]
         assert signal.getsignal(signal.SIGTERM) is raising
+        with signals_wait() as came:
+            signal.raise_signal(signal.SIGTERM)
+            assert came == [signal.SIGTERM]
+            came.clear()
+        assert reached == ["work", "handler"]
     finally:
         signal.signal(signal.SIGTERM, before)

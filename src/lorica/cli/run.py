@@ -51,7 +51,7 @@ from lorica.records.write import Recorder
 from lorica.tasks.task import Prediction
 from lorica.train.loop import train
 from lorica.train.report import TrainReport
-from lorica.train.signals import Stop
+from lorica.train.signals import Stop, signals_wait
 
 if TYPE_CHECKING:  # imported late: it brings all of scipy
     from lorica.evaluate.compare import Comparison
@@ -229,6 +229,11 @@ def resumable(
     """
 
     def mark(outcome: dict[str, Any]) -> None:
+        with signals_wait() as came:
+            write(outcome)
+            came.clear()  # it ends already, and tells by what
+
+    def write(outcome: dict[str, Any]) -> None:
         if (writer := recorder()) is not None:
             writer.finish(outcome)
             return

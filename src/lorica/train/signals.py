@@ -107,22 +107,23 @@ def stopping(agree: Callable[[int], int] | None = None) -> Iterator[Stop]:
 
 
 @contextmanager
-def signals_wait() -> Iterator[None]:
-    """Hold signals back for a while: for work of a second in which compiled code calls Python.
+def signals_wait() -> Iterator[list[int]]:
+    """Hold signals back for a while: for work of a second that must not be left in the middle.
 
-    torch ends the process (SIGABRT, without a word) where a handler raises inside such a call, as
-    in a dispatch mode. What came meanwhile reaches its handler when the work is done.
+    Such is compiled code that calls Python: torch ends the process (SIGABRT, without a word) where
+    a handler raises inside such a call, as in a dispatch mode. What came meanwhile stands in the
+    list that this yields, and reaches its handler when the work is done.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
     before = {n: signal.getsignal(n) for n in _HEARD}
-    heard = {n: h for n, h in before.items() if callable(h)}
+    heard = {n: h for n, h in before.items() if h not in (signal.SIG_IGN, None)}
     for number in heard:
         signal.signal(number, lambda number, frame: came.append(number))
     try:
-        yield
+        yield came
     finally:
         for number, handler in heard.items():
             signal.signal(number, handler)
