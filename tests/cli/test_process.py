@@ -17,9 +17,6 @@ import pytest
 
 import lorica
 from faults import rig
-from lorica.errors import TrainingError
-from lorica.records.write import RunRecorder
-from lorica.train.engine import Engine
 
 SOURCE = str(Path(lorica.__file__).parents[1])
 START = "from lorica.cli import main; main()"
@@ -91,27 +88,6 @@ def test_a_signal_stops_and_a_pipe_may_break(stock, quick, tmp_path):
     assert all(json.loads(line) for line in rest.splitlines())
     assert err.startswith("lorica: stopped by SIGTERM") and "--resume run" in err
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "interrupted"
-
-
-def test_a_signal_does_not_cut_what_is_written_of_an_error(stock, quick, tmp_path):
-    """It comes at every place where the end is written, with the handler that a process has."""
-    data = ["--model", stock / "llama", "--data", stock / "pairs.jsonl", *quick]
-
-    def broken_and_shot() -> None:
-        def step(self, trainees, work):
-            raise TrainingError("out of luck, say")
-
-        def sent(self, values, update=RunRecorder.update):
-            os.kill(os.getpid(), signal.SIGTERM)
-            update(self, values)
-
-        Engine.step, RunRecorder.update = step, sent
-
-    words = ["train", *data, "--output-dir", "run"]
-    running = forked(words, tmp_path, tmp_path / "out", broken_and_shot)
-    assert running.wait() == TrainingError.exit_code, running.words
-    assert "out of luck, say" in running.words
-    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
 
 
 def test_a_reader_that_leaves_does_not_stop_a_run(stock, quick, tmp_path):

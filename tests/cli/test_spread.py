@@ -94,7 +94,8 @@ def test_a_signal_to_one_stops_all_with_the_state_saved(lorica, several, tmp_pat
 @pytest.mark.slow
 def test_one_process_that_has_room_goes_on_with_it(lorica, several, tmp_path):
     assert dies(signal.SIGKILL, several, tmp_path).returncode != 0
-    assert status(tmp_path / "found") == "failed"
+    # the other process finds it gone, or is ended by torchrun while it says so
+    assert status(tmp_path / "found") in ("failed", "interrupted")
     assert lorica("train", "--resume", "found", "--no-shard-base").code == 0
     same_as_one(lorica, several, tmp_path)
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import signal
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from lorica.data.encode import Example
 from lorica.errors import ConfigError, DataError, NonFiniteError, TrainingError
 from lorica.methods.lora import LoRA
 from lorica.records.read import read_manifest
-from lorica.records.write import RunRecorder
 from lorica.tasks import CausalLM, TextClassification
 from lorica.train import evaluations
 from lorica.train.course import Course
@@ -374,30 +372,6 @@ def test_any_other_error_is_written_down(tmp_path, monkeypatch):
         one(tmp_path / "r")
     manifest = read_manifest(tmp_path / "r/run.json")
     assert (manifest["status"], manifest["error"]) == ("failed", "RuntimeError: out of luck, say")
-
-
-def test_a_signal_that_comes_while_it_is_written_down_does_not_cut_it(tmp_path, monkeypatch):
-    """As where torchrun ends the processes that another one has left."""
-
-    def broken(self, trainees, work):
-        raise RuntimeError("out of luck, say")
-
-    monkeypatch.setattr(Engine, "step", broken)
-    update, heard = RunRecorder.update, []
-
-    def sent(self, values):
-        signal.raise_signal(signal.SIGTERM)
-        update(self, values)
-
-    monkeypatch.setattr(RunRecorder, "update", sent)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
-    try:
-        with pytest.raises(RuntimeError, match="out of luck"):
-            one(tmp_path / "r")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert not heard
-    assert read_manifest(tmp_path / "r/run.json")["status"] == "failed"
 
 
 def test_a_layer_that_is_passed_by_is_named(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from lorica.cli.run import stopped
 from lorica.errors import Interrupted
 from lorica.records.read import read_manifest
-from lorica.train.signals import Stop, StopAsked, signals_wait, stopping
+from lorica.train.signals import Stop, StopAsked, stopping
 from train.runs import outcome, run
 
 SCRIPT = Path(__file__).with_name("stoppable.py")
@@ -215,26 +215,3 @@ def test_another_thread_trains_without_handlers(tmp_path):
     thread.join()
     assert found == [{"a": 4, "b": 4}]
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_signals_wait_for_work_that_must_not_be_left():
-    reached = []
-
-    def raising(number, frame):
-        reached.append("handler")
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, raising)
-    try:
-        with pytest.raises(KeyboardInterrupt), signals_wait():
-            signal.raise_signal(signal.SIGTERM)
-            reached.append("work")
-        assert reached == ["work", "handler"]
-        assert signal.getsignal(signal.SIGTERM) is raising
-        with signals_wait() as came:
-            signal.raise_signal(signal.SIGTERM)
-            assert came == [signal.SIGTERM]
-            came.clear()
-        assert reached == ["work", "handler"]
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -18,9 +18,9 @@ from lorica.config import Resolved
 from lorica.errors import ConfigError, Interrupted, LoricaError, RunLocked
 from lorica.records.atomic import write_file
 from lorica.records.crew import Crew, is_crewed
-from lorica.records.folder import RunFolder, json_text, now
+from lorica.records.folder import RunFolder, json_text
 from lorica.records.read import read_manifest
-from lorica.records.write import merged
+from lorica.records.write import merged, write_end
 from lorica.train.report import TrainReport
 
 PAUSE = 0.2
@@ -187,8 +187,8 @@ def _told(path: Path, crew: Crew, folder: RunFolder | None, command: str) -> Ite
         if folder is not None and known.get("status") != "finished":
             with suppress(OSError):
                 text = f"{type(error).__name__}: {error}"
-                outcome = {"status": status, "ended": now()}
-                mark(folder, outcome if status == "interrupted" else {**outcome, "error": text})
+                told = {} if status == "interrupted" else {"error": text}
+                write_end(folder, {"status": status, **told})
         if isinstance(error, LoricaError) and error.mend:
             parts = error.mend.split(str(crew.path / "workers"))
             text = str(path).join([parts[0], *(p.lstrip("/0123456789") for p in parts[1:])])

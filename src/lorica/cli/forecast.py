@@ -21,6 +21,7 @@ from lorica.data.encode import Encoded, Example
 from lorica.errors import CheckRefused, LoricaError
 from lorica.methods.method import Method
 from lorica.records.phrases import count, size
+from lorica.records.signals import signals_wait
 from lorica.tasks.task import Task
 from lorica.train.adamw_8bit import SMALLEST
 from lorica.train.budget import Memory, Work, estimate
@@ -29,7 +30,6 @@ from lorica.train.optim import moment_sizes
 from lorica.train.plan import courses_of
 from lorica.train.rehearsal import Scoring
 from lorica.train.shadow import Lower, Request, Shadow, make_shadow, try_out
-from lorica.train.signals import signals_wait
 
 FAR_OVER = 1.5
 """Times the memory of the machine from which on a run is refused: paging cannot save it."""

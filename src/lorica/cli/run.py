@@ -47,11 +47,12 @@ from lorica.records.folder import (
     now,
 )
 from lorica.records.read import read_manifest
-from lorica.records.write import Recorder
+from lorica.records.signals import HEARD
+from lorica.records.write import Recorder, write_end
 from lorica.tasks.task import Prediction
 from lorica.train.loop import train
 from lorica.train.report import TrainReport
-from lorica.train.signals import Stop, signals_wait
+from lorica.train.signals import Stop
 
 if TYPE_CHECKING:  # imported late: it brings all of scipy
     from lorica.evaluate.compare import Comparison
@@ -229,18 +230,12 @@ def resumable(
     """
 
     def mark(outcome: dict[str, Any]) -> None:
-        with signals_wait() as came:
-            write(outcome)
-            came.clear()  # it ends already, and tells by what
-
-    def write(outcome: dict[str, Any]) -> None:
         if (writer := recorder()) is not None:
             writer.finish(outcome)
             return
         voice.display.work(None)
-        earlier = read_manifest(folder.manifest)
         with suppress(OSError):  # what is wrong with the disk is told by who came here
-            write_file(folder.manifest, json_text({**earlier, **outcome, "ended": now()}))
+            write_end(folder, outcome)
 
     try:
         with signals_raise():
@@ -270,7 +265,7 @@ def signals_raise() -> Iterator[None]:
 
     heard = {
         number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        for number in HEARD
         if signal.getsignal(number) not in (signal.SIG_IGN, None)
     }
     for number in heard:

@@ -32,6 +32,7 @@ from lorica.records.atomic import write_file
 from lorica.records.folder import STAGES, RunFolder, json_line, json_text, now
 from lorica.records.read import read_lines, read_manifest
 from lorica.records.stages import entry
+from lorica.records.write import write_end
 
 
 def execute_stages(
@@ -135,8 +136,7 @@ def _fail(folder: RunFolder, stages: Sequence[Path], error: BaseException) -> No
         return
     stopped = isinstance(error, Interrupted | KeyboardInterrupt)
     outcome = {"status": "interrupted"} if stopped else {"status": "failed", "error": str(error)}
-    found = read_manifest(folder.manifest)
-    write_file(folder.manifest, json_text({**found, **outcome, "ended": now()}))
+    write_end(folder, outcome)
 
 
 def _join(folder: RunFolder, stages: Sequence[Path]) -> None:

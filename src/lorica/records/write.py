@@ -17,6 +17,7 @@ from lorica.errors import ConfigError, LoricaWarning
 from lorica.records.atomic import write_file
 from lorica.records.folder import RunFolder, json_line, json_text, now
 from lorica.records.read import Lines, Run, read_lines, read_manifest, read_run
+from lorica.records.signals import signals_wait
 
 __all__ = ["Recorder", "Recorders", "Run", "RunFolder", "RunRecorder", "read_run"]
 
@@ -66,6 +67,13 @@ class Recorders:
     def finish(self, summary: dict) -> None:
         for recorder in self.recorders:
             recorder.finish(summary)
+
+
+def write_end(folder: RunFolder, outcome: dict) -> None:
+    """Say in run.json how a run ended that has no recorder: its status, and the error."""
+    with signals_wait():  # cut here, the run would be said to go on
+        earlier = read_manifest(folder.manifest)
+        write_file(folder.manifest, json_text({**earlier, **outcome, "ended": now()}))
 
 
 class RunRecorder:
@@ -142,7 +150,8 @@ class RunRecorder:
             self._on_warning(_lost(self.folder.manifest, error))
 
     def finish(self, summary: dict) -> None:
-        self.update(merged({"status": "finished", "ended": now()}, summary))
+        with signals_wait():  # cut here, the run would be said to go on
+            self.update(merged({"status": "finished", "ended": now()}, summary))
         self._metrics.close()
         self._events.close()
 

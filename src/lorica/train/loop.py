@@ -37,7 +37,7 @@ from lorica.train.report import TrainReport, entry, provenance
 from lorica.train.report import manifest as manifest_of
 from lorica.train.reuse import reuse_of
 from lorica.train.shared import SharedLayers
-from lorica.train.signals import Stop, StopAsked, signals_wait, stopping
+from lorica.train.signals import Stop, StopAsked, stopping
 
 __all__ = ["Evaluator", "MakeRecorder", "TrainReport", "default_task", "total_steps", "train"]
 
@@ -207,10 +207,12 @@ class _Run:
         try:
             with stopping(self.processes.highest if self.processes else None) as stop:
                 report = self._train(stop)
+        except (Interrupted, KeyboardInterrupt):
+            self.recorder.finish({"status": "interrupted"})
+            raise
         except BaseException as error:
-            with signals_wait() as came:
-                self.recorder.finish(_ended_by(error))
-                came.clear()  # it ends already, and tells by what
+            kind = "" if isinstance(error, LoricaError) else f"{type(error).__name__}: "
+            self.recorder.finish({"status": "failed", "error": f"{kind}{error}"})
             raise
         if make is None:
             self.recorder.finish({"status": "finished", **report.outcome()})
@@ -485,13 +487,6 @@ class _Run:
 
     def _entries(self) -> dict[str, dict[str, Any]]:
         return {c.name: entry(c, self._target(c)) for c in self.courses}
-
-
-def _ended_by(error: BaseException) -> dict[str, str]:
-    if isinstance(error, Interrupted | KeyboardInterrupt):
-        return {"status": "interrupted"}
-    kind = "" if isinstance(error, LoricaError) else f"{type(error).__name__}: "
-    return {"status": "failed", "error": f"{kind}{error}"}
 
 
 def _sharing(model: nn.Module, task: Task, reuses: bool, together: Beginnings) -> Sharing:

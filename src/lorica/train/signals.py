@@ -17,8 +17,7 @@ from types import FrameType
 
 from lorica.errors import Interrupted
 from lorica.records.folder import how_to_resume
-
-_HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from lorica.records.signals import HEARD
 
 _ECHO, _ECHO_OF_KEYS = 2.0, 0.5
 """Seconds within which a second signal may be the first one again; of Ctrl-C by torchrun."""
@@ -95,7 +94,7 @@ def stopping(agree: Callable[[int], int] | None = None) -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {n: signal.getsignal(n) for n in _HEARD}
+    before = {n: signal.getsignal(n) for n in HEARD}
     heard = [n for n, handler in before.items() if handler not in (signal.SIG_IGN, None)]
     for number in heard:
         signal.signal(number, stop.handle)
@@ -104,28 +103,3 @@ def stopping(agree: Callable[[int], int] | None = None) -> Iterator[Stop]:
     finally:
         for number in heard:
             signal.signal(number, before[number])
-
-
-@contextmanager
-def signals_wait() -> Iterator[list[int]]:
-    """Hold signals back for a while: for work of a second that must not be left in the middle.
-
-    Such is compiled code that calls Python: torch ends the process (SIGABRT, without a word) where
-    a handler raises inside such a call, as in a dispatch mode. What came meanwhile stands in the
-    list that this yields, and reaches its handler when the work is done.
-    """
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = {n: signal.getsignal(n) for n in _HEARD}
-    heard = {n: h for n, h in before.items() if h not in (signal.SIG_IGN, None)}
-    for number in heard:
-        signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        yield came
-    finally:
-        for number, handler in heard.items():
-            signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
