@@ -12,6 +12,8 @@ from scipy.stats import t
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 PEERS = ("peft+bitsandbytes", "peft+bitsandbytes, autocast")
+ORDER = (("30M", "350M", "1B"), ("one", "mixed", "full"), ("float32", "bfloat16"))
+"""Shapes, batches and arithmetic of the table of steps."""
 PAGE = Path(__file__).parents[1] / "docs/qlora.md"
 
 HEAD = """# Quantized bases (QLoRA)
@@ -90,6 +92,11 @@ short.
 """
 
 
+def place(name: str) -> list[int]:
+    """Where a row stands in the table of steps, in whatever order they were measured."""
+    return [words.index(word) for words, word in zip(ORDER, name.split(", "), strict=True)]
+
+
 def step(name: str, sides: dict[str, dict]) -> str:
     """A row of the table of steps."""
     own = sides["lorica"]
@@ -157,7 +164,7 @@ def page() -> str:
             "times as fast | Lorica, GiB | PEFT + bnb, GiB |",
             "|---|---|---|---|---|---|---|",
         ]
-        lines += [step(name, sides) for name, sides in found["steps"].items()]
+        lines += [step(name, found["steps"][name]) for name in sorted(found["steps"], key=place)]
     if "7b" in found:
         own = found["7b"]
         lines += [
