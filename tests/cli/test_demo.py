@@ -39,6 +39,8 @@ def test_demo(lorica, little):
     assert head.endswith("slot accuracy   with style marks")
     page = Path("runs/demo/report.html").read_text(encoding="utf-8")
     assert '<h2 id="mixtures">' in page and "facts 0.5" in page
+    answers = page.count('<td class="text">')  # a word without end is broken there, not the page
+    assert answers == len(mixtures)
 
 
 def test_the_demo_again_gives_the_same_figures_as_json(lorica, little):
