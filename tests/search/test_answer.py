@@ -1,7 +1,10 @@
 """The rule of one standard error, and who goes on at a rung, against sums done by hand."""
 
 import math
+import os
 import statistics
+import subprocess
+import sys
 
 import pytest
 
@@ -92,6 +95,26 @@ def test_importance_is_the_main_effect_of_a_grid():
     assert found["learning_rate"] == pytest.approx(4 / 4.04)
     assert sum(found.values()) == pytest.approx(1)
     assert importance([{"r": 4}, {"r": 4}], [1.0, 2.0]) == {}
+
+
+def test_importance_is_the_same_in_every_process():
+    """Sums of the same numbers in another order have other last bits."""
+    code = """
+import random
+from lorica.search.answer import importance
+for seed in range(40):
+    draw = random.Random(seed)
+    points = [{"r": draw.choice((2, 4, 8)), "b": draw.choice("xyzw")} for _ in range(20)]
+    print(importance(points, [draw.random() for _ in points]))
+"""
+
+    def said(hash_seed: str) -> bytes:
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        return subprocess.check_output([sys.executable, "-c", code], env=environment)
+
+    first = said("0")
+    assert first.count(b"\n") == 40
+    assert all(said(str(seed)) == first for seed in range(1, 4))
 
 
 def test_rungs_are_evaluations_before_the_end():

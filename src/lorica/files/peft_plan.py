@@ -236,6 +236,7 @@ def _plan_missing(
         if path not in found.seen and config.saves_whole(path.rpartition(".")[0]):
             found.missing.append(f"{PREFIX}{path}")
     ignorable = {name for names in HEADS_OF_PEFT.values() for name in names}
-    for name in set(config.modules_to_save) - ignorable:
-        if not any(path == name or path.endswith(f".{name}") for path in modules):
+    for name in dict.fromkeys(config.modules_to_save):
+        held = name in ignorable or any(p == name or p.endswith(f".{name}") for p in modules)
+        if not held:
             found.missing.append(f"modules_to_save names {name!r}, which the base does not have")

@@ -201,7 +201,8 @@ def importance(points: Sequence[Mapping[str, Any]], losses: Sequence[float]) -> 
         if len(set(groups)) < 2:
             continue
         between = 0.0
-        for group in set(groups):
+        # in the order in which they appear: that of a set of words is another in each process
+        for group in dict.fromkeys(groups):
             own = y[[index for index, one in enumerate(groups) if one == group]]
             between += len(own) * float(own.mean() - y.mean()) ** 2
         found[key] = between / whole if whole else 0.0
