@@ -47,7 +47,7 @@ from lorica.records.folder import (
     now,
 )
 from lorica.records.read import read_manifest
-from lorica.records.signals import HEARD
+from lorica.records.signals import signals_heard
 from lorica.records.write import Recorder, write_end
 from lorica.tasks.task import Prediction
 from lorica.train.loop import train
@@ -263,18 +263,8 @@ def signals_raise() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise Signal(number)
 
-    heard = {
-        number: signal.getsignal(number)
-        for number in HEARD
-        if signal.getsignal(number) not in (signal.SIG_IGN, None)
-    }
-    for number in heard:
-        signal.signal(number, stop)
-    try:
+    with signals_heard(stop):
         yield
-    finally:
-        for number, handler in heard.items():
-            signal.signal(number, handler)
 
 
 def complete(prepared: Prepared, folder: Path) -> None:

@@ -1,14 +1,35 @@
-"""Signals that are held back for a while, for work that must not be left in the middle."""
+"""Who hears the signals that ask a process to stop, and work for which they wait."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What asks a process to stop."""
+
+
+@contextmanager
+def signals_heard(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Give signals to `handler` for a while, where this is the main thread.
+
+    Those that the process was told to ignore (nohup, a shell's background jobs) stay ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in HEARD}
+    heard = {n: earlier for n, earlier in before.items() if earlier not in (signal.SIG_IGN, None)}
+    for number in heard:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in heard.items():
+            signal.signal(number, earlier)
 
 
 @contextmanager
@@ -19,18 +40,10 @@ def signals_wait() -> Iterator[None]:
     the process (SIGABRT, without a word) where a handler raises inside such a call, as in a
     dispatch mode.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     came: list[int] = []
-    before = {n: signal.getsignal(n) for n in HEARD}
-    held = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for number in held:
-        signal.signal(number, lambda number, frame: came.append(number))
     try:
-        yield
+        with signals_heard(lambda number, frame: came.append(number)):
+            yield
     finally:
-        for number, handler in held.items():
-            signal.signal(number, handler)
         for number in came:
             signal.raise_signal(number)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from types import FrameType
 
 from lorica.errors import Interrupted
 from lorica.records.folder import how_to_resume
-from lorica.records.signals import HEARD
+from lorica.records.signals import signals_heard
 
 _ECHO, _ECHO_OF_KEYS = 2.0, 0.5
 """Seconds within which a second signal may be the first one again; of Ctrl-C by torchrun."""
@@ -86,20 +85,7 @@ def _echo_of(number: int) -> float:
 
 @contextmanager
 def stopping(agree: Callable[[int], int] | None = None) -> Iterator[Stop]:
-    """Listen for signals, where this is the main thread. `agree` as of `Stop`.
-
-    Those that the process was told to ignore (nohup, a shell's background jobs) stay ignored.
-    """
+    """Listen for signals, where this is the main thread. `agree` as of `Stop`."""
     stop = Stop(agree)
-    if threading.current_thread() is not threading.main_thread():
+    with signals_heard(stop.handle):
         yield stop
-        return
-    before = {n: signal.getsignal(n) for n in HEARD}
-    heard = [n for n, handler in before.items() if handler not in (signal.SIG_IGN, None)]
-    for number in heard:
-        signal.signal(number, stop.handle)
-    try:
-        yield stop
-    finally:
-        for number in heard:
-            signal.signal(number, before[number])
